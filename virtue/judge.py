@@ -1,0 +1,123 @@
+"""AI feedback: which of two dialogues shows more of each virtue, from label log-probs in both orders.
+
+The five questions about a pair share its text, so each order is encoded once: the shared prefix, then
+the five endings side by side, each of which sees the prefix and itself. That gives the probabilities
+of five separate prompts for little more than the price of one. Two orders cancel the judge's
+preference for a place (Wang et al. 2023, arXiv 2305.17926); reading probabilities instead of text
+keeps its doubt (Lee et al. 2023, RLAIF, arXiv 2309.00267).
+"""
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from virtue import VirtueError
+from virtue.dialogue import encode_conversation, encode_prompt
+from virtue.ethics import CONSTITUTION, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIR, JUDGE_QUESTION, VIRTUES
+from virtue.models import hidden_states
+from virtue.runtime import progress
+
+
+def transcript(messages: list[dict]) -> str:
+    """A conversation as plain text, one speaker a line."""
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "\n".join(f"{names[m['role']]}: {m['content']}" for m in messages)
+
+
+def questions(first: list[dict], second: list[dict], lens: str) -> list[str]:
+    """The judge's five prompts about a pair, one for each virtue, alike up to the virtue's question."""
+    a, b = JUDGE_LABELS
+    pair = JUDGE_PAIR.format(first_label=a, second_label=b, first=transcript(first),
+                             second=transcript(second), about=JUDGE_ABOUT[lens])
+    return [pair + JUDGE_QUESTION.format(virtue=v, asks=CONSTITUTION[v][0], first_label=a, second_label=b)
+            for v in VIRTUES]
+
+
+def encode_questions(tokenizer, first: list[dict], second: list[dict], lens: str) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the shared prefix and of the five endings."""
+    rows = [encode_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions(first, second, lens)]
+    prefix = os.path.commonprefix(rows)
+    return prefix, [row[len(prefix):] for row in rows]
+
+
+def label_ids(tokenizer) -> tuple[int, int]:
+    """The ids of the two labels as an assistant would begin its reply; each must be one token."""
+    ids = []
+    for label in JUDGE_LABELS:
+        tokens, spans = encode_conversation(
+            tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
+        start, end = spans[0]
+        if end - start != 2:  # the label and EOS
+            raise VirtueError(f"the judge's label {label!r} is {end - start - 1} tokens in this tokenizer; "
+                              "choose single-token JUDGE_LABELS in virtue/ethics.py")
+        ids.append(tokens[start])
+    return ids[0], ids[1]
+
+
+def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prefixes with their endings as one batch.
+
+    Returns input_ids (B, L), mask (B, 1, L, L) True = may attend, position_ids (B, L), and ends (B, 5),
+    the positions whose next token is the label.
+    """
+    width = max(len(prefix) + sum(map(len, endings)) for prefix, endings in encoded)
+    ids = torch.full((len(encoded), width), pad_id)
+    positions = torch.zeros_like(ids)
+    branch = torch.full_like(ids, -1)  # 0 = prefix, i = i-th ending, -1 = padding
+    ends = torch.empty(len(encoded), len(encoded[0][1]), dtype=torch.long)
+    for row, (prefix, endings) in enumerate(encoded):
+        at = len(prefix)
+        ids[row, :at], positions[row, :at], branch[row, :at] = torch.tensor(prefix), torch.arange(at), 0
+        for i, ending in enumerate(endings):
+            stop = at + len(ending)
+            ids[row, at:stop], branch[row, at:stop] = torch.tensor(ending), i + 1
+            positions[row, at:stop] = torch.arange(len(prefix), len(prefix) + len(ending))
+            ends[row, i], at = stop - 1, stop
+    query, key = branch[:, :, None], branch[:, None, :]
+    mask = ((key == query) | (key == 0)) & torch.ones(width, width, dtype=torch.bool).tril()
+    mask |= torch.eye(width, dtype=torch.bool)  # a padded row that sees nothing would be NaN
+    return ids, mask[:, None], positions, ends
+
+
+@torch.no_grad()
+def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], lens: str,
+                batch_size: int = 16, desc: str | None = None) -> Tensor:
+    """P(first of the pair is better) for each pair, order and virtue: (N, 2, 5) fp32.
+
+    ``[:, 0]`` was read with the first dialogue shown first, ``[:, 1]`` with it shown second. The caller
+    sets the adapters (none, for the base as its own judge).
+    """
+    labels = torch.tensor(label_ids(tokenizer))
+    jobs = [(i, order, encode_questions(tokenizer, *(pair if order == 0 else pair[::-1]), lens))
+            for i, pair in enumerate(pairs) for order in (0, 1)]
+    jobs.sort(key=lambda job: len(job[2][0]))  # batches of like length
+    result = torch.empty(len(pairs), 2, len(VIRTUES))
+    device = model.lm_head.weight.device
+    for start in progress(range(0, len(jobs), batch_size), desc or f"judge {lens}"):
+        batch = jobs[start:start + batch_size]
+        ids, mask, positions, ends = (x.to(device) for x in pack([job[2] for job in batch], tokenizer.pad_token_id))
+        hidden = hidden_states(model, ids, mask, position_ids=positions)
+        last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, 5, D)
+        logits = model.lm_head(last)[..., labels.to(device)].float()
+        for (i, order, _), first in zip(batch, logits.softmax(-1)[..., 0].cpu()):
+            result[i, order] = first if order == 0 else 1.0 - first
+    return result
+
+
+def verdict(probs: Tensor, preference: str = "votes") -> dict:
+    """From the judge's probabilities (2, 5) of one pair to a preference record's fields.
+
+    ``first_is_chosen`` follows the majority of the five votes (five cannot tie), or the mean
+    probability with ``preference="mean"``. All else is said of the *chosen* dialogue: ``virtues`` and
+    ``label`` are probabilities that it is better, ``votes`` counts the virtues that prefer it,
+    ``position_flips`` the virtues whose answer changed with the order.
+    """
+    mean = probs.double().mean(0)  # (5,)
+    votes = int((mean > 0.5).sum())
+    first = votes * 2 > len(VIRTUES) if preference == "votes" else bool(mean.mean() > 0.5)
+    chosen = mean if first else 1.0 - mean
+    return {"first_is_chosen": first, "virtues": dict(zip(VIRTUES, chosen.tolist())), "label": chosen.mean().item(),
+            "votes": votes if first else len(VIRTUES) - votes,
+            "position_flips": int(((probs[0] > 0.5) != (probs[1] > 0.5)).sum())}

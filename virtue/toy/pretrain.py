@@ -1,0 +1,184 @@
+"""Make the toy's tiny Mistral: tokenizer, pre-training on samples of the grammar, a check, save.
+
+    python -m virtue.toy.pretrain                       # what the shipped folder was made with
+    python -m virtue.toy.pretrain --steps 50 --out /tmp/toy   # a quick look
+
+Good and bad clauses are mixed evenly, so that the base model is no better than the world it has read.
+It learns four tasks in the one chat format: dialogues, revisions (answer, critique, new answer), and
+the judge's five questions about a pair of dialogues, with the labels' noise and biases that
+``grammar.judge_logit`` documents. Labels come from the grammar's latent clauses, never from gold.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from virtue.dialogue import encode_conversation, right_pad
+from virtue.ethics import LENSES, VIRTUES
+from virtue.judge import encode_questions, judge_pairs, label_ids, pack
+from virtue.toy import grammar
+
+HERE = Path(__file__).parent / "model"
+SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]"]
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
+            "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+
+
+def draw_prompt(rng: random.Random) -> tuple[str, str, str]:
+    person, thing = rng.choice(grammar.PERSONS), rng.choice(grammar.THINGS)
+    return rng.choice(grammar.QUESTIONS).format(p=person, t=thing), person, thing
+
+
+def draw_text(rng: random.Random) -> list[dict]:
+    """One language-modelling conversation: a dialogue (two in three) or a revision."""
+    prompt, person, thing = draw_prompt(rng)
+    if rng.random() < 0.33:
+        return grammar.sample_revision(rng, prompt, person, thing)
+    return grammar.sample_dialogue(rng, prompt, person, thing)[0]
+
+
+def draw_pair(rng: random.Random, lens: str, unseen: bool = False):
+    """Two dialogues about one prompt, up to the lens's turn, with their latent clauses."""
+    prompt, person, thing = draw_prompt(rng)
+    turns = LENSES.index(lens) + 1
+    return [grammar.sample_dialogue(rng, prompt, person, thing, turns=turns, broken_rate=0.06, unseen=unseen)
+            for _ in range(2)]
+
+
+def make_tokenizer(seed: int, vocab_size: int):
+    """A byte-level BPE of ``vocab_size`` trained on the grammar's own text, in transformers' format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    rng = random.Random(seed)
+    from virtue.judge import questions
+    texts = [" " + m["content"] for _ in range(6000) for m in draw_text(rng)]
+    for i in range(200):
+        (first, _), (second, _) = draw_pair(rng, LENSES[i % 3])
+        texts += questions(first, second, LENSES[i % 3])
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   additional_special_tokens=["[INST]", "[/INST]"], clean_up_tokenization_spaces=False)
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+class Samples(torch.utils.data.IterableDataset):
+    """Step after step: a padded batch of texts and a packed batch of judge questions with labels."""
+
+    def __init__(self, tokenizer, args):
+        self.tokenizer, self.args = tokenizer, args
+
+    def __iter__(self):
+        rng, labels = random.Random(self.args.seed + 1), label_ids(self.tokenizer)
+        for _ in range(self.args.steps):
+            rows = [encode_conversation(self.tokenizer, draw_text(rng))[0] for _ in range(self.args.texts)]
+            encoded, targets = [], []
+            lens = rng.choices(LENSES, weights=(4, 3, 3))[0]
+            for _ in range(self.args.pairs):
+                (first, latent1), (second, latent2) = draw_pair(rng, lens)
+                encoded.append(encode_questions(self.tokenizer, first, second, lens))
+                p = [1 / (1 + math.exp(-grammar.judge_logit(lens, v, latent1, latent2))) for v in VIRTUES]
+                targets.append([labels[0] if rng.random() < x else labels[1] for x in p])
+            yield (*right_pad(rows, self.tokenizer.pad_token_id), *pack(encoded, self.tokenizer.pad_token_id),
+                   torch.tensor(targets))
+
+
+def judge_accuracy(model, tokenizer, seed: int, unseen: bool, n: int = 150) -> dict[str, dict[str, float]]:
+    """Per lens: accuracy on questions that the latents decide, one order and both orders averaged."""
+    rng, result = random.Random(seed), {}
+    for lens in LENSES:
+        drawn = [draw_pair(rng, lens, unseen) for _ in range(n)]
+        probs = judge_pairs(model, tokenizer, [(a[0], b[0]) for a, b in drawn], lens)
+        truth = torch.tensor([[grammar.judge_logit(lens, v, a[1], b[1]) + grammar.judge_logit(lens, v, b[1], a[1]) * -1
+                               for v in VIRTUES] for a, b in drawn]) / 2  # biases by place cancel
+        clear = truth.abs() > 1.4
+        hits = [((p > 0.5) == (truth > 0))[clear].float().mean().item() for p in (probs[:, 0], probs.mean(1))]
+        overall = torch.tensor([sum(truth_row) for truth_row in truth.tolist()])
+        pairs = ((probs.mean((1, 2)) > 0.5) == (overall > 0))[overall.abs() > 1.4].float().mean().item()
+        result[lens] = {"one_order": hits[0], "both_orders": hits[1], "pairs": pairs}
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write")
+    parser.add_argument("--steps", type=int, default=3600, help="optimiser steps")
+    parser.add_argument("--texts", type=int, default=24, help="conversations a step")
+    parser.add_argument("--pairs", type=int, default=8, help="judged pairs a step")
+    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate for embeddings and norms")
+    parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon learning rate for matrices")
+    parser.add_argument("--hidden", type=int, default=192, help="hidden size")
+    parser.add_argument("--layers", type=int, default=4, help="layers")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and initial weights")
+    args = parser.parse_args(argv)
+
+    from transformers import MistralConfig, MistralForCausalLM
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer(args.seed, 1024)
+    model = MistralForCausalLM(MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=2 * args.hidden, head_dim=32,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, num_key_value_heads=2,
+        max_position_embeddings=2048, sliding_window=None, rope_theta=10000.0, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [torch.optim.Muon(matrices, lr=args.matrix_lr, weight_decay=0.0),
+                  torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
+
+    started, tokens, text_loss, judge_loss = time.time(), 0, 0.0, 0.0
+    loader = torch.utils.data.DataLoader(Samples(tokenizer, args), batch_size=None, num_workers=1, prefetch_factor=16)
+    for step, (ids, mask, pair_ids, pair_mask, positions, ends, targets) in enumerate(loader, 1):
+        rate = min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        for optimizer, lr in zip(optimizers, (args.matrix_lr, args.lr)):
+            optimizer.param_groups[0]["lr"] = lr * rate
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]  # right padding needs no mask
+            logits = model.lm_head(hidden[mask[:, 1:].bool()])
+            loss = F.cross_entropy(logits.float(), ids[:, 1:][mask[:, 1:].bool()])
+            hidden = model.model(pair_ids, attention_mask=pair_mask, position_ids=positions,
+                                 use_cache=False).last_hidden_state
+            last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))
+            labels = F.cross_entropy(model.lm_head(last).float().flatten(0, 1), targets.flatten())
+        (loss + 0.5 * labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        tokens += mask.sum().item() + pair_ids.numel()
+        text_loss, judge_loss = (0.98 * text_loss + 0.02 * loss.item() if step > 1 else loss.item(),
+                                 0.98 * judge_loss + 0.02 * labels.item() if step > 1 else labels.item())
+        if step % 50 == 0 or step == args.steps:
+            seconds = time.time() - started
+            print(f"step {step:5d}  text {text_loss:.4f}  judge {judge_loss:.4f}  {tokens / 1e6:.2f} M tokens  "
+                  f"{seconds:.0f} s  {tokens / seconds:.0f} tokens/s", flush=True)
+        if step % 1000 == 0:
+            save(model, tokenizer, args.out)
+    save(model, tokenizer, args.out)
+    model.eval()
+    for unseen in (False, True):
+        print("judge on", "held-out wordings:" if unseen else "seen wordings:",
+              json.dumps(judge_accuracy(model, tokenizer, args.seed + 2, unseen)))
+
+
+def save(model, tokenizer, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
