@@ -1,0 +1,73 @@
+"""A tiny random Mistral and its tokenizer, built in a folder in half a second: no network, no toy.
+
+``make_tiny_model(tmp_path / "base")`` gives a folder that ``load_model`` and ``load_tokenizer``
+(and transformers' own Auto classes) open. Weights are drawn wider than Mistral's 0.02, so that
+logits are far from uniform and a wrong weight shows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]"]  # ids 0 to 4
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+CORPUS = [
+    "What should I do about the letter that I found? I would give the letter back to the owner.",
+    "What is the motivation behind the answer? The motivation is honesty and compassion.",
+    "What is the utility of the action towards promoting your virtuous character?",
+]
+
+
+def make_tiny_tokenizer(folder: str | Path, vocab_size: int = 300) -> None:
+    """Byte-level BPE with a chat template: any UTF-8 text encodes and decodes to itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["[INST]", "[/INST]"], chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+
+
+def make_tiny_model(
+    folder: str | Path, *, seed: int = 0, max_shard_size: str | int = "50GB",
+    tokenizer: bool = True, **config,
+) -> Path:
+    """Save a random fp32 ``MistralForCausalLM`` (and tokenizer) in ``folder``; return the folder.
+
+    ``config`` overrides fields of the MistralConfig, e.g. ``tie_word_embeddings=True``;
+    ``max_shard_size="40KB"`` gives several shards and an index.
+    """
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    fields = dict(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024,
+        sliding_window=None, tie_word_embeddings=False, initializer_range=0.2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MistralForCausalLM(MistralConfig(**{**fields, **config}))
+        for name, parameter in model.named_parameters():  # norms of all ones would hide their loss
+            if "norm" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer:
+        make_tiny_tokenizer(folder)
+    return folder

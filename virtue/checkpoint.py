@@ -1,0 +1,208 @@
+"""Artefacts on disk: safetensors and JSON only, written whole or not at all, refused on mismatch.
+
+An artefact is a folder with ``adapter_model.safetensors`` and ``adapter_config.json`` in PEFT's
+format (a scalar head under the name ``score``) and ``virtue.json``, which is written last and says
+what the adapter belongs to: without it the folder is no artefact.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+from torch import nn
+
+from virtue import VirtueError
+
+WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "virtue.json"
+PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy")
+_SCORE = "base_model.model.score."
+_AGAIN = "run again the stage that writes this folder"
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Writes `data` under a temporary name, to the disk, and renames: never half a file."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise VirtueError(f"{path}: cannot be written ({e.strerror}): make room, or choose "
+                          "another folder") from None
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    """JSON with tensors and arrays as lists, paths as text; ValueError for nan and infinity."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False,
+                      default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)) + "\n"
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_atomic(path, _json(value, indent=2).encode())
+
+
+def write_jsonl(path: str | Path, records: Iterable[Mapping]) -> None:
+    """Writes one JSON object a line, atomically."""
+    write_atomic(path, "".join(map(_json, records)).encode())
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex sha256 of a file's bytes. VirtueError: it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise VirtueError(f"{path}: cannot be read ({e.strerror}): {_AGAIN}") from None
+
+
+def file_hash(folder: str | Path) -> str:
+    """Hex sha256 of an artefact's weights, by which its children know it."""
+    return sha256_file(Path(folder) / WEIGHTS)
+
+
+def prepare_output(folder: str | Path, overwrite: bool) -> Path:
+    """Makes the folder; refuses one that is not empty unless `overwrite`, which unmarks it first.
+
+    With its virtue.json gone, a folder that is only half overwritten cannot pass for an artefact.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not overwrite:
+            raise VirtueError(f"{folder}: not empty: choose another --out, or give --overwrite")
+        (folder / MANIFEST).unlink(missing_ok=True)
+    except OSError as e:
+        raise VirtueError(f"{folder}: cannot be a folder to write in ({e.strerror}): choose "
+                          "another --out") from None
+    return folder
+
+
+def save_artifact(folder: str | Path, *, stage: str, model: nn.Module, adapter: str,
+                  head: nn.Module | None = None, base: Mapping[str, str], template: str,
+                  parents: Mapping[str, str | Path], settings: Mapping, seed: int,
+                  extra: Mapping | None = None) -> None:
+    """Saves `adapter` of `model`, and the scalar `head`, with all that loading must agree with.
+
+    Args:
+        base: {"id", "fingerprint"} of the base model (`models.base_fingerprint`).
+        template: `models.template_fingerprint` of the tokenizer.
+        parents: role -> artefact folder that this one was trained upon, e.g. {"sft": "runs/sft"}.
+        extra: what belongs to the stage: lens, score mean and std, ...
+    """
+    from safetensors.torch import save
+
+    from virtue.lora import adapter_config, adapter_state
+
+    folder, state = Path(folder), adapter_state(model, adapter)
+    config = adapter_config(model, adapter, base["id"], ["score"] if head is not None else None)
+    if head is not None:
+        config["task_type"] = "SEQ_CLS"  # PEFT then opens it as MistralForSequenceClassification
+        state |= {_SCORE + name: t.cpu().clone() for name, t in head.state_dict().items()}
+    manifest = {
+        "stage": stage, "base": dict(base), "template": template,
+        "parents": {role: {"folder": str(parent), "sha256": file_hash(parent)}
+                    for role, parent in parents.items()},
+        "seed": seed, "settings": dict(settings), "extra": dict(extra or {}),
+        "versions": {"python": platform.python_version(), **dict(sorted(
+            (d.name, d.version) for d in metadata.distributions() if d.name in PACKAGES))},
+    }
+    (folder / MANIFEST).unlink(missing_ok=True)  # no artefact while its files change
+    write_atomic(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, config)
+    write_json(folder / MANIFEST, {**manifest, "sha256": file_hash(folder)})
+
+
+def _read_json(path: Path, fields: Iterable[str]) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+        if isinstance(value, dict) and all(name in value for name in fields):
+            return value
+        problem = f"not an object with {', '.join(fields)}"
+    except OSError as e:
+        problem = f"cannot be read ({e.strerror})"
+    except ValueError:
+        problem = "not JSON"
+    raise VirtueError(f"{path}: {problem}: {_AGAIN}")
+
+
+def read_manifest(folder: str | Path, stage: str | None = None, lens: str | None = None) -> dict:
+    """An artefact's virtue.json. VirtueError: no artefact, another stage, another lens."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise VirtueError(f"{folder}: no artefact here (it has no {MANIFEST}): check the path, or "
+                          "run the stage that writes it to its end")
+    fields = ("stage", "base", "template", "parents", "sha256", "seed", "settings", "extra")
+    manifest = _read_json(path, fields)
+    for name, want, found in (("stage", stage, manifest["stage"]),
+                              ("lens", lens, manifest["extra"].get("lens"))):
+        if want is not None and found != want:
+            raise VirtueError(f"{folder}: of {name} {found!r}: give the folder of {name} {want!r}")
+    return manifest
+
+
+def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, stage: str,
+                  base: Mapping[str, str], template: str, lens: str | None = None,
+                  parents: Mapping[str, str | Path] | None = None,
+                  ) -> tuple[dict, nn.Module | None]:
+    """Puts an artefact's adapter on `model` as `adapter_name` (see `lora.load_adapter_state`).
+
+    Args:
+        base, template: of the model and tokenizer in use, as in `save_artifact`.
+        parents: the artefacts it will be stacked upon; if given, they must be those it was
+            trained upon, no more and no less.
+
+    Returns:
+        The manifest, and the scalar head if the artefact has one.
+
+    Raises:
+        VirtueError: made for another base, template or parent; changed or damaged since; without
+            the head it was saved with; of other rank, targets or shapes than the model's adapter.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from virtue.lora import load_adapter_state
+    from virtue.models import ScalarHead
+
+    folder, manifest = Path(folder), read_manifest(folder, stage, lens)
+    recorded = {role: parent["sha256"] for role, parent in manifest["parents"].items()}
+    if manifest["base"]["fingerprint"] != base["fingerprint"]:
+        raise VirtueError(f"{folder}: made for another base, {manifest['base']['id']}, whose files "
+                          f"differ from those of {base['id']}: give the --model it was made with")
+    if manifest["template"] != template:
+        raise VirtueError(f"{folder}: made with another tokenizer or chat template than that of "
+                          f"{base['id']}: restore the template, or train again")
+    if parents is not None and recorded != {r: file_hash(p) for r, p in parents.items()}:
+        was = ", ".join(p["folder"] for p in manifest["parents"].values()) or "the bare base"
+        now = ", ".join(map(str, parents.values())) or "the bare base"
+        raise VirtueError(f"{folder}: trained upon {was}, not upon {now} as it is now: give what "
+                          "it was trained upon, or train again")
+    if file_hash(folder) != manifest["sha256"]:
+        raise VirtueError(f"{folder / WEIGHTS}: changed since it was saved: {_AGAIN}")
+    config = _read_json(folder / CONFIG, ("r", "lora_alpha", "target_modules", "modules_to_save"))
+    try:
+        state, head = load_file(folder / WEIGHTS), None
+        score = {k.removeprefix(_SCORE): state.pop(k) for k in [*state] if k.startswith(_SCORE)}
+        if score or config["modules_to_save"]:
+            head = ScalarHead(model.config.hidden_size, bias="bias" in score)
+            head.load_state_dict(score)  # a head that is missing or misshapen: RuntimeError
+            head.to(next(model.parameters()).device)
+    except (SafetensorError, RuntimeError) as e:
+        what = str(e).splitlines()[-1].strip()
+        raise VirtueError(f"{folder / WEIGHTS}: damaged, or without its scalar head ({what}): "
+                          f"{_AGAIN}") from None
+    try:
+        load_adapter_state(model, adapter_name, state, config)
+    except VirtueError as e:
+        raise VirtueError(f"{folder}: {e}") from None
+    return manifest, head

@@ -1,0 +1,361 @@
+"""Text and tokens: prompt records, JSON Lines readers, the chat template, turn spans, padding.
+
+A dialogue is one token sequence: the prompt through the chat template, then for each turn the
+assistant's sampled ids and the ids the template puts before the next turn. Sampled ids are kept
+as they are; nothing is tokenised again between sampling and scoring.
+"""
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from virtue import VirtueError
+from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES
+
+Messages = list[dict[str, str]]
+QUESTIONS = tuple(FOLLOW_UPS.values())
+SPLITS = (("sft", 0.25), ("rm", 0.60), ("ppo", 0.90), ("eval", 1.00))  # cumulative shares
+
+
+class Turn(NamedTuple):
+    """One assistant turn: its sampled tokens are ``ids[start:end]`` of the dialogue.
+
+    A turn that ran out of tokens is `truncated`; ``ids[end]`` is then an EOS that was not sampled
+    (so no loss is taken on it) but put there, so that template and score position match training.
+    """
+
+    start: int
+    end: int
+    truncated: bool
+
+    @property
+    def score_position(self) -> int:
+        """Index in the dialogue's ids of the turn's EOS, where a reward model is read."""
+        return self.end if self.truncated else self.end - 1
+
+
+class Dialogue(NamedTuple):
+    """A prompt and the assistant's turns, with the token ids they were sampled as."""
+
+    id: str
+    prompt: Messages
+    ids: list[int]
+    turns: tuple[Turn, ...]
+
+
+# ---- tokens -------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def _control(tokenizer) -> re.Pattern[str]:
+    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    words = {*tokenizer.all_special_tokens, *added, "[INST]", "[/INST]"}
+    longest_first = sorted((w for w in words if len(w) > 1), key=lambda w: (-len(w), w))
+    return re.compile("|".join(map(re.escape, longest_first)))
+
+
+def sanitize(tokenizer, text: str) -> str:
+    """`text` with a space inside every control token, so that none can open or close a turn."""
+    control = _control(tokenizer)
+    while control.search(text):  # again, for one control token may overlap another
+        text = control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+    return text
+
+
+def _render(tokenizer, messages: Messages, add_generation_prompt: bool) -> list[int]:
+    clean = [{"role": m["role"], "content": sanitize(tokenizer, m["content"])} for m in messages]
+    return list(tokenizer.apply_chat_template(
+        clean, add_generation_prompt=add_generation_prompt, return_dict=False))
+
+
+def encode_prompt(tokenizer, messages: Messages) -> list[int]:
+    """Ids of `messages` (ending with the user's) up to where the assistant's turn starts."""
+    return _render(tokenizer, messages, add_generation_prompt=True)
+
+
+def encode_conversation(tokenizer, messages: Messages) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a whole conversation, and the span ``[start, end)`` of each assistant turn.
+
+    A span holds what the model is to produce: the text and its EOS. What the template adds after
+    the last EOS is left off, so that ids end as a sampled dialogue ends.
+
+    Raises:
+        VirtueError: the template renders a conversation's beginning otherwise than alone, or ends
+            assistant turns without EOS; spans would then point at wrong tokens.
+    """
+    ids, spans = _render(tokenizer, messages, add_generation_prompt=False), []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = encode_prompt(tokenizer, messages[:i])
+        if ids[: len(prompt)] != prompt:
+            raise VirtueError(
+                "the chat template does not render the first messages of a conversation as a "
+                f"prefix of the whole (message {i + 1}, {message['content'][:40]!r}): use a "
+                "tokenizer whose template has this property, as Mistral's has")
+        try:
+            spans.append((len(prompt), ids.index(tokenizer.eos_token_id, len(prompt)) + 1))
+        except ValueError:
+            raise VirtueError(
+                f"the chat template puts no {tokenizer.eos_token!r} (eos_token) after an "
+                "assistant turn: use a tokenizer whose eos_token ends its turns") from None
+    if messages[-1]["role"] == "assistant":
+        del ids[spans[-1][1]:]
+    return ids, spans
+
+
+@functools.lru_cache(maxsize=64)
+def followup_ids(tokenizer, question: str) -> tuple[int, ...]:
+    """Ids between an assistant turn's EOS and the next assistant turn, the user asking `question`.
+
+    The text before an EOS does not change them, EOS being a token of its own.
+    """
+    before: Messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids, _ = encode_conversation(tokenizer, before)
+    whole = encode_prompt(tokenizer, [*before, {"role": "user", "content": question}])
+    if whole[: len(ids)] != ids:
+        raise VirtueError("the chat template changes earlier turns when a user turn follows: use "
+                          "a tokenizer whose template only appends, as Mistral's does")
+    return tuple(whole[len(ids):])
+
+
+def messages_of(tokenizer, dialogue: Dialogue, turns: int = 3,
+                questions: Sequence[str] = QUESTIONS) -> Messages:
+    """The dialogue's first `turns` assistant turns as messages: decoded, stripped, maybe empty."""
+    messages = list(dialogue.prompt)
+    for i, turn in enumerate(dialogue.turns[:turns]):
+        if i:
+            messages.append({"role": "user", "content": questions[i - 1]})
+        text = tokenizer.decode(dialogue.ids[turn.start:turn.end], skip_special_tokens=True,
+                                clean_up_tokenization_spaces=False)
+        messages.append({"role": "assistant", "content": text.strip()})
+    return messages
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
+    lengths = np.array([len(row) for row in rows])
+    if lengths.size == 0 or lengths.min() == 0:
+        raise ValueError("padding needs at least one row and no empty row")
+    columns, width = np.arange(lengths.max()), lengths.max()
+    mask = (columns >= width - lengths[:, None]) if left else (columns < lengths[:, None])
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids as ``input_ids (B, L)`` and bool ``attention_mask (B, L)``, pads at the right."""
+    return _pad(rows, pad_id, left=False)
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """As `right_pad`, pads at the left: every row's last token is in the last column."""
+    return _pad(rows, pad_id, left=True)
+
+
+# ---- records ------------------------------------------------------------------------------------
+
+
+def _need(ok: object, problem: str) -> None:
+    if not ok:
+        raise ValueError(problem)
+
+
+def check_messages(messages: object, name: str, last: str) -> None:
+    """ValueError, naming `name`, unless `messages` is a conversation that ends with role `last`.
+
+    Roles alternate from the user; contents hold more than white space and can be UTF-8.
+    """
+    _need(isinstance(messages, list) and messages, f'"{name}" must be a non-empty list of messages')
+    for i, message in enumerate(messages):
+        role, where = ("user", "assistant")[i % 2], f'"{name}" message {i + 1} must have'
+        _need(isinstance(message, dict) and message.get("role") == role,
+              f"{where} the role {role!r} (user and assistant alternate)")
+        content = message.get("content")
+        _need(isinstance(content, str) and content.strip(), f"{where} a non-empty text as content")
+        _need(not re.search("[\ud800-\udfff]", content), f"{where} no half of a surrogate pair")
+    _need(messages[-1]["role"] == last, f'"{name}" must end with a message of the {last}')
+
+
+def messages_ok(messages: list) -> bool:
+    """Whether `messages` is a conversation as `check_messages` has it, ending with either role."""
+    try:
+        check_messages(messages, "", messages[-1]["role"] if messages else "")
+    except (ValueError, TypeError, KeyError):
+        return False
+    return True
+
+
+def prompt_record(messages: Messages) -> dict:
+    """``{"id", "prompt"}``: the id is 16 hex digits of the sha256 of the messages' JSON."""
+    prompt = [{"role": m["role"], "content": m["content"]} for m in messages]
+    canonical = json.dumps(prompt, sort_keys=True, separators=(",", ":"))
+    return {"id": hashlib.sha256(canonical.encode()).hexdigest()[:16], "prompt": prompt}
+
+
+def split(prompt_id: str) -> str:
+    """The stage that may use a prompt: "sft" 25 %, "rm" 35 %, "ppo" 30 %, "eval" 10 %, by its id."""
+    share = int(prompt_id, 16) / 16 ** len(prompt_id)
+    return next((name for name, bound in SPLITS if share < bound), "eval")
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yields (line number from 1, object) of a JSON Lines file, UTF-8, gzip if named ``.gz``.
+
+    Blank lines are passed over. Raises VirtueError that names file, line and remedy for a file
+    that is missing, unreadable or empty, and for a line that is not one JSON object in UTF-8.
+    """
+    path, number, found = Path(path), 0, False
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            for number, raw in enumerate(lines, 1):  # of bytes: only \n ends a line
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    record, found = json.loads(text), True
+                    _need(isinstance(record, dict), "a bare value")
+                    yield number, record
+    except FileNotFoundError:
+        problem = ": no such file: check the path, or run the stage that writes it"
+    except UnicodeDecodeError:
+        problem = f", line {number}: not UTF-8: convert the file to UTF-8"
+    except (ValueError, RecursionError) as e:  # the second: brackets nested a thousand deep
+        problem = (f", line {number}: not a JSON object ({str(e).split(':')[0]}): write one "
+                   '{"field": value, ...} a line, or remove the line')
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        problem = (f", after line {number}: damaged gzip: fetch the file again, or take .gz off "
+                   "its name if it is not compressed")
+    except OSError as e:
+        problem = f": cannot be read ({e.strerror}): give a readable file"
+    else:
+        problem = "" if found else ": empty: give a file with one JSON object a line"
+    if problem:
+        raise VirtueError(f"{path}{problem}")
+
+
+def parse_hh(text: str) -> Messages:
+    """An hh-rlhf transcript as messages, by its ``\\n\\nHuman:`` and ``\\n\\nAssistant:`` markers.
+
+    As the data holds a few of each: empty turns are left out, and neighbours of one role joined
+    by a blank line. Raises ValueError where the transcript does not start with a Human turn.
+    """
+    parts = re.split(r"\n\n(Human|Assistant):(?: |$)", text)
+    _need(not parts[0].strip() and parts[1:2] == ["Human"], "must start with '\\n\\nHuman: '")
+    messages: Messages = []
+    for marker, content in zip(parts[1::2], parts[2::2], strict=True):
+        role, content = {"Human": "user", "Assistant": "assistant"}[marker], content.strip()
+        if content and messages and messages[-1]["role"] == role:
+            content = f"{messages.pop()['content']}\n\n{content}"
+        if content:
+            messages.append({"role": role, "content": content})
+    return messages
+
+
+def prompt_of(record: dict) -> Messages:
+    """The prompt of a record: ``{"prompt": text or messages}``, or hh-rlhf's ``{"chosen": text}``.
+
+    A transcript is read up to and with its last Human turn. Raises ValueError saying what is wrong.
+    """
+    name = "prompt" if "prompt" in record else "chosen"
+    _need(name in record, 'has neither "prompt" (a text or messages) nor "chosen" (hh-rlhf)')
+    value = record[name]
+    if isinstance(value, str) and (name == "chosen" or value.startswith("\n\nHuman:")):
+        try:
+            value = parse_hh(value)
+        except ValueError as e:
+            raise ValueError(f'"{name}" {e}') from None
+        if value and value[-1]["role"] == "assistant":
+            value.pop()
+    elif isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    check_messages(value, name, "user")
+    return value
+
+
+def _records(path: str | Path, convert: Callable[[dict], dict], remedy: str) -> Iterator[dict]:
+    for number, record in read_jsonl(path):
+        try:
+            yield convert(record)
+        except ValueError as e:
+            raise VirtueError(f"{path}, line {number}: {e}: {remedy}") from None
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[dict]:
+    """The file's first `limit` (all) different prompts, as records ``{"id", "prompt"}``."""
+    found: dict[str, dict] = {}
+    for record in _records(path, lambda r: prompt_record(prompt_of(r)), "correct or remove it"):
+        found.setdefault(record["id"], record)
+        if len(found) == limit:
+            break
+    return list(found.values())
+
+
+def _number(value: object, high: float, kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value <= high
+
+
+def _stage_record(record: dict, fields: Sequence[str]) -> None:
+    missing = [name for name in ("id", *fields, "truncated") if name not in record]
+    _need(not missing, f"lacks {', '.join(missing)}")
+    _need(isinstance(record["id"], str) and re.fullmatch("[0-9a-f]{16}", record["id"]),
+          '"id" must be 16 hex digits')
+    _need(isinstance(record["truncated"], bool), '"truncated" must be true or false')
+
+
+def _revision(record: dict) -> dict:
+    _stage_record(record, ("prompt", "initial", "critique", "revision", "virtue"))
+    check_messages(record["prompt"], "prompt", "user")
+    for name in ("initial", "critique", "revision"):
+        _need(isinstance(record[name], str), f'"{name}" must be a text')
+    _need(record["revision"].strip(), '"revision" is empty')
+    _need(record["virtue"] in VIRTUES,
+          f"unknown virtue {record['virtue']!r}, known are {', '.join(VIRTUES)}")
+    return record
+
+
+def _preference(record: dict, lens: str) -> dict:
+    _stage_record(record, ("lens", "chosen", "rejected", "virtues", "label", "votes",
+                           "position_flips"))
+    _need(record["lens"] == lens, f"lens {record['lens']!r} where {lens!r} is asked for, give the "
+                                  "file of that lens")
+    chosen, rejected, virtues = record["chosen"], record["rejected"], record["virtues"]
+    check_messages(chosen, "chosen", "assistant")
+    check_messages(rejected, "rejected", "assistant")
+    shared = len(chosen) - 1 - 2 * LENSES.index(lens)  # the prompt's messages
+    _need(shared > 0 and len(chosen) == len(rejected) and chosen[:shared] == rejected[:shared],
+          f'"chosen" and "rejected" must be one prompt, each continued up to the {lens}')
+    _need(isinstance(virtues, dict), '"virtues" must map each virtue to a probability')
+    odd = ", ".join(sorted(set(virtues) ^ set(VIRTUES)))
+    _need(not odd, f'"virtues" with unknown or missing {odd}, it must have {", ".join(VIRTUES)}')
+    for name, value in [*virtues.items(), ("label", record["label"])]:
+        _need(_number(value, 1, (int, float)), f'"{name}" must be a probability, not {value!r}')
+    for name in ("votes", "position_flips"):
+        _need(_number(record[name], len(VIRTUES), int),
+              f'"{name}" must be a whole number from 0 to {len(VIRTUES)}')
+    return record
+
+
+def read_revisions(path: str | Path) -> list[dict]:
+    """Records {id, prompt (messages), initial, critique, revision, virtue, truncated (bool)}."""
+    return list(_records(path, _revision, "correct it, or run run_data.py revisions again"))
+
+
+def read_preferences(path: str | Path, lens: str) -> list[dict]:
+    """Records {id, lens, chosen, rejected, virtues, label, votes, position_flips, truncated}.
+
+    `chosen` and `rejected` are conversations that share their prompt and end with the lens's
+    turn; `virtues` maps every virtue to P(chosen better), `label` is a probability as well;
+    `votes` and `position_flips` count virtues. Raises VirtueError, also for another `lens`.
+    """
+    remedy = "correct it, or run run_data.py preferences again"
+    return list(_records(path, lambda record: _preference(record, lens), remedy))

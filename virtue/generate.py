@@ -1,0 +1,116 @@
+"""Sampling of dialogues: batched, with a KV cache, from each row's own random numbers.
+
+No top-k and no top-p: the log-probs of filtered samples are not those of the policy, and KL
+estimates from them are biased. A token is the inverse of the cumulative distribution at the row's
+uniform number, so neither batch size nor order changes what a row draws.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from virtue.dialogue import QUESTIONS, Dialogue, Messages, Turn, encode_prompt, followup_ids, left_pad
+from virtue.runtime import progress, stream
+
+DROP = 8  # finished rows leave the cache when they are at least 1/DROP of the batch
+
+
+def fits(tokenizer, messages: Messages, max_prompt_tokens: int) -> bool:
+    """Whether the prompt is short enough; callers drop and count the others, never cut them."""
+    return len(encode_prompt(tokenizer, messages)) <= max_prompt_tokens
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """One token a row of ``logits (B, V)``: the first whose cumulative probability exceeds
+    ``uniforms (B,)`` in [0, 1). Temperature 0 takes the most probable.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]  # 1 to rounding; kept above the threshold, also where u rounds to 1
+    threshold = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+
+@torch.no_grad()
+def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos_id: int,
+           pad_id: int, temperature: float = 1.0) -> list[tuple[list[int], bool]]:
+    """Continues each row of ids up to EOS, or up to ``uniforms.shape[1]`` new tokens.
+
+    Args:
+        model: a Mistral, in eval mode and with its stack of adapters set by the caller.
+        uniforms: ``(n, max_new_tokens)`` numbers in [0, 1), row by row.
+        temperature: divides the logits; 0 is greedy and leaves `uniforms` unread.
+
+    Returns:
+        For each row its new ids, EOS included, and whether they were truncated (no EOS came).
+    """
+    from transformers import DynamicCache
+
+    if temperature < 0 or len(uniforms) != len(rows):
+        raise ValueError(f"temperature {temperature}, {len(uniforms)} rows of uniforms for "
+                         f"{len(rows)} rows of ids")
+    device, steps = next(model.parameters()).device, uniforms.shape[1]
+    ids, mask = (t.to(device) for t in left_pad(rows, pad_id))
+    mask = torch.cat([mask, mask.new_ones(len(rows), steps)], dim=1)  # (B, L + steps)
+    draws = torch.as_tensor(uniforms, dtype=torch.float32, device=device)
+    new = torch.full((len(rows), steps), pad_id, device=device)
+    alive = torch.arange(len(rows), device=device)  # rows still in the batch
+    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    position = (mask.cumsum(1) - 1).clamp(min=0)[:, : ids.shape[1]]
+    width, cache = ids.shape[1], DynamicCache(config=model.config)
+    for step in range(steps):
+        logits = model(input_ids=ids, attention_mask=mask[:, : width + step], use_cache=True,
+                       position_ids=position, past_key_values=cache, logits_to_keep=1).logits
+        token = draw(logits[:, -1], draws[alive, step], temperature)
+        new[alive, step] = token
+        done |= token == eos_id
+        finished = int(done.sum())
+        if finished == len(done):
+            break
+        ids, position = token[:, None], position[:, -1:] + 1
+        if finished * DROP >= len(done):
+            keep = (~done).nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            ids, position, mask, alive, done = (t[keep] for t in (ids, position, mask, alive, done))
+    results = []
+    for row in new.tolist():  # what a finished row drew before it was dropped comes after its EOS
+        ended = eos_id in row
+        results.append((row[: row.index(eos_id) + 1] if ended else row, not ended))
+    return results
+
+
+def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, seed: int, stage: str,
+                     step: int = 0, max_new_tokens: int, temperature: float, batch_size: int,
+                     questions: Sequence[str] = QUESTIONS, turns: int = 3, copy: int = 0,
+                     desc: str | None = None) -> list[Dialogue]:
+    """One dialogue for each prompt record, in their order: the answer, and `turns` - 1 follow-ups.
+
+    The numbers a turn is drawn from are keyed by (seed, stage, step, prompt id, copy, turn); take
+    another `copy` for an independent second dialogue. `desc` names a progress bar, None shows none.
+    """
+    if not 1 <= turns <= len(questions) + 1:
+        raise ValueError(f"{turns} turns with {len(questions)} follow-up questions")
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = [encode_prompt(tokenizer, record["prompt"]) for record in prompts]
+    spans: list[list[Turn]] = [[] for _ in prompts]
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
+    batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    for batch in progress(batches, desc) if desc else batches:
+        for turn in range(turns):
+            uniforms = np.stack([
+                stream(seed, stage, step, prompts[i]["id"], copy, turn).random(max_new_tokens)
+                for i in batch])
+            sampled = sample(model, [rows[i] for i in batch], uniforms, eos_id=eos_id,
+                             pad_id=pad_id, temperature=temperature)
+            for i, (new, truncated) in zip(batch, sampled, strict=True):
+                start, end = len(rows[i]), len(rows[i]) + len(new)
+                spans[i].append(Turn(start, end, truncated))
+                rows[i] += new + [eos_id] * truncated
+                if turn + 1 < turns:
+                    rows[i] += followup_ids(tokenizer, questions[turn])
+    return [Dialogue(record["id"], record["prompt"], ids, tuple(turns_of))
+            for record, ids, turns_of in zip(prompts, rows, spans, strict=True)]

@@ -1,0 +1,260 @@
+"""LoRA over any linear layer: named adapters, stacks that add up, flattening and merging.
+
+    y = W x + sum over the active adapters i of  (alpha_i / r_i) B_i A_i x
+
+(Hu et al. 2021, arXiv:2106.09685, eq. 3.) ``W`` is frozen and may be 4-bit (QLoRA, Dettmers et al.
+2023, arXiv:2305.14314, eq. 5). Departures: the adapters of a stack add up, so that one base plays
+every role, reference ("sft",), policy ("sft", "policy") and so on; adapter arithmetic is fp32
+whatever the base's type, as bf16 loses the small updates of RL; and there is no dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import VirtueError
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+State = dict[str, Tensor]
+_PREFIX = "base_model.model."  # PEFT's names: base_model.model.<module>.lora_A.weight
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer ``base`` and its adapters: ``lora_A[name]`` (r, in), ``lora_B[name]``
+    (out, r), both fp32, times ``scaling[name]`` = alpha / r. Adapters named in ``active`` add to
+    the output; a name that this layer lacks (another list of targets) adds nothing here.
+    """
+
+    def __init__(self, base: nn.Linear, active: tuple[str, ...] = ()):
+        super().__init__()
+        self.base = base
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.scaling: dict[str, float] = {}
+        self.active = active
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        output = self.base(x)
+        updates = [  # the scale meets the narrow side, (..., r)
+            F.linear(F.linear(x.float(), self.lora_A[n]) * self.scaling[n], self.lora_B[n])
+            for n in self.active if n in self.scaling
+        ]
+        return output + sum(updates[1:], updates[0]).to(output.dtype) if updates else output
+
+    def put(self, name: str, A: Tensor, B: Tensor, scaling: float, trainable: bool) -> None:
+        for half, value in ((self.lora_A, A), (self.lora_B, B)):
+            half[name] = nn.Parameter(value.to(self.base.weight.device), requires_grad=trainable)
+        self.scaling[name] = scaling
+
+    def drop(self, name: str) -> None:
+        if self.scaling.pop(name, None) is not None:
+            del self.lora_A[name], self.lora_B[name]
+
+
+def _layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
+    """Wrapped layers by module path; only those that hold adapter ``name``, if given."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+    held = {path: layer for path, layer in layers.items() if name is None or name in layer.scaling}
+    if not held and name is not None:
+        raise KeyError(f"no adapter {name!r}; there are {adapter_names(model)}")
+    return held
+
+
+def _ranks(model: nn.Module, stack: tuple[str, ...]) -> dict[str, int]:
+    """Rank of each adapter of ``stack``. KeyError: an unknown name; ValueError: one named twice."""
+    if len(set(stack)) < len(stack):
+        raise ValueError(f"the stack {stack} names an adapter twice")
+    return {n: next(iter(_layers(model, n).values())).lora_A[n].shape[0] for n in stack}
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of all adapters on the model, in the order of their first appearance."""
+    return tuple(dict.fromkeys(n for layer in _layers(model).values() for n in layer.scaling))
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """A and B of each layer, in the order of the model. KeyError if there is no such adapter."""
+    held = _layers(model, name).values()
+    return [p for layer in held for p in (layer.lora_A[name], layer.lora_B[name])]
+
+
+def add_adapter(
+    model: nn.Module, name: str, *, rank: int, alpha: float,
+    targets: tuple[str, ...] = TARGETS, seed: int = 0,
+) -> None:
+    """Add a trainable adapter to every linear whose last path component is in ``targets``.
+
+    A is uniform in +-1/sqrt(in) (kaiming, a = sqrt 5) from ``seed``, B zero: a no-op at first.
+    ValueError: the name is taken, or rank < 1; VirtueError: a target that matches no layer.
+    """
+    if name in adapter_names(model) or rank < 1:
+        raise ValueError(f"adapter {name!r} exists already, or its rank {rank} is below 1")
+    found = {
+        path: module for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | LoRALinear) and path.rpartition(".")[2] in targets
+    }
+    unmatched = sorted(set(targets) - {path.rpartition(".")[2] for path in found})
+    if unmatched or not targets:
+        raise VirtueError(f"LoRA targets {unmatched} match no linear layer; known are {TARGETS}")
+    active, generator = active_stack(model), torch.Generator().manual_seed(seed)
+    for path, layer in found.items():
+        if isinstance(layer, nn.Linear):
+            layer = LoRALinear(layer, active)
+            model.set_submodule(path, layer)
+        A, B = torch.empty(rank, layer.base.in_features), torch.zeros(layer.base.out_features, rank)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        layer.put(name, A, B, alpha / rank, trainable=True)
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Delete an adapter and take it off the active stack. KeyError if there is none."""
+    for layer in _layers(model, name).values():
+        layer.drop(name)
+    _activate(model, active_stack(model))
+
+
+def active_stack(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that act now."""
+    return next((layer.active for layer in _layers(model).values()), ())
+
+
+def _activate(model: nn.Module, names: tuple[str, ...]) -> None:
+    known = adapter_names(model)
+    for layer in _layers(model).values():
+        layer.active = tuple(name for name in names if name in known)
+
+
+def set_stack(model: nn.Module, *names: str) -> None:
+    """Make exactly ``names`` act together (none: the bare base). KeyError: an unknown name."""
+    _ranks(model, names)
+    _activate(model, names)
+
+
+@contextmanager
+def use_stack(model: nn.Module, *names: str) -> Iterator[nn.Module]:
+    """``set_stack`` for the length of a ``with`` block; the stack before returns in any case."""
+    previous = active_stack(model)
+    set_stack(model, *names)
+    try:
+        yield model
+    finally:
+        _activate(model, previous)
+
+
+def adapter_state(model: nn.Module, name: str) -> State:
+    """Copies on the CPU under PEFT's names, ``base_model.model.<module>.lora_A.weight``."""
+    return {
+        f"{_PREFIX}{path}.lora_{half}.weight": pair[name].detach().cpu().clone()
+        for path, layer in _layers(model, name).items()
+        for half, pair in (("A", layer.lora_A), ("B", layer.lora_B))
+    }
+
+
+def adapter_config(
+    model: nn.Module, name: str, base_id: str, modules_to_save: list[str] | None = None
+) -> dict:
+    """The content of PEFT's ``adapter_config.json``; ``modules_to_save=["score"]`` with a head."""
+    layers, rank = _layers(model, name), _ranks(model, (name,))[name]
+    alpha = round(next(iter(layers.values())).scaling[name] * rank, 9)
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_id,
+        "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0,
+        "target_modules": sorted({path.rpartition(".")[2] for path in layers}), "bias": "none",
+        "modules_to_save": modules_to_save, "fan_in_fan_out": False, "inference_mode": True,
+    }
+
+
+def load_adapter_state(model: nn.Module, name: str, state: State, config: dict) -> None:
+    """Write ``state`` and ``config`` (as from ``adapter_state`` and ``adapter_config``) to adapter
+    ``name``, which keeps its ``requires_grad``; where there is none, a frozen one is made.
+    VirtueError, and nothing is changed: not plain LoRA; a rank, alpha or list of targets other
+    than the existing adapter's; a tensor that is missing, extra, misshapen or not finite.
+    """
+    variants = ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        want = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(config["target_modules"])}
+        if config["peft_type"] != "LORA" or rank < 1 or any(config.get(key) for key in variants):
+            raise ValueError(f"not plain LoRA of rank >= 1 without {variants}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise VirtueError(f"adapter {name!r}: bad adapter_config.json: {error!r}") from error
+    made = name not in adapter_names(model)
+    if made:
+        add_adapter(model, name, rank=rank, alpha=alpha, targets=tuple(want["target_modules"]))
+    have, expected = adapter_config(model, name, ""), adapter_state(model, name)
+    problems = [f"{k} is {v}, expected {have[k]}" for k, v in want.items() if v != have[k]]
+    unpaired = sorted(expected.keys() ^ state.keys())
+    problems += [f"{k} is {'missing' if k in expected else 'unknown'}" for k in unpaired]
+    shapes = {k: (tuple(state[k].shape), tuple(expected[k].shape)) for k in expected if k in state}
+    problems += [f"{k} is {a}, expected {b}" for k, (a, b) in shapes.items() if a != b]
+    problems += [f"{k} holds NaN or infinity" for k in shapes if not state[k].isfinite().all()]
+    if problems and made:
+        remove_adapter(model, name)
+    if problems:
+        raise VirtueError(f"adapter {name!r} was made for another base or settings: {problems[0]}")
+    with torch.no_grad():
+        for parameter, key in zip(adapter_parameters(model, name), expected, strict=True):
+            parameter.copy_(state[key])
+            parameter.requires_grad_(parameter.requires_grad and not made)
+
+
+def flatten(model: nn.Module, stack: tuple[str, ...], name: str) -> None:
+    """Make the frozen adapter ``name`` equal to ``stack``, to rounding; again: refresh it.
+
+    A stacked along the rank, s B side by side: [s1 B1, s2 B2] [A1; A2] = s1 B1 A1 + s2 B2 A2. Rank
+    and alpha are the sum of ranks; zeros stand for an adapter that a layer lacks. ValueError: empty
+    stack, ``name`` in the stack or trainable; KeyError: an unknown adapter.
+    """
+    ranks = _ranks(model, stack)
+    trainable = name in adapter_names(model) and adapter_parameters(model, name)[0].requires_grad
+    if not stack or name in stack or trainable:
+        raise ValueError(f"cannot flatten {stack} into {name!r}: empty, itself, or trainable")
+    for layer in _layers(model).values():
+        layer.drop(name)
+        if layer.scaling.keys().isdisjoint(stack):
+            continue
+        base, start, total = layer.base, 0, sum(ranks.values())
+        A = torch.zeros(total, base.in_features, device=base.weight.device)
+        B = torch.zeros(base.out_features, total, device=base.weight.device)
+        for part, rank in ranks.items():
+            if part in layer.scaling:
+                A[start : start + rank] = layer.lora_A[part].detach()
+                B[:, start : start + rank] = layer.lora_B[part].detach() * layer.scaling[part]
+            start += rank
+        layer.put(name, A, B, 1.0, trainable=False)
+
+
+def _dense(parameter: nn.Parameter) -> Tensor:
+    if getattr(parameter, "quant_state", None) is None:
+        return parameter.detach().float()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, parameter.quant_state).float()
+
+
+def merged_state_dict(model: nn.Module, stack: tuple[str, ...], dtype: torch.dtype) -> State:
+    """The base with ``stack`` folded in, on the CPU, under the names of a plain model's files.
+
+    W + sum scaling_i B_i A_i in fp32 (4-bit W dequantised first), then ``dtype``. For export only:
+    rounding to bf16, and 4 bits all the more, erases light fine-tunes. A tied lm_head is left out,
+    as in HF's files; VirtueError if the stack changes it. KeyError: an unknown adapter.
+    """
+    layers, merged, _ = _layers(model), {}, _ranks(model, stack)
+    for key, parameter in model.named_parameters():  # a tied tensor comes once
+        if ".lora_A." in key or ".lora_B." in key:
+            continue
+        key, weight = key.replace(".base.", "."), _dense(parameter)
+        layer = layers.get(key.removesuffix(".weight"))
+        for name in (name for name in stack if layer is not None and name in layer.scaling):
+            update = layer.lora_B[name].detach() @ layer.lora_A[name].detach()
+            weight = weight + update * layer.scaling[name]
+        merged[key] = weight.to("cpu", dtype, copy=True)
+    for path, layer in layers.items():
+        if f"{path}.weight" not in merged and not layer.scaling.keys().isdisjoint(stack):
+            raise VirtueError(f"{path} is tied to the embeddings: its adapter cannot be merged")
+    return merged

@@ -1,0 +1,58 @@
+"""Statistics over the real entries of padded tensors.
+
+`mask` is bool with the shape of `x`; True = real token. What lies outside never reaches a result,
+not even NaN or infinity, and its gradient is zero. ValueError: shapes that differ, a mask that is
+not bool, an empty mask (an average over nothing cannot be reported).
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_shapes(**tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors have one shape and the one named `mask` is bool.
+
+    (B,) against (B, T) broadcasts silently whenever B == T; here that is always an error.
+    """
+    if len({tuple(t.shape) for t in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+        raise ValueError(f"shapes must be equal: {shapes}")
+    if "mask" in tensors and tensors["mask"].dtype != torch.bool:
+        raise ValueError(f"mask must be bool (True = real token), not {tensors['mask'].dtype}")
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """sum_i m_i x_i / sum_i m_i. x, mask: any one shape -> 0-d, or without dimension `dim`."""
+    check_shapes(x=x, mask=mask)
+    count = mask.sum() if dim is None else mask.sum(dim)
+    if bool((count == 0).any()):
+        raise ValueError(f"empty mask: no True entry to average over (shape {tuple(mask.shape)})")
+    kept = torch.where(mask, x, 0)  # not x * mask: NaN * 0 is NaN
+    return (kept.sum() if dim is None else kept.sum(dim)) / count
+
+
+def masked_var(x: Tensor, mask: Tensor, unbiased: bool = False) -> Tensor:
+    """sum_i m_i (x_i - mean)^2 / n, or / (n - 1) if `unbiased`. x, mask: any one shape -> 0-d.
+
+    ValueError: `unbiased` with fewer than two entries.
+    """
+    # Masked before the square, too: its gradient is 0 * 2x, and 0 * NaN is NaN.
+    deviation = torch.where(mask, x - masked_mean(x, mask), 0)
+    variance = masked_mean(deviation**2, mask)
+    n = int(mask.sum())
+    if unbiased and n < 2:
+        raise ValueError(f"the unbiased variance needs at least 2 masked entries, got {n}")
+    return variance * n / (n - 1) if unbiased else variance
+
+
+def whiten(x: Tensor, mask: Tensor, center: bool = True) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-8) under the mask, 0 outside. x, mask: any one shape -> the same.
+
+    Variance with divisor n; `center=False` adds the mean back (for rewards, whose sign has a
+    meaning). Constant entries give 0 (or the constant), not NaN. After the public code of Ziegler
+    et al. 2019 (arXiv:1909.08593), with a mask. Give it the whole batch, not a minibatch.
+    """
+    mean = masked_mean(x, mask)
+    whitened = torch.where(mask, x - mean, 0) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    return whitened if center else torch.where(mask, whitened + mean, 0)

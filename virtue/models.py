@@ -1,0 +1,302 @@
+"""The base model (Mistral architecture, in fp32, bf16, fp16 or NF4), its tokenizer, a scalar head.
+
+Loading is our own, tensor by tensor, because transformers' 4-bit path needs accelerate; the logits
+equal transformers'. Log-probs and scores are read at chosen positions only, so that ``lm_head``
+(V = 32,000) never runs over a whole batch. transformers and bitsandbytes take seconds to import:
+they are imported inside the functions. Letters: B batch, L sequence, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import VirtueError
+from .logprobs import entropy, gather_logprobs, scatter, select_next
+
+if TYPE_CHECKING:
+    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
+
+TOY = "toy"
+TOY_FOLDER = Path(__file__).parent / "toy" / "model"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZE = ("none", "nf4")
+_INDEX = "model.safetensors.index.json"
+_HUB_FILES = (  # no pickles, no duplicate "consolidated" weights, no sentencepiece
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "model*.safetensors", _INDEX,
+)
+
+
+def resolve(name: str | Path) -> Path:
+    """Folder of a model: "toy" (the one in the package), a local folder, or a hub id.
+
+    A hub id (owner/model) is downloaded to Hugging Face's cache. VirtueError: none of the three.
+    """
+    folder = TOY_FOLDER if name == TOY else Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name == TOY or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        raise VirtueError(f"{folder}: no such folder; give 'toy', a local folder or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # network, access, spelling: the hub has an exception for each
+        reason = " ".join(str(error).split())[:200]
+        raise VirtueError(
+            f"{name}: no such local folder, and the hub did not give it ({reason}); "
+            "check the spelling, the network, and for gated models `hf auth login`"
+        ) from error
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Tokenizer with a chat template, an EOS, and a PAD that is not EOS (else EOS is masked away
+    and the model never learns to stop). Where no PAD is set, the unknown token takes its place.
+
+    VirtueError: tokenizer.json, template, EOS or PAD is missing, or PAD is EOS. No remote code.
+    """
+    folder = resolve(name)
+    if not (folder / "tokenizer.json").is_file():
+        raise VirtueError(
+            f"{folder}: no tokenizer.json; a lone tokenizer.model must be converted first: load it "
+            "with transformers.AutoTokenizer (with sentencepiece installed) and save_pretrained"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise VirtueError(f"{folder}: cannot read the tokenizer: {error}") from error
+    where = folder / "tokenizer_config.json"
+    if not tokenizer.chat_template:
+        raise VirtueError(f"{where}: no chat template; take an instruction-tuned model or add one")
+    if tokenizer.eos_token_id is None:
+        raise VirtueError(f"{where}: no eos_token; name the token that ends a turn")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.unk_token_id is None:
+            raise VirtueError(f"{where}: neither pad_token nor unk_token; name a pad_token")
+        tokenizer.pad_token = tokenizer.unk_token
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise VirtueError(f"{where}: pad_token is eos_token; name another, such as <unk>")
+    return tokenizer
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files: the single one, or all that the index names."""
+    single, index = folder / "model.safetensors", folder / _INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise VirtueError(f"{folder}: neither model.safetensors nor {_INDEX}; convert the weights")
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VirtueError(f"{index}: not an index of weights; fetch it again") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise VirtueError(f"{folder / name}: the index names this file, but it is missing")
+    return [folder / name for name in names]
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (a handle, not a dict)
+                    yield path, key, file.get_tensor(key)
+        except SafetensorError as error:
+            raise VirtueError(f"{path}: damaged ({error}); fetch it again") from error
+
+
+def _read_config(folder: Path) -> MistralConfig:
+    from transformers import MistralConfig
+
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+        kind, quantized = fields.get("model_type"), fields.get("quantization_config")
+        config = MistralConfig.from_pretrained(folder) if kind == "mistral" else None
+    except Exception as error:  # transformers' validation has exceptions of its own
+        raise VirtueError(f"{path}: not a readable model configuration ({error})") from error
+    if config is None:
+        raise VirtueError(f"{path}: model_type is {kind!r}; only the Mistral architecture is known")
+    if quantized:
+        raise VirtueError(f"{path}: weights are quantised; take the original and --quantize nf4")
+    return config
+
+
+def _skeleton(config: MistralConfig, quantize: str, dtype: torch.dtype) -> MistralForCausalLM:
+    """The model on the meta device (no memory), with ``Linear4bit`` for all linears but lm_head."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    if quantize == "none":
+        return model
+    from bitsandbytes.nn import Linear4bit
+
+    for path, old in list(model.named_modules()):
+        if isinstance(old, nn.Linear) and path != "lm_head":
+            new = Linear4bit(
+                old.in_features, old.out_features, old.bias is not None,
+                compute_dtype=dtype, quant_type="nf4", device="meta",
+            )
+            # Else a no-grad forward on a CPU with AVX512-BF16 repacks the weights in place, and
+            # gradients through them are None ever after.
+            new.support_avx512bf16_for_cpu = False
+            model.set_submodule(path, new)
+    return model
+
+
+def _place(module: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype, device: str) -> None:
+    """Replace the meta parameter ``leaf`` of ``module`` by ``tensor``; 4-bit where it belongs."""
+    old = getattr(module, leaf)
+    # A copy: the tensor may be a view of the file. The cast comes before the quantisation, since
+    # bitsandbytes' backward uses the type that was quantised.
+    tensor = tensor.to(device, dtype, copy=True)
+    if type(old).__name__ == "Params4bit":
+        new = type(old)(tensor, requires_grad=False, quant_type="nf4", module=module).to(device)
+    else:
+        new = nn.Parameter(tensor, requires_grad=False)
+    setattr(module, leaf, new)
+
+
+def load_model(
+    name: str | Path, *, quantize: str = "none", dtype: str = "fp32", device: str = "cpu"
+) -> MistralForCausalLM:
+    """The frozen base in eval mode; ``dtype`` is also the compute type of NF4. Never ``.to()`` it.
+
+    VirtueError: not of the Mistral architecture, a file or tensor that is missing, damaged,
+    unknown or of another shape than config.json says.
+    """
+    if quantize not in QUANTIZE or dtype not in DTYPES:
+        raise ValueError(f"quantize {quantize!r} not in {QUANTIZE}, or {dtype!r} in {list(DTYPES)}")
+    folder = resolve(name)
+    config, files = _read_config(folder), _weight_files(folder)
+    from tqdm import tqdm
+
+    model = _skeleton(config, quantize, DTYPES[dtype])
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    tied = config.tie_word_embeddings
+    if tied:
+        del shapes["lm_head.weight"]
+    seen: set[str] = set()
+    with tqdm(total=len(shapes), desc=f"loading {folder.name}", unit="tensor", leave=False) as bar:
+        for path, key, tensor in _tensors(files):
+            if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and tied:
+                continue  # computed, or tied, below
+            if shapes.get(key) != tensor.shape:
+                want = tuple(shapes[key]) if key in shapes else "no such tensor"
+                raise VirtueError(f"{path}: {key} is {tuple(tensor.shape)}, config.json has {want}")
+            module, _, leaf = key.rpartition(".")
+            _place(model.get_submodule(module), leaf, tensor, DTYPES[dtype], device)
+            seen.add(key)
+            bar.update()
+    if missing := sorted(shapes.keys() - seen):
+        raise VirtueError(f"{folder}: {len(missing)} tensors are missing, e.g. {missing[0]}")
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    # inv_freq is in no file and still on meta: compute it again, and in fp32 whatever the dtype.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert not tensor.is_meta, f"{key} was never loaded"
+    return model.requires_grad_(False).eval()
+
+
+def base_fingerprint(folder: str | Path) -> str:
+    """Hex digest of config.json and of name, size, first and last MiB of each weight file: tells
+    bases apart without reading all 14 GB. ``folder`` as from ``resolve``."""
+    folder, size = Path(folder), 1 << 20
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in _weight_files(folder):
+        length = path.stat().st_size
+        digest.update(f"\n{path.name} {length}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(size))
+            file.seek(max(0, length - size))
+            digest.update(file.read(size))
+    return digest.hexdigest()
+
+
+def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex digest of the chat template, the vocabulary with its ids, and BOS, EOS and PAD."""
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    content = [tokenizer.chat_template, sorted(tokenizer.get_vocab().items()), special]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def hidden_states(
+    model: MistralForCausalLM, input_ids: Tensor, attention_mask: Tensor,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """(B, L, D) after the final norm, for ``input_ids`` (B, L), padded on either side.
+
+    ``attention_mask`` (B, L), True or 1 = real token, or (B, 1, L, L) True = attends, which needs
+    ``position_ids`` (B, L); by default a token's position is the number of real ones before it.
+    The mask is required: without it transformers reads positions as packed sequences.
+    """
+    if position_ids is None:
+        if attention_mask.shape != input_ids.shape:
+            shapes = f"{tuple(attention_mask.shape)} and {tuple(input_ids.shape)}"
+            raise ValueError(f"mask and ids of shapes {shapes} need position_ids")
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return model.model(
+        input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+
+
+def logprobs_at(
+    model: MistralForCausalLM, input_ids: Tensor, attention_mask: Tensor, mask: Tensor,
+    temperature: float = 1.0, with_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """fp32 log-probs (B, L-1) of the tokens under ``mask`` (B, L-1), zero elsewhere; column j
+    speaks of token j+1. ``with_entropy``: also the entropies (B, L-1), in nats."""
+    hidden, targets = select_next(hidden_states(model, input_ids, attention_mask), input_ids, mask)
+    logits = model.lm_head(hidden)  # (N, V), N = mask.sum()
+    logprobs = scatter(gather_logprobs(logits, targets, temperature), mask)
+    if not with_entropy:
+        return logprobs
+    return logprobs, scatter(entropy(logits, temperature), mask)
+
+
+class ScalarHead(nn.Module):
+    """Score of a hidden state: fp32 ``weight`` (1, D), and a ``bias`` (1,) if asked for.
+
+    Zeros by default; with ``seed`` normal with std 1/sqrt(D + 1) (Stiennon et al. 2020,
+    arXiv:2009.01325, app. B.1, reward model).
+    """
+
+    def __init__(self, dim: int, *, bias: bool = False, seed: int | None = None):
+        super().__init__()
+        weight = torch.zeros(1, dim)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            weight.normal_(std=(dim + 1) ** -0.5, generator=generator)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(1)) if bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (..., D) -> (...)
+        return F.linear(hidden.float(), self.weight, self.bias).squeeze(-1)
+
+
+def score_at(
+    model: MistralForCausalLM, head: ScalarHead, input_ids: Tensor, attention_mask: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """fp32 scores (B, P) read at token indices ``positions`` (B, P). ValueError: one on padding."""
+    if not attention_mask.gather(1, positions).all():
+        raise ValueError("a score position lies on padding")
+    hidden = hidden_states(model, input_ids, attention_mask)
+    index = positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])  # (B, P, D)
+    return head(hidden.gather(1, index))

@@ -1,0 +1,104 @@
+"""From sampled dialogues to what PPO learns from: masks, scores of the reward models, placed rewards.
+
+Sampled ids are used as they are; nothing is tokenised again. Each reward model reads the dialogue up
+to the end of the turn it was trained on (``answer``: all read the answer alone).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from virtue.dialogue import Dialogue, right_pad
+from virtue.ensemble import ADDITIVE, aggregate, shares
+from virtue.ethics import LENSES
+from virtue.lora import use_stack
+from virtue.models import logprobs_at, score_at
+from virtue.ppo import place_rewards
+
+
+def loss_mask(dialogues: Sequence[Dialogue], length: int, train_turns: str = "all") -> Tensor:
+    """(B, length - 1) bool, True where the next token was sampled in a turn that the loss covers.
+
+    ``train_turns``: "all", or "action" for the first turn only. A forced EOS is never covered.
+    """
+    mask = torch.zeros(len(dialogues), length - 1, dtype=torch.bool)
+    for row, dialogue in enumerate(dialogues):
+        for turn in dialogue.turns[: 1 if train_turns == "action" else None]:
+            mask[row, turn.start - 1: turn.end - 1] = True  # column j speaks of token j + 1
+    return mask
+
+
+@torch.no_grad()
+def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
+    """``function`` over chunks of ``size`` rows of all tensors, without gradient, joined on the CPU."""
+    return torch.cat([function(*chunk).cpu() for chunk in zip(*(t.split(size) for t in tensors), strict=True)])
+
+
+@torch.no_grad()
+def score_dialogues(model, reward_models: Sequence[tuple[tuple[str, ...], torch.nn.Module]],
+                    dialogues: Sequence[Dialogue], pad_id: int, *, batch_size: int,
+                    reward_turns: str = "dialogue") -> Tensor:
+    """Raw scores (K, B) of K reward models, each a (stack of adapters, head), in the order of LENSES.
+
+    ``reward_turns="dialogue"``: model k reads up to turn k; ``"answer"``: every model reads turn 0.
+    Rows are cut at the position that is read, so that no model pays for tokens it does not see.
+    """
+    device, scores = model.lm_head.weight.device, torch.empty(len(reward_models), len(dialogues))
+    for k, (stack, head) in enumerate(reward_models):
+        ends = [d.turns[0 if reward_turns == "answer" else k].score_position for d in dialogues]
+        order = sorted(range(len(dialogues)), key=lambda i: ends[i])  # little padding in a batch
+        with use_stack(model, *stack):
+            for start in range(0, len(order), batch_size):
+                rows = order[start:start + batch_size]
+                ids, mask = right_pad([dialogues[i].ids[: ends[i] + 1] for i in rows], pad_id)
+                positions = torch.tensor([[ends[i]] for i in rows], device=device)
+                scores[k, rows] = score_at(model, head, ids.to(device), mask.to(device), positions)[:, 0].cpu()
+    return scores
+
+
+def dialogue_logprobs(model, stack: Sequence[str], dialogues: Sequence[Dialogue], pad_id: int, *,
+                      batch_size: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probs (B, L-1) of all sampled tokens under a stack, and their mask; nats."""
+    ids, attention = right_pad([d.ids for d in dialogues], pad_id)
+    mask = loss_mask(dialogues, ids.shape[1])
+    device = model.lm_head.weight.device
+    with use_stack(model, *stack):
+        logprobs = in_chunks(lambda i, a, m: logprobs_at(model, i.to(device), a.to(device), m.to(device), temperature),
+                             batch_size, ids, attention, mask)
+    return logprobs, mask
+
+
+def place_scores(scores: Tensor, dialogues: Sequence[Dialogue], mask: Tensor, method: str, *,
+                 eos_penalty: float = 0.0, **settings) -> Tensor:
+    """Rewards (B, L-1) from standardised scores (K, B), before the KL penalty.
+
+    Additive aggregators pay each lens at the last sampled token of its own turn, the others one
+    scalar at the dialogue's last sampled token (an earlier one where the loss ends earlier: see
+    ``place_rewards``). A truncated turn under the loss pays ``eos_penalty`` at its last token.
+    ``settings`` go to ``ensemble.aggregate``.
+    """
+    ends = torch.tensor([[turn.end - 2 for turn in d.turns] for d in dialogues])  # columns (B, turns)
+    if method in ADDITIVE:
+        parts = shares(scores, method, settings.get("weights"))
+        positions = torch.stack([ends[:, min(k, ends.shape[1] - 1)] for k in range(len(parts))])  # (K, B)
+        rewards = place_rewards(mask, positions, parts)
+    else:
+        rewards = place_rewards(mask, ends[:, -1], aggregate(scores, method, **settings))
+    cut = torch.tensor([[turn.truncated for turn in d.turns] for d in dialogues])
+    cut &= mask.gather(1, ends)
+    for turn in range(ends.shape[1]):
+        rewards[cut[:, turn], ends[cut[:, turn], turn]] -= eos_penalty
+    return rewards
+
+
+def ended_share(dialogues: Sequence[Dialogue]) -> float:
+    """Share of turns that ended with a sampled EOS."""
+    turns = [turn for d in dialogues for turn in d.turns]
+    return 1.0 - sum(turn.truncated for turn in turns) / len(turns)
+
+
+def lens_stacks(sft: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The stack of each lens's reward model: (sft, lens)."""
+    return [(*sft, lens) for lens in LENSES]

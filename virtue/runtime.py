@@ -1,0 +1,146 @@
+"""What every script shares: flags, errors, keyed randomness, progress, metrics, device, threads.
+
+Imports no torch at the top, so that ``--help`` is instant.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from virtue import VirtueError
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False  # defaults that say nothing
+        return action.help if silent else super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):  # argparse makes sub-commands of the same class
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**{"formatter_class": _Formatter, "allow_abbrev": False, **kwargs})
+        # "--lr -1e-5" is a number out of range, not a flag of the name -1e-5
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help opens with `doc`, the script's docstring; errors exit with status 2."""
+    return _Parser(description=doc.strip())
+
+
+def _checked(convert: Callable, test: Callable, what: str) -> Callable[[str], float]:
+    def parse(text: str):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not test(value):  # nan fails every test
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        return value
+    return parse
+
+
+positive_int = _checked(int, lambda v: v >= 1, "a whole number of at least 1")
+nonnegative_int = _checked(int, lambda v: v >= 0, "a whole number of at least 0")
+positive_float = _checked(float, lambda v: 0 < v < math.inf, "a number above 0")
+nonnegative_float = _checked(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+fraction = _checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every stage: base model, machine, seed, output folder."""
+    add = parser.add_argument_group("base model, machine, output").add_argument
+    add("--model", default="toy", help="toy, a local folder, or a Hugging Face hub id")
+    add("--quantize", choices=("none", "nf4"), default="none", help="4-bit NF4 base weights")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32",
+        help="type of the base's weights and arithmetic (on a CPU, fp32 is fastest)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
+    add("--threads", type=nonnegative_int, default=0, help="CPU threads, 0 for torch's choice")
+    add("--seed", type=nonnegative_int, default=0, help="same seed, same bytes")
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--overwrite", action="store_true", help="write into a folder that is not empty")
+
+
+def run_main(main: Callable[[], object]) -> None:
+    """Runs a script's `main` and exits: 0; 2 after a VirtueError's one line; 130 on Ctrl-C."""
+    try:
+        main()
+    except VirtueError as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _key(*key: int | float | str) -> int:
+    canonical = json.dumps(key, default=lambda scalar: scalar.item())  # 1, 1.0, "1" all differ
+    return int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:16], "little")
+
+
+def stream(*key: int | float | str) -> np.random.Generator:
+    """The random numbers that belong to `key`, e.g. (seed, stage, step, record id, turn).
+
+    Resume, sharding and batch size leave them alone. Philox, keyed by 128 bits of the sha256.
+    """
+    return np.random.Generator(np.random.Philox(key=_key(*key)))
+
+
+def torch_seed(*key: int | float | str) -> int:
+    """A seed in [0, 2^63) for ``torch.Generator().manual_seed``, keyed as `stream` is."""
+    return _key("torch", *key) >> 65
+
+
+def progress(iterable: Iterable, desc: str, total: int | None = None) -> Iterable:
+    """`iterable` with a progress bar on stderr."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, desc=desc, total=total, file=sys.stderr, dynamic_ncols=True,
+                mininterval=0.5)
+
+
+class MetricsLog:
+    """Appends one JSON line a call to `path`, at once."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def write(self, metrics: dict) -> None:
+        """`metrics`: names to texts and scalars (torch's and numpy's too); nan is written null."""
+        plain = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
+        line = json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v
+                           for k, v in plain.items()}, ensure_ascii=False)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def pick_device(name: str):
+    """``torch.device`` of "auto", "cpu" or "cuda"; VirtueError where there is no such device."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise VirtueError(f"--device {name}: torch sees no GPU here: use --device cpu, or install "
+                          "a CUDA build of torch")
+    return torch.device(name)
+
+
+def torch_threads(count: int) -> int:
+    """Sets torch's CPU threads (0 leaves them alone); returns how many there are."""
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
