@@ -15,6 +15,10 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+NF4 = [
+    -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+]
 CORPUS = [
     "What should I do about the letter that I found? I would give the letter back to the owner.",
     "What is the motivation behind the answer? The motivation is honesty and compassion.",
@@ -49,14 +53,14 @@ def make_tiny_model(
     """Save a random fp32 ``MistralForCausalLM`` (and tokenizer) in ``folder``; return the folder.
 
     ``config`` overrides fields of the MistralConfig, e.g. ``tie_word_embeddings=True``;
-    ``max_shard_size="40KB"`` gives several shards and an index.
+    ``max_shard_size="100KB"`` gives several shards and an index.
     """
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
     fields = dict(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024,
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
         sliding_window=None, tie_word_embeddings=False, initializer_range=0.2,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )
@@ -71,3 +75,16 @@ def make_tiny_model(
     if tokenizer:
         make_tiny_tokenizer(folder)
     return folder
+
+
+def dequantize(parameter):
+    """fp32 weight (out, in) of a double-quantised NF4 ``Params4bit``, by the definition of QLoRA
+    (Dettmers et al. 2023, sec. 3, app. E): no bitsandbytes kernel is trusted."""
+    import torch
+
+    state = parameter.quant_state
+    codes = parameter.data.reshape(-1)
+    codes = torch.stack([codes >> 4, codes & 15], dim=1).reshape(-1, 64).long()  # blocks of 64
+    outer, n = state.state2, state.absmax.numel()
+    scale = outer.code[state.absmax.long()] * outer.absmax.repeat_interleave(256)[:n] + state.offset
+    return (torch.tensor(NF4)[codes] * scale[:, None]).reshape(state.shape)

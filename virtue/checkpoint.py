@@ -14,9 +14,13 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 
 from virtue import VirtueError
+from virtue.lora import adapter_config, adapter_state, load_adapter_state
+from virtue.models import ScalarHead
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "virtue.json"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy")
@@ -93,33 +97,34 @@ def save_artifact(folder: str | Path, *, stage: str, model: nn.Module, adapter: 
                   extra: Mapping | None = None) -> None:
     """Saves `adapter` of `model`, and the scalar `head`, with all that loading must agree with.
 
-    Args:
-        base: {"id", "fingerprint"} of the base model (`models.base_fingerprint`).
-        template: `models.template_fingerprint` of the tokenizer.
-        parents: role -> artefact folder that this one was trained upon, e.g. {"sft": "runs/sft"}.
-        extra: what belongs to the stage: lens, score mean and std, ...
+    `base` is {"id", "fingerprint"}, `template` a fingerprint (see models.py); `parents` maps roles
+    to the artefact folders it was trained upon, e.g. {"sft": "runs/sft"}; `extra` is the stage's
+    own: lens, score mean and std, ...
     """
-    from safetensors.torch import save
-
-    from virtue.lora import adapter_config, adapter_state
-
     folder, state = Path(folder), adapter_state(model, adapter)
     config = adapter_config(model, adapter, base["id"], ["score"] if head is not None else None)
     if head is not None:
         config["task_type"] = "SEQ_CLS"  # PEFT then opens it as MistralForSequenceClassification
         state |= {_SCORE + name: t.cpu().clone() for name, t in head.state_dict().items()}
-    manifest = {
+    (folder / MANIFEST).unlink(missing_ok=True)  # no artefact while its files change
+    write_atomic(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, config)
+    write_manifest(folder, stage=stage, base=base, template=template, parents=parents,
+                   settings=settings, seed=seed, extra=extra, sha256=file_hash(folder))
+
+
+def write_manifest(folder: Path, *, stage: str, base: Mapping[str, str], template: str,
+                   parents: Mapping[str, str | Path], settings: Mapping, seed: int,
+                   extra: Mapping | None = None, sha256: str | None = None) -> None:
+    """Writes virtue.json, of an adapter (see `save_artifact`) or of a folder of data."""
+    write_json(folder / MANIFEST, {
         "stage": stage, "base": dict(base), "template": template,
         "parents": {role: {"folder": str(parent), "sha256": file_hash(parent)}
                     for role, parent in parents.items()},
         "seed": seed, "settings": dict(settings), "extra": dict(extra or {}),
-        "versions": {"python": platform.python_version(), **dict(sorted(
-            (d.name, d.version) for d in metadata.distributions() if d.name in PACKAGES))},
-    }
-    (folder / MANIFEST).unlink(missing_ok=True)  # no artefact while its files change
-    write_atomic(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
-    write_json(folder / CONFIG, config)
-    write_json(folder / MANIFEST, {**manifest, "sha256": file_hash(folder)})
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "sha256": sha256,
+    })
 
 
 def _read_json(path: Path, fields: Iterable[str]) -> dict:
@@ -156,24 +161,11 @@ def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, st
                   ) -> tuple[dict, nn.Module | None]:
     """Puts an artefact's adapter on `model` as `adapter_name` (see `lora.load_adapter_state`).
 
-    Args:
-        base, template: of the model and tokenizer in use, as in `save_artifact`.
-        parents: the artefacts it will be stacked upon; if given, they must be those it was
-            trained upon, no more and no less.
-
-    Returns:
-        The manifest, and the scalar head if the artefact has one.
-
-    Raises:
-        VirtueError: made for another base, template or parent; changed or damaged since; without
-            the head it was saved with; of other rank, targets or shapes than the model's adapter.
+    `base` and `template` are those in use, as in `save_artifact`; `parents`, if given, the very
+    artefacts it was trained upon. Returns the manifest, and the scalar head or None. VirtueError:
+    made for another base, template or parent; changed or damaged since, its head lost; of other
+    rank, targets or shapes than the model's adapter. The model is then left as it was.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from virtue.lora import load_adapter_state
-    from virtue.models import ScalarHead
-
     folder, manifest = Path(folder), read_manifest(folder, stage, lens)
     recorded = {role: parent["sha256"] for role, parent in manifest["parents"].items()}
     if manifest["base"]["fingerprint"] != base["fingerprint"]:
@@ -184,9 +176,8 @@ def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, st
                           f"{base['id']}: restore the template, or train again")
     if parents is not None and recorded != {r: file_hash(p) for r, p in parents.items()}:
         was = ", ".join(p["folder"] for p in manifest["parents"].values()) or "the bare base"
-        now = ", ".join(map(str, parents.values())) or "the bare base"
-        raise VirtueError(f"{folder}: trained upon {was}, not upon {now} as it is now: give what "
-                          "it was trained upon, or train again")
+        raise VirtueError(f"{folder}: was trained upon {was} as it was then, not upon what is "
+                          "given now: give that, or train again")
     if file_hash(folder) != manifest["sha256"]:
         raise VirtueError(f"{folder / WEIGHTS}: changed since it was saved: {_AGAIN}")
     config = _read_json(folder / CONFIG, ("r", "lora_alpha", "target_modules", "modules_to_save"))

@@ -1,8 +1,7 @@
 """Text and tokens: prompt records, JSON Lines readers, the chat template, turn spans, padding.
 
 A dialogue is one token sequence: the prompt through the chat template, then for each turn the
-assistant's sampled ids and the ids the template puts before the next turn. Sampled ids are kept
-as they are; nothing is tokenised again between sampling and scoring.
+sampled ids and those the template puts before the next turn. Nothing sampled is tokenised again.
 """
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ SPLITS = (("sft", 0.25), ("rm", 0.60), ("ppo", 0.90), ("eval", 1.00))  # cumulat
 class Turn(NamedTuple):
     """One assistant turn: its sampled tokens are ``ids[start:end]`` of the dialogue.
 
-    A turn that ran out of tokens is `truncated`; ``ids[end]`` is then an EOS that was not sampled
-    (so no loss is taken on it) but put there, so that template and score position match training.
+    If `truncated` (no EOS came), ``ids[end]`` is a forced EOS, outside the loss, so that template
+    and score position match training.
     """
 
     start: int
@@ -54,15 +53,11 @@ class Dialogue(NamedTuple):
     turns: tuple[Turn, ...]
 
 
-# ---- tokens -------------------------------------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=8)
 def _control(tokenizer) -> re.Pattern[str]:
     added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
     words = {*tokenizer.all_special_tokens, *added, "[INST]", "[/INST]"}
-    longest_first = sorted((w for w in words if len(w) > 1), key=lambda w: (-len(w), w))
-    return re.compile("|".join(map(re.escape, longest_first)))
+    return re.compile("|".join(re.escape(w) for w in sorted(words, reverse=True) if len(w) > 1))
 
 
 def sanitize(tokenizer, text: str) -> str:
@@ -75,8 +70,8 @@ def sanitize(tokenizer, text: str) -> str:
 
 def _render(tokenizer, messages: Messages, add_generation_prompt: bool) -> list[int]:
     clean = [{"role": m["role"], "content": sanitize(tokenizer, m["content"])} for m in messages]
-    return list(tokenizer.apply_chat_template(
-        clean, add_generation_prompt=add_generation_prompt, return_dict=False))
+    return tokenizer.apply_chat_template(
+        clean, add_generation_prompt=add_generation_prompt, return_dict=False)
 
 
 def encode_prompt(tokenizer, messages: Messages) -> list[int]:
@@ -90,9 +85,8 @@ def encode_conversation(tokenizer, messages: Messages) -> tuple[list[int], list[
     A span holds what the model is to produce: the text and its EOS. What the template adds after
     the last EOS is left off, so that ids end as a sampled dialogue ends.
 
-    Raises:
-        VirtueError: the template renders a conversation's beginning otherwise than alone, or ends
-            assistant turns without EOS; spans would then point at wrong tokens.
+    VirtueError: the template renders the beginning of a conversation otherwise than alone, or
+    ends assistant turns without EOS; spans would then point at wrong tokens.
     """
     ids, spans = _render(tokenizer, messages, add_generation_prompt=False), []
     for i, message in enumerate(messages):
@@ -100,34 +94,26 @@ def encode_conversation(tokenizer, messages: Messages) -> tuple[list[int], list[
             continue
         prompt = encode_prompt(tokenizer, messages[:i])
         if ids[: len(prompt)] != prompt:
-            raise VirtueError(
-                "the chat template does not render the first messages of a conversation as a "
-                f"prefix of the whole (message {i + 1}, {message['content'][:40]!r}): use a "
-                "tokenizer whose template has this property, as Mistral's has")
-        try:
-            spans.append((len(prompt), ids.index(tokenizer.eos_token_id, len(prompt)) + 1))
-        except ValueError:
-            raise VirtueError(
-                f"the chat template puts no {tokenizer.eos_token!r} (eos_token) after an "
-                "assistant turn: use a tokenizer whose eos_token ends its turns") from None
-    if messages[-1]["role"] == "assistant":
-        del ids[spans[-1][1]:]
-    return ids, spans
+            raise VirtueError("the chat template does not render the messages before the answer "
+                              f"{message['content'][:40]!r} as a prefix of the whole: use a "
+                              "tokenizer whose template does, as Mistral's")
+        if tokenizer.eos_token_id not in ids[len(prompt):]:
+            raise VirtueError("the chat template does not end assistant turns with eos_token "
+                              f"{tokenizer.eos_token!r}: use a tokenizer whose template does")
+        spans.append((len(prompt), ids.index(tokenizer.eos_token_id, len(prompt)) + 1))
+    return (ids[: spans[-1][1]] if messages[-1]["role"] == "assistant" else ids), spans
 
 
 @functools.lru_cache(maxsize=64)
 def followup_ids(tokenizer, question: str) -> tuple[int, ...]:
-    """Ids between an assistant turn's EOS and the next assistant turn, the user asking `question`.
-
-    The text before an EOS does not change them, EOS being a token of its own.
-    """
+    """Ids between an assistant turn's EOS and the next, where the user asks `question`."""
     before: Messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     ids, _ = encode_conversation(tokenizer, before)
     whole = encode_prompt(tokenizer, [*before, {"role": "user", "content": question}])
     if whole[: len(ids)] != ids:
-        raise VirtueError("the chat template changes earlier turns when a user turn follows: use "
-                          "a tokenizer whose template only appends, as Mistral's does")
-    return tuple(whole[len(ids):])
+        raise VirtueError("the chat template changes turns when others follow: use a tokenizer "
+                          "whose template only appends, as Mistral's")
+    return tuple(whole[len(ids):])  # the same after any text, for EOS is a token of its own
 
 
 def messages_of(tokenizer, dialogue: Dialogue, turns: int = 3,
@@ -160,11 +146,8 @@ def right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tenso
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """As `right_pad`, pads at the left: every row's last token is in the last column."""
+    """As `right_pad`, pads at the left."""
     return _pad(rows, pad_id, left=True)
-
-
-# ---- records ------------------------------------------------------------------------------------
 
 
 def _need(ok: object, problem: str) -> None:
@@ -173,10 +156,8 @@ def _need(ok: object, problem: str) -> None:
 
 
 def check_messages(messages: object, name: str, last: str) -> None:
-    """ValueError, naming `name`, unless `messages` is a conversation that ends with role `last`.
-
-    Roles alternate from the user; contents hold more than white space and can be UTF-8.
-    """
+    """ValueError unless `messages` are turns of user and assistant, the last of role `last`, whose
+    contents hold more than white space and can be UTF-8."""
     _need(isinstance(messages, list) and messages, f'"{name}" must be a non-empty list of messages')
     for i, message in enumerate(messages):
         role, where = ("user", "assistant")[i % 2], f'"{name}" message {i + 1} must have'
@@ -205,7 +186,7 @@ def prompt_record(messages: Messages) -> dict:
 
 
 def split(prompt_id: str) -> str:
-    """The stage that may use a prompt: "sft" 25 %, "rm" 35 %, "ppo" 30 %, "eval" 10 %, by its id."""
+    """The stage that may use a prompt: sft 25 %, rm 35 %, ppo 30 %, eval 10 %, by its id."""
     share = int(prompt_id, 16) / 16 ** len(prompt_id)
     return next((name for name, bound in SPLITS if share < bound), "eval")
 
@@ -213,8 +194,8 @@ def split(prompt_id: str) -> str:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yields (line number from 1, object) of a JSON Lines file, UTF-8, gzip if named ``.gz``.
 
-    Blank lines are passed over. Raises VirtueError that names file, line and remedy for a file
-    that is missing, unreadable or empty, and for a line that is not one JSON object in UTF-8.
+    Blank lines are passed over. VirtueError that names file, line and remedy: a file missing,
+    unreadable or empty, a line that is not one JSON object in UTF-8.
     """
     path, number, found = Path(path), 0, False
     try:
@@ -246,11 +227,12 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
 def parse_hh(text: str) -> Messages:
     """An hh-rlhf transcript as messages, by its ``\\n\\nHuman:`` and ``\\n\\nAssistant:`` markers.
 
-    As the data holds a few of each: empty turns are left out, and neighbours of one role joined
-    by a blank line. Raises ValueError where the transcript does not start with a Human turn.
+    The data holds empty turns, left out here, and two of one role in a row, joined by a blank
+    line. ValueError: it does not start with a Human turn.
     """
     parts = re.split(r"\n\n(Human|Assistant):(?: |$)", text)
-    _need(not parts[0].strip() and parts[1:2] == ["Human"], "must start with '\\n\\nHuman: '")
+    _need(not parts[0].strip() and parts[1:2] == ["Human"], 
+          "a transcript must start with '\\n\\nHuman: '")
     messages: Messages = []
     for marker, content in zip(parts[1::2], parts[2::2], strict=True):
         role, content = {"Human": "user", "Assistant": "assistant"}[marker], content.strip()
@@ -262,18 +244,13 @@ def parse_hh(text: str) -> Messages:
 
 
 def prompt_of(record: dict) -> Messages:
-    """The prompt of a record: ``{"prompt": text or messages}``, or hh-rlhf's ``{"chosen": text}``.
-
-    A transcript is read up to and with its last Human turn. Raises ValueError saying what is wrong.
-    """
+    """The prompt of a record: ``{"prompt": text or messages}``, or hh-rlhf's ``{"chosen": text}``,
+    a transcript, read up to and with its last Human turn. ValueError: says what is wrong."""
     name = "prompt" if "prompt" in record else "chosen"
     _need(name in record, 'has neither "prompt" (a text or messages) nor "chosen" (hh-rlhf)')
     value = record[name]
     if isinstance(value, str) and (name == "chosen" or value.startswith("\n\nHuman:")):
-        try:
-            value = parse_hh(value)
-        except ValueError as e:
-            raise ValueError(f'"{name}" {e}') from None
+        value = parse_hh(value)
         if value and value[-1]["role"] == "assistant":
             value.pop()
     elif isinstance(value, str):
@@ -291,17 +268,13 @@ def _records(path: str | Path, convert: Callable[[dict], dict], remedy: str) -> 
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[dict]:
-    """The file's first `limit` (all) different prompts, as records ``{"id", "prompt"}``."""
+    """The file's first `limit` (None: all) different prompts, as records ``{"id", "prompt"}``."""
     found: dict[str, dict] = {}
     for record in _records(path, lambda r: prompt_record(prompt_of(r)), "correct or remove it"):
         found.setdefault(record["id"], record)
         if len(found) == limit:
             break
     return list(found.values())
-
-
-def _number(value: object, high: float, kinds: type) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value <= high
 
 
 def _stage_record(record: dict, fields: Sequence[str]) -> None:
@@ -338,9 +311,10 @@ def _preference(record: dict, lens: str) -> dict:
     odd = ", ".join(sorted(set(virtues) ^ set(VIRTUES)))
     _need(not odd, f'"virtues" with unknown or missing {odd}, it must have {", ".join(VIRTUES)}')
     for name, value in [*virtues.items(), ("label", record["label"])]:
-        _need(_number(value, 1, (int, float)), f'"{name}" must be a probability, not {value!r}')
+        _need(type(value) in (int, float) and 0 <= value <= 1,  # nan is not, True is no number
+              f'"{name}" must be a probability, not {value!r}')
     for name in ("votes", "position_flips"):
-        _need(_number(record[name], len(VIRTUES), int),
+        _need(type(record[name]) is int and 0 <= record[name] <= len(VIRTUES),
               f'"{name}" must be a whole number from 0 to {len(VIRTUES)}')
     return record
 
@@ -353,9 +327,37 @@ def read_revisions(path: str | Path) -> list[dict]:
 def read_preferences(path: str | Path, lens: str) -> list[dict]:
     """Records {id, lens, chosen, rejected, virtues, label, votes, position_flips, truncated}.
 
-    `chosen` and `rejected` are conversations that share their prompt and end with the lens's
-    turn; `virtues` maps every virtue to P(chosen better), `label` is a probability as well;
-    `votes` and `position_flips` count virtues. Raises VirtueError, also for another `lens`.
+    `chosen` and `rejected` share their prompt and end with the lens's turn; `virtues` maps each
+    virtue to P(chosen better); `label` is a probability too, votes and flips count virtues.
     """
     remedy = "correct it, or run run_data.py preferences again"
     return list(_records(path, lambda record: _preference(record, lens), remedy))
+
+
+def load_prompts(name: str, part: str, limit: int | None = None) -> list[dict]:
+    """The first `limit` prompts of a split: of the toy world ("toy") or of a file."""
+    if name == "toy":
+        from virtue.toy.grammar import split_prompts
+        found = split_prompts(part)
+    else:
+        found = [record for record in read_prompts(name) if split(record["id"]) == part]
+    if not found:
+        raise VirtueError(f"{name}: no prompt falls into the split {part}: give more prompts")
+    return found[:limit]
+
+
+def read_dialogues(path: str | Path) -> list[Dialogue]:
+    """Dialogues as run_data.py samples them: {id, prompt, ids, turns [[start, end, truncated]]}."""
+    def convert(record: dict) -> dict:
+        missing = [name for name in ("id", "prompt", "ids", "turns") if name not in record]
+        _need(not missing, f"lacks {', '.join(missing)}")
+        check_messages(record["prompt"], "prompt", "user")
+        ids, turns = record["ids"], record["turns"]
+        _need(isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids), '"ids" must be token ids')
+        _need(isinstance(turns, list) and len(turns) == len(LENSES) and all(
+            isinstance(t, list) and len(t) == 3 and all(type(x) is int for x in t[:2]) and type(t[2]) is bool
+            and 0 < t[0] < t[1] <= len(ids) - t[2] for t in turns),
+            f'"turns" must be {len(LENSES)} spans [start, end, truncated] within the ids')
+        return record
+    return [Dialogue(r["id"], r["prompt"], r["ids"], tuple(Turn(*t) for t in r["turns"]))
+            for r in _records(path, convert, "run run_data.py preferences again")]

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from virtue.dialogue import QUESTIONS, Dialogue, Messages, Turn, encode_prompt, followup_ids, left_pad
+from virtue.dialogue import QUESTIONS, Dialogue, Messages, Turn
+from virtue.dialogue import encode_prompt, followup_ids, left_pad
 from virtue.runtime import progress, stream
 
 DROP = 8  # finished rows leave the cache when they are at least 1/DROP of the batch
@@ -24,9 +25,8 @@ def fits(tokenizer, messages: Messages, max_prompt_tokens: int) -> bool:
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """One token a row of ``logits (B, V)``: the first whose cumulative probability exceeds
-    ``uniforms (B,)`` in [0, 1). Temperature 0 takes the most probable.
-    """
+    """For each row of ``logits (B, V)`` the first token whose cumulative probability exceeds
+    ``uniforms (B,)`` in [0, 1); temperature 0 takes the most probable. Returns ``(B,)``."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
@@ -40,19 +40,14 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
            pad_id: int, temperature: float = 1.0) -> list[tuple[list[int], bool]]:
     """Continues each row of ids up to EOS, or up to ``uniforms.shape[1]`` new tokens.
 
-    Args:
-        model: a Mistral, in eval mode and with its stack of adapters set by the caller.
-        uniforms: ``(n, max_new_tokens)`` numbers in [0, 1), row by row.
-        temperature: divides the logits; 0 is greedy and leaves `uniforms` unread.
-
-    Returns:
-        For each row its new ids, EOS included, and whether they were truncated (no EOS came).
+    `model` is in eval mode, its stack of adapters set by the caller; `uniforms` are ``(n,
+    max_new_tokens)`` numbers in [0, 1). Returns for each row its new ids, EOS included, and
+    whether they were truncated (no EOS came).
     """
     from transformers import DynamicCache
 
     if temperature < 0 or len(uniforms) != len(rows):
-        raise ValueError(f"temperature {temperature}, {len(uniforms)} rows of uniforms for "
-                         f"{len(rows)} rows of ids")
+        raise ValueError(f"temperature {temperature}, {len(rows)} rows, {len(uniforms)} uniforms")
     device, steps = next(model.parameters()).device, uniforms.shape[1]
     ids, mask = (t.to(device) for t in left_pad(rows, pad_id))
     mask = torch.cat([mask, mask.new_ones(len(rows), steps)], dim=1)  # (B, L + steps)
@@ -89,8 +84,8 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
                      desc: str | None = None) -> list[Dialogue]:
     """One dialogue for each prompt record, in their order: the answer, and `turns` - 1 follow-ups.
 
-    The numbers a turn is drawn from are keyed by (seed, stage, step, prompt id, copy, turn); take
-    another `copy` for an independent second dialogue. `desc` names a progress bar, None shows none.
+    Draws are keyed by (seed, stage, step, prompt id, copy, turn): another `copy` is an independent
+    second dialogue. `desc` names a progress bar.
     """
     if not 1 <= turns <= len(questions) + 1:
         raise ValueError(f"{turns} turns with {len(questions)} follow-up questions")

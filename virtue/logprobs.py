@@ -51,7 +51,7 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
     Zero outside the mask; differentiable in `values`.
     """
     if mask.dtype != torch.bool or values.shape != (int(mask.sum()),):
-        raise ValueError(f"values {tuple(values.shape)} unfit for {mask.dtype} mask of {mask.sum()}")
+        raise ValueError(f"values {tuple(values.shape)} for {mask.dtype} mask of {mask.sum()}")
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 

@@ -52,10 +52,8 @@ def resolve(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # network, access, spelling: the hub has an exception for each
         reason = " ".join(str(error).split())[:200]
-        raise VirtueError(
-            f"{name}: no such local folder, and the hub did not give it ({reason}); "
-            "check the spelling, the network, and for gated models `hf auth login`"
-        ) from error
+        raise VirtueError(f"{name}: no such folder, and the hub did not give it ({reason}); check "
+                          "the spelling, the network, and `hf auth login`") from error
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -66,10 +64,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = resolve(name)
     if not (folder / "tokenizer.json").is_file():
-        raise VirtueError(
-            f"{folder}: no tokenizer.json; a lone tokenizer.model must be converted first: load it "
-            "with transformers.AutoTokenizer (with sentencepiece installed) and save_pretrained"
-        )
+        raise VirtueError(f"{folder}: no tokenizer.json; convert tokenizer.model: load it with "
+                          "AutoTokenizer (sentencepiece installed) and save_pretrained")
     from transformers import AutoTokenizer
 
     try:
@@ -136,7 +132,9 @@ def _read_config(folder: Path) -> MistralConfig:
     return config
 
 
-def _skeleton(config: MistralConfig, quantize: str, dtype: torch.dtype) -> MistralForCausalLM:
+def _skeleton(
+    config: MistralConfig, quantize: str, dtype: torch.dtype, device: str
+) -> MistralForCausalLM:
     """The model on the meta device (no memory), with ``Linear4bit`` for all linears but lm_head."""
     from transformers import AutoModelForCausalLM
 
@@ -148,10 +146,12 @@ def _skeleton(config: MistralConfig, quantize: str, dtype: torch.dtype) -> Mistr
 
     for path, old in list(model.named_modules()):
         if isinstance(old, nn.Linear) and path != "lm_head":
-            new = Linear4bit(
-                old.in_features, old.out_features, old.bias is not None,
-                compute_dtype=dtype, quant_type="nf4", device="meta",
-            )
+            if torch.device(device).type == "cpu" and old.in_features % 64:
+                # bitsandbytes 0.50.2: its AVX512 kernel takes the wrong scales, and says nothing.
+                raise VirtueError(f"{path}: NF4 on a CPU needs widths that are multiples of 64, "
+                                  f"not {old.in_features}; use --quantize none")
+            new = Linear4bit(old.in_features, old.out_features, old.bias is not None,
+                             compute_dtype=dtype, quant_type="nf4", device="meta")
             # Else a no-grad forward on a CPU with AVX512-BF16 repacks the weights in place, and
             # gradients through them are None ever after.
             new.support_avx512bf16_for_cpu = False
@@ -186,15 +186,13 @@ def load_model(
     config, files = _read_config(folder), _weight_files(folder)
     from tqdm import tqdm
 
-    model = _skeleton(config, quantize, DTYPES[dtype])
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    tied = config.tie_word_embeddings
-    if tied:
-        del shapes["lm_head.weight"]
+    model = _skeleton(config, quantize, DTYPES[dtype], device)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    shapes = {key: value.shape for key, value in model.state_dict().items() if key not in tied}
     seen: set[str] = set()
     with tqdm(total=len(shapes), desc=f"loading {folder.name}", unit="tensor", leave=False) as bar:
         for path, key, tensor in _tensors(files):
-            if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and tied:
+            if key in tied or key.endswith("rotary_emb.inv_freq"):
                 continue  # computed, or tied, below
             if shapes.get(key) != tensor.shape:
                 want = tuple(shapes[key]) if key in shapes else "no such tensor"
@@ -248,8 +246,7 @@ def hidden_states(
     """
     if position_ids is None:
         if attention_mask.shape != input_ids.shape:
-            shapes = f"{tuple(attention_mask.shape)} and {tuple(input_ids.shape)}"
-            raise ValueError(f"mask and ids of shapes {shapes} need position_ids")
+            raise ValueError(f"a mask of shape {tuple(attention_mask.shape)} needs position_ids")
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return model.model(
         input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False

@@ -177,7 +177,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     Constant returns give 1 where the residual is constant too, else 0, never NaN.
     """
     check_shapes(values=values, returns=returns, mask=mask)
-    total, rest = float(masked_var(returns, mask)), float(masked_var(returns - values, mask))
+    total, rest = masked_var(returns, mask).item(), masked_var(returns - values, mask).item()
     return 1 - rest / total if total > 0 else float(rest == 0)
 
 

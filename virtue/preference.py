@@ -51,13 +51,13 @@ def accuracy(margins: Tensor, labels: Tensor) -> float:
     if not bool(decided.any()):
         raise ValueError("no decided pair: every label is exactly 0.5")
     agree = torch.sign(margins[decided]) * torch.sign(labels[decided] - 0.5)  # -1, 0, 1
-    return float(((agree.double() + 1) / 2).mean())
+    return ((agree.double() + 1) / 2).mean().item()
 
 
 def log_loss(margins: Tensor, labels: Tensor) -> float:
     """Mean `pairwise_loss` of score differences, nats; log 2 = 0.693 where nothing is known."""
     margins, labels = margins.double(), labels.double()
-    return float(pairwise_loss(margins, torch.zeros_like(margins), labels).mean())
+    return pairwise_loss(margins, torch.zeros_like(margins), labels).mean().item()
 
 
 def calibration_error(probs: Tensor, labels: Tensor, bins: int = 10) -> float:
@@ -76,4 +76,4 @@ def calibration_error(probs: Tensor, labels: Tensor, bins: int = 10) -> float:
     agreement = 0.5 + torch.sign(p - 0.5) * (y - 0.5)
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gaps = p.new_zeros(bins).index_add(0, index, confidence - agreement)
-    return float(gaps.abs().sum() / len(p))  # n_b * |mean gap| = |sum of gaps|
+    return gaps.abs().sum().item() / len(p)  # n_b * |mean gap| = |sum of gaps|

@@ -12,10 +12,18 @@ from torch import Tensor
 
 from virtue.dialogue import Dialogue, right_pad
 from virtue.ensemble import ADDITIVE, aggregate, shares
-from virtue.ethics import LENSES
 from virtue.lora import use_stack
-from virtue.models import logprobs_at, score_at
+from virtue.models import hidden_states, logprobs_at, score_at
 from virtue.ppo import place_rewards
+
+
+def span_mask(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> Tensor:
+    """(B, length - 1) bool, True where the next token lies in one of the row's spans [start, end)."""
+    mask = torch.zeros(len(spans), length - 1, dtype=torch.bool)
+    for row, row_spans in enumerate(spans):
+        for start, end in row_spans:
+            mask[row, start - 1: end - 1] = True  # column j speaks of token j + 1
+    return mask
 
 
 def loss_mask(dialogues: Sequence[Dialogue], length: int, train_turns: str = "all") -> Tensor:
@@ -23,11 +31,8 @@ def loss_mask(dialogues: Sequence[Dialogue], length: int, train_turns: str = "al
 
     ``train_turns``: "all", or "action" for the first turn only. A forced EOS is never covered.
     """
-    mask = torch.zeros(len(dialogues), length - 1, dtype=torch.bool)
-    for row, dialogue in enumerate(dialogues):
-        for turn in dialogue.turns[: 1 if train_turns == "action" else None]:
-            mask[row, turn.start - 1: turn.end - 1] = True  # column j speaks of token j + 1
-    return mask
+    covered = slice(0, 1 if train_turns == "action" else None)
+    return span_mask([[(t.start, t.end) for t in d.turns[covered]] for d in dialogues], length)
 
 
 @torch.no_grad()
@@ -36,18 +41,22 @@ def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> T
     return torch.cat([function(*chunk).cpu() for chunk in zip(*(t.split(size) for t in tensors), strict=True)])
 
 
+def values_at(model, head: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+    """Values (B, L-1), zero outside the mask: column j is the value before token j+1 is chosen."""
+    return torch.where(mask, head(hidden_states(model, input_ids, attention_mask)[:, :-1]), 0)
+
+
 @torch.no_grad()
 def score_dialogues(model, reward_models: Sequence[tuple[tuple[str, ...], torch.nn.Module]],
-                    dialogues: Sequence[Dialogue], pad_id: int, *, batch_size: int,
-                    reward_turns: str = "dialogue") -> Tensor:
-    """Raw scores (K, B) of K reward models, each a (stack of adapters, head), in the order of LENSES.
+                    dialogues: Sequence[Dialogue], turns: Sequence[int], pad_id: int, *, batch_size: int) -> Tensor:
+    """Raw scores (K, B) of K reward models, each a (stack of adapters, head).
 
-    ``reward_turns="dialogue"``: model k reads up to turn k; ``"answer"``: every model reads turn 0.
-    Rows are cut at the position that is read, so that no model pays for tokens it does not see.
+    Model k is read at the end of turn ``turns[k]``, and the rows are cut there, so that no model pays
+    for tokens it does not see.
     """
     device, scores = model.lm_head.weight.device, torch.empty(len(reward_models), len(dialogues))
     for k, (stack, head) in enumerate(reward_models):
-        ends = [d.turns[0 if reward_turns == "answer" else k].score_position for d in dialogues]
+        ends = [d.turns[turns[k]].score_position for d in dialogues]
         order = sorted(range(len(dialogues)), key=lambda i: ends[i])  # little padding in a batch
         with use_stack(model, *stack):
             for start in range(0, len(order), batch_size):
@@ -97,8 +106,3 @@ def ended_share(dialogues: Sequence[Dialogue]) -> float:
     """Share of turns that ended with a sampled EOS."""
     turns = [turn for d in dialogues for turn in d.turns]
     return 1.0 - sum(turn.truncated for turn in turns) / len(turns)
-
-
-def lens_stacks(sft: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The stack of each lens's reward model: (sft, lens)."""
-    return [(*sft, lens) for lens in LENSES]

@@ -10,12 +10,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from virtue import VirtueError
+
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -71,6 +73,54 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="write into a folder that is not empty")
 
 
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every stage that samples."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-new-tokens", type=positive_int, default=64, help="most tokens of one turn (Mistral: 256)")
+    add("--max-prompt-tokens", type=positive_int, default=512, help="longer prompts are dropped and counted")
+    add("--temperature", type=positive_float, default=1.0, help="sampling temperature; no top-k, no top-p")
+    add("--batch-size", type=positive_int, default=64, help="dialogues sampled or scored at once")
+
+
+def add_lora_flags(parser: argparse.ArgumentParser, rank: int, alpha: float) -> None:
+    """Flags of every stage that trains an adapter."""
+    from virtue.lora import TARGETS
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", type=positive_int, default=rank, help="rank r of the update B A")
+    add("--alpha", type=positive_float, default=alpha, help="the update is scaled by alpha / r")
+    add("--targets", nargs="+", default=TARGETS, metavar="NAME", help="linear layers that get an adapter")
+
+
+def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: int, batch_size: int) -> None:
+    """Flags of the supervised stages: SFT and reward models."""
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=positive_float, default=lr, help="AdamW learning rate (Mistral-7B: 1e-4)")
+    add("--schedule", choices=("linear", "constant"), default="linear", help="linear: decay to a tenth of --lr")
+    add("--epochs", type=positive_int, default=epochs, help="passes over the data")
+    add("--batch-size", type=positive_int, default=batch_size, help="records a forward pass")
+    add("--accumulation", type=positive_int, default=1, help="forward passes an optimiser step")
+    add("--max-grad-norm", type=positive_float, default=1.0, help="gradient clipping")
+
+
+def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
+                      parent: Callable[[argparse.Namespace], Path | None], names: Sequence[str],
+                      commands=None) -> argparse.Namespace:
+    """Parses `argv`; flags in `names` that it leaves out are as in the earlier artefact's settings.
+
+    `parent` maps the parsed flags to that artefact's folder, or None for the parser's own defaults;
+    `commands` are the sub-parsers, if the script has any.
+    """
+    args = parser.parse_args(argv)
+    folder = parent(args)
+    if folder is None:
+        return args
+    from virtue.checkpoint import read_manifest
+    settings = read_manifest(folder)["settings"]
+    owner = commands.choices[args.command] if commands else parser
+    owner.set_defaults(**{name: settings[name] for name in names if settings.get(name) is not None})
+    return parser.parse_args(argv)
+
+
 def run_main(main: Callable[[], object]) -> None:
     """Runs a script's `main` and exits: 0; 2 after a VirtueError's one line; 130 on Ctrl-C."""
     try:
@@ -90,10 +140,8 @@ def _key(*key: int | float | str) -> int:
 
 
 def stream(*key: int | float | str) -> np.random.Generator:
-    """The random numbers that belong to `key`, e.g. (seed, stage, step, record id, turn).
-
-    Resume, sharding and batch size leave them alone. Philox, keyed by 128 bits of the sha256.
-    """
+    """The random numbers that belong to `key`, e.g. (seed, stage, step, record id, turn): resume,
+    sharding and batch size leave them alone. Philox, keyed by 128 bits of the sha256."""
     return np.random.Generator(np.random.Philox(key=_key(*key)))
 
 
@@ -106,8 +154,7 @@ def progress(iterable: Iterable, desc: str, total: int | None = None) -> Iterabl
     """`iterable` with a progress bar on stderr."""
     from tqdm import tqdm
 
-    return tqdm(iterable, desc=desc, total=total, file=sys.stderr, dynamic_ncols=True,
-                mininterval=0.5)
+    return tqdm(iterable, desc=desc, total=total, file=sys.stderr, dynamic_ncols=True)
 
 
 class MetricsLog:
@@ -137,10 +184,30 @@ def pick_device(name: str):
     return torch.device(name)
 
 
-def torch_threads(count: int) -> int:
-    """Sets torch's CPU threads (0 leaves them alone); returns how many there are."""
+def torch_threads(count: int) -> None:
+    """Sets the number of torch's CPU threads; 0 leaves it alone."""
     import torch
 
     if count:
         torch.set_num_threads(count)
-    return torch.get_num_threads()
+
+
+class Base(NamedTuple):
+    """The base model with what its artefacts must agree with."""
+
+    model: object
+    tokenizer: object
+    info: dict[str, str]  # {"id", "fingerprint"}
+    template: str
+
+
+def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
+    """The model that the common flags name (or `name`, with the same flags) and its tokenizer."""
+    from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, template_fingerprint
+
+    torch_threads(args.threads)
+    name = name or args.model
+    folder = resolve(name)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, quantize=args.quantize, dtype=args.dtype, device=str(pick_device(args.device)))
+    return Base(model, tokenizer, {"id": str(name), "fingerprint": base_fingerprint(folder)}, template_fingerprint(tokenizer))

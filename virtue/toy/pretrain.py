@@ -5,8 +5,10 @@
 
 Good and bad clauses are mixed evenly, so that the base model is no better than the world it has read.
 It learns four tasks in the one chat format: dialogues, revisions (answer, critique, new answer), and
-the judge's five questions about a pair of dialogues, with the labels' noise and biases that
-``grammar.judge_logit`` documents. Labels come from the grammar's latent clauses, never from gold.
+the judge's five questions about a pair of dialogues, with the noise and the biases that
+``grammar.judge_logit`` documents; the noise enters as its expectation, a soft target. Labels come
+from the grammar's latent clauses, never from gold. Pairs of answers, the shortest, dominate the
+judge's first third: what is learned on them carries over to the longer lenses.
 """
 from __future__ import annotations
 
@@ -81,18 +83,17 @@ class Samples(torch.utils.data.IterableDataset):
         self.tokenizer, self.args = tokenizer, args
 
     def __iter__(self):
-        rng, labels = random.Random(self.args.seed + 1), label_ids(self.tokenizer)
-        for _ in range(self.args.steps):
+        rng = random.Random(self.args.seed + 1)
+        for step in range(self.args.steps):
             rows = [encode_conversation(self.tokenizer, draw_text(rng))[0] for _ in range(self.args.texts)]
             encoded, targets = [], []
-            lens = rng.choices(LENSES, weights=(4, 3, 3))[0]
-            for _ in range(self.args.pairs):
+            lens = rng.choices(LENSES, weights=(8, 1, 1) if step < self.args.steps / 3 else (3, 3, 3))[0]
+            for _ in range(round(self.args.pairs * {"action": 1.0, "motivation": 0.75, "consequence": 0.6}[lens])):
                 (first, latent1), (second, latent2) = draw_pair(rng, lens)
                 encoded.append(encode_questions(self.tokenizer, first, second, lens))
-                p = [1 / (1 + math.exp(-grammar.judge_logit(lens, v, latent1, latent2))) for v in VIRTUES]
-                targets.append([labels[0] if rng.random() < x else labels[1] for x in p])
+                targets.append([grammar.judge_logit(lens, v, latent1, latent2) for v in VIRTUES])
             yield (*right_pad(rows, self.tokenizer.pad_token_id), *pack(encoded, self.tokenizer.pad_token_id),
-                   torch.tensor(targets))
+                   torch.tensor(targets).sigmoid())
 
 
 def judge_accuracy(model, tokenizer, seed: int, unseen: bool, n: int = 150) -> dict[str, dict[str, float]]:
@@ -114,9 +115,9 @@ def judge_accuracy(model, tokenizer, seed: int, unseen: bool, n: int = 150) -> d
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write")
-    parser.add_argument("--steps", type=int, default=3600, help="optimiser steps")
-    parser.add_argument("--texts", type=int, default=24, help="conversations a step")
-    parser.add_argument("--pairs", type=int, default=8, help="judged pairs a step")
+    parser.add_argument("--steps", type=int, default=3400, help="optimiser steps")
+    parser.add_argument("--texts", type=int, default=14, help="conversations a step")
+    parser.add_argument("--pairs", type=int, default=20, help="judged pairs of answers a step; fewer of the longer lenses")
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate for embeddings and norms")
     parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon learning rate for matrices")
     parser.add_argument("--hidden", type=int, default=192, help="hidden size")
@@ -140,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
                   torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
 
+    a, b = label_ids(tokenizer)
     started, tokens, text_loss, judge_loss = time.time(), 0, 0.0, 0.0
     loader = torch.utils.data.DataLoader(Samples(tokenizer, args), batch_size=None, num_workers=1, prefetch_factor=16)
     for step, (ids, mask, pair_ids, pair_mask, positions, ends, targets) in enumerate(loader, 1):
@@ -153,8 +155,9 @@ def main(argv: list[str] | None = None) -> None:
             hidden = model.model(pair_ids, attention_mask=pair_mask, position_ids=positions,
                                  use_cache=False).last_hidden_state
             last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))
-            labels = F.cross_entropy(model.lm_head(last).float().flatten(0, 1), targets.flatten())
-        (loss + 0.5 * labels).backward()
+            logprobs = model.lm_head(last).float().log_softmax(-1)
+            labels = -(targets * logprobs[..., a] + (1 - targets) * logprobs[..., b]).mean()
+        (loss + labels).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

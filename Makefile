@@ -1,0 +1,32 @@
+# make demo   the whole method on the toy model, into runs/demo/ (about 8 minutes on 2 cores)
+# make test   the test suite (no network, no GPU)
+# Each installs what it needs into .venv first. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to
+# pip (README: how to get torch's small CPU build), SEED and OUT go to the demo.
+PYTHON    ?= python3
+PIP_FLAGS ?=
+SEED      ?= 0
+OUT       ?= runs/demo
+RUN        = .venv/bin/python
+COMMON     = --seed $(SEED) --overwrite
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
+	touch $@
+
+demo: .venv/installed
+	$(RUN) run_data.py revisions   $(COMMON) --out $(OUT)/revisions
+	$(RUN) run_sft.py              $(COMMON) --data $(OUT)/revisions --out $(OUT)/sft
+	$(RUN) run_data.py preferences $(COMMON) --sft $(OUT)/sft --out $(OUT)/preferences
+	$(RUN) run_rm.py               $(COMMON) --data $(OUT)/preferences --out $(OUT)/rm
+	$(RUN) run_ppo.py              $(COMMON) --rm $(OUT)/rm --out $(OUT)/policy
+	$(RUN) run_eval.py             $(COMMON) --policy $(OUT)/policy --out $(OUT)/report
+
+test: .venv/installed
+	$(RUN) -m pytest -q
+
+clean:
+	rm -rf .venv runs

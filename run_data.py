@@ -1,0 +1,140 @@
+"""Make training data from the model itself: revisions for SFT, preferences for reward models.
+
+  python run_data.py revisions   --out runs/demo/revisions
+  python run_data.py preferences --sft runs/demo/sft --out runs/demo/preferences
+  python run_data.py preferences --prompts harmless-base.jsonl.gz --limit 64 --out runs/hh
+
+revisions: the model answers each prompt, criticises its answer by one virtue of the constitution in
+virtue/ethics.py, and rewrites it (Bai et al. 2022, arXiv 2212.08073, section 3.1, with virtues in the
+place of principles). Empty, unchanged and truncated revisions are counted and dropped.
+
+preferences: two independent dialogues for each prompt (answer, motivation, consequence), then for
+each lens the judge compares them on five virtues, in both orders. Writes action.jsonl,
+motivation.jsonl, consequence.jsonl, and dialogues.jsonl: all that was sampled, unfiltered, from which
+run_rm.py takes the score statistics. The judge is the base model with adapters off, unless --judge
+names another model.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from virtue.runtime import (add_common_flags, add_sampling_flags, make_parser, open_base, parse_with_parent, positive_int,
+                            run_main, stream)
+
+
+def parse(argv):
+    parser = make_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="revisions|preferences")
+    revisions = commands.add_parser("revisions", help="answer, critique, revised answer", description=__doc__.split("\n\n")[2])
+    preferences = commands.add_parser("preferences", help="paired dialogues and AI feedback", description=__doc__.split("\n\n")[3])
+    for sub, limit, split in ((revisions, 384, "sft"), (preferences, 512, "rm")):
+        add_common_flags(sub)
+        add_sampling_flags(sub)
+        group = sub.add_argument_group("data").add_argument
+        group("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
+        group("--split", choices=("sft", "rm", "ppo", "eval"), default=split, help="which disjoint share of the prompts to use")
+        group("--limit", type=positive_int, default=limit, help="use the first so many prompts of the split")
+        group("--sft", type=Path, help="SFT adapter that answers (default: the bare base)")
+    group("--judge", help="another model as the judge: toy, folder or hub id (default: the base, adapters off)")
+    group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
+    group("--preference", choices=("votes", "mean"), default="votes",
+          help="chosen by the majority of the five virtues (the study), or by their mean probability")
+    return parse_with_parent(parser, argv, lambda args: args.sft, ("model", "quantize", "dtype", "max_new_tokens", "temperature"), commands)
+
+
+def main(argv=None):
+    args = parse(argv)
+    from virtue import VirtueError
+    from virtue.checkpoint import load_artifact, prepare_output, write_json, write_jsonl, write_manifest
+    from virtue.dialogue import load_prompts, messages_of
+    from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
+    from virtue.generate import fits, sample_dialogues
+    from virtue.lora import use_stack
+
+    # Build
+    prompts = load_prompts(args.prompts, args.split, args.limit)
+    out = prepare_output(args.out, args.overwrite)
+    base = open_base(args)
+    model, tokenizer = base.model, base.tokenizer
+    kept = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
+    counts = Counter(prompts=len(prompts), prompts_too_long=len(prompts) - len(kept))
+    if not kept:
+        raise VirtueError(f"{args.prompts}: all {len(prompts)} prompts exceed --max-prompt-tokens {args.max_prompt_tokens}: raise it")
+    stack = ()
+    if args.sft:
+        load_artifact(args.sft, model, "sft", stage="sft", base=base.info, template=base.template)
+        stack = ("sft",)
+    sampling = dict(seed=args.seed, max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch_size=args.batch_size)
+
+    if args.command == "revisions":
+        # 1. answer, critique and revision are one dialogue whose follow-ups depend on the virtue drawn
+        drawn = {p["id"]: VIRTUES[stream(args.seed, "virtue", p["id"]).integers(len(VIRTUES))] for p in kept}
+        records = []
+        for virtue, (asks, deficiency, excess) in CONSTITUTION.items():
+            questions = (CRITIQUE.format(virtue=virtue, asks=asks, deficiency=deficiency, excess=excess), REVISION.format(virtue=virtue))
+            batch = [p for p in kept if drawn[p["id"]] == virtue]
+            with use_stack(model, *stack):
+                dialogues = sample_dialogues(model, tokenizer, batch, stage="revisions", questions=questions, desc=f"revise by {virtue}", **sampling)
+            # 2. keep what was really revised
+            for dialogue in dialogues:
+                messages = messages_of(tokenizer, dialogue, questions=questions)
+                initial, critique, revision = (m["content"] for m in messages[len(dialogue.prompt)::2])
+                fault = ("truncated" if dialogue.turns[2].truncated else "empty" if not revision
+                         else "unchanged" if revision == initial else None)
+                counts[fault or "revisions"] += 1
+                if fault is None:
+                    records.append({"id": dialogue.id, "prompt": dialogue.prompt, "initial": initial, "critique": critique,
+                                    "revision": revision, "virtue": virtue, "truncated": any(t.truncated for t in dialogue.turns[:2])})
+        if not records:
+            raise VirtueError(f"no revision is left of {len(kept)} prompts ({dict(counts)}): the model may be too weak, or --max-new-tokens too small")
+        write_jsonl(out / "revisions.jsonl", sorted(records, key=lambda r: r["id"]))
+        summary = {name: counts[name] for name in ("prompts", "prompts_too_long", "truncated", "empty", "unchanged", "revisions")}
+    else:
+        from virtue.feedback import summarize
+        from virtue.judge import judge_pairs, verdict
+        # 1. two independent dialogues for each prompt
+        with use_stack(model, *stack):
+            first, second = (sample_dialogues(model, tokenizer, kept, stage="preferences", copy=copy, desc=f"dialogues {copy + 1} of 2", **sampling)
+                             for copy in (0, 1))
+        write_jsonl(out / "dialogues.jsonl", ({"id": d.id, "prompt": d.prompt, "ids": d.ids, "turns": d.turns} for d in (*first, *second)))
+        # 2. the judge, in both orders, lens by lens
+        judge, judge_tokenizer = model, tokenizer
+        if args.judge:
+            judge, judge_tokenizer = open_base(args, args.judge)[:2]
+        summary = {"prompts": counts["prompts"], "prompts_too_long": counts["prompts_too_long"]}
+        total = 0
+        for k, lens in enumerate(LENSES):
+            pairs, dropped = [], Counter()
+            for a, b in zip(first, second, strict=True):
+                texts = [messages_of(tokenizer, d, turns=k + 1) for d in (a, b)]
+                fault = ("truncated" if any(t.truncated for d in (a, b) for t in d.turns[:k + 1])
+                         else "empty" if any(not m["content"] for t in texts for m in t)
+                         else "identical" if texts[0] == texts[1] else None)
+                dropped[fault] += 1
+                if fault is None:
+                    pairs.append((a.id, texts))
+            with use_stack(judge):
+                probs = judge_pairs(judge, judge_tokenizer, [texts for _, texts in pairs], lens, args.judge_batch_size)
+            # 3. from judgement to preference
+            records = []
+            for (prompt_id, texts), p in zip(pairs, probs):
+                said = verdict(p, args.preference)
+                chosen, rejected = texts if said.pop("first_is_chosen") else texts[::-1]
+                records.append({"id": prompt_id, "lens": lens, "chosen": chosen, "rejected": rejected, **said, "truncated": False})
+            total += len(records)
+            write_jsonl(out / f"{lens}.jsonl", records)
+            summary[lens] = {**{f"dropped_{fault}": dropped[fault] for fault in ("truncated", "empty", "identical")},
+                             **summarize(records, probs, lens)}
+        if not total:
+            raise VirtueError(f"no pair is left of {len(kept)} prompts ({summary}): the model may be too weak, or --max-new-tokens too small")
+    write_json(out / "summary.json", summary)
+    write_manifest(out, stage=args.command, base=base.info, template=base.template, seed=args.seed, settings=vars(args),
+                   parents={"sft": args.sft} if args.sft else {}, extra={})
+    for name, value in summary.items():
+        print(f"{name}: {value if not isinstance(value, dict) else ', '.join(f'{k} {v:.3g}' for k, v in value.items() if v is not None)}")
+    print(f"wrote {', '.join(sorted(p.name for p in out.glob('*.json*')))} in {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

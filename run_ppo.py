@@ -1,0 +1,233 @@
+"""PPO with a KL penalty against the ensemble of the three reward models.
+
+  python run_ppo.py --sft runs/demo/sft --rm runs/demo/rm --out runs/demo/policy
+  python run_ppo.py --sft runs/demo/sft --rm runs/demo/rm --aggregate min --kl-target 6 --out runs/min
+
+One base in memory; stacks of adapters play every role: reference (sft), policy (sft, policy), value
+(sft, value) with a head, reward model i (sft, lens i) with a head. To change the objective, edit
+`ppo_loss` in virtue/ppo.py. How this differs from the textbook:
+  1. a rollout is a whole dialogue (answer, motivation, consequence): each reward model reads it up to
+     the turn that it was trained on, and mean and weighted pay it there (--reward-turns answer: all
+     three read the answer alone);
+  2. scores are standardised on dialogues of the starting policy before they are aggregated;
+  3. k1 per token is the KL penalty in the reward, k3 is only reported;
+  4. advantages are whitened under the mask over the whole batch; returns stay raw;
+  5. losses are normalised by the number of tokens in the optimiser step, whatever the micro-batch.
+"""
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, fraction, make_parser, nonnegative_float,
+                            open_base, parse_with_parent, positive_float, positive_int, progress, run_main, stream, torch_seed)
+
+
+def parse(argv):
+    from virtue.ensemble import AGGREGATORS
+    parser = make_parser(__doc__)
+    add_common_flags(parser)
+    add_sampling_flags(parser)
+    add_lora_flags(parser, rank=16, alpha=32)
+    data = parser.add_argument_group("data and reward models").add_argument
+    data("--rm", type=Path, required=True, help="folder of run_rm.py, with action/, motivation/, consequence/")
+    data("--sft", type=Path, help="SFT adapter: reference and start of the policy (default: the bare base)")
+    data("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
+    data("--limit", type=positive_int, help="use the first so many prompts of the ppo split (default: all)")
+    reward = parser.add_argument_group("reward").add_argument
+    reward("--aggregate", choices=AGGREGATORS, default="mean", help="how three scores become one; uwo's spread is conflict of values, not doubt")
+    reward("--weights", type=float, nargs=3, metavar="W", help="weights of action, motivation, consequence for --aggregate weighted")
+    reward("--uwo-coef", type=nonnegative_float, default=0.5, help="coefficient of the spread in uwo")
+    reward("--uwo-variance", action="store_true", help="uwo subtracts the variance (Coste et al.) instead of the standard deviation")
+    reward("--lsc-reference", type=float, default=1.0, help="standardised score that counts as good in lsc")
+    reward("--reward-turns", choices=("dialogue", "answer"), default="dialogue", help="what the reward models read")
+    reward("--train-turns", choices=("all", "action"), default="all", help="which turns' tokens the loss covers")
+    reward("--score-clip", type=positive_float, default=5.0, help="standardised scores are cut at plus or minus this")
+    reward("--eos-penalty", type=nonnegative_float, default=1.0, help="subtracted at the end of a turn that did not stop")
+    kl = parser.add_argument_group("KL penalty").add_argument
+    kl("--kl-coef", type=nonnegative_float, default=0.05, help="coefficient of k1 per token in the reward")
+    kl("--kl-target", type=positive_float, help="adapt the coefficient towards this KL per dialogue, in nats (default: fixed)")
+    kl("--kl-horizon", type=positive_int, default=2000, help="dialogues in which the coefficient adapts")
+    ppo = parser.add_argument_group("PPO").add_argument
+    ppo("--iterations", type=positive_int, default=24, help="rollout batches")
+    ppo("--rollout-size", type=positive_int, default=64, help="dialogues an iteration")
+    ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
+    ppo("--minibatch-size", type=positive_int, default=32, help="dialogues an optimiser step")
+    ppo("--micro-batch-size", type=positive_int, default=32, help="dialogues a forward pass; changes memory, not the update")
+    ppo("--lr", type=positive_float, default=1e-3, help="Adam learning rate of the policy adapter; linear decay to a tenth")
+    ppo("--value-lr", type=positive_float, default=2e-3, help="Adam learning rate of value adapter and head")
+    ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss")
+    ppo("--value-clip-range", type=positive_float, default=0.5, help="epsilon of the clipped value loss")
+    ppo("--vf-coef", type=nonnegative_float, default=0.5, help="weight of the value loss")
+    ppo("--entropy-coef", type=nonnegative_float, default=0.0, help="weight of the entropy bonus")
+    ppo("--gamma", type=fraction, default=1.0, help="discount")
+    ppo("--lam", type=fraction, default=0.95, help="lambda of GAE; take 1.0 for answers of hundreds of tokens (0.95^256 is 2e-6)")
+    ppo("--max-grad-norm", type=positive_float, default=1.0, help="gradient clipping, policy and value each")
+    ppo("--save-every", type=positive_int, default=10, help="iterations between saves")
+    return parse_with_parent(parser, argv, lambda args: args.rm / "action", ("model", "quantize", "dtype", "sft", "max_new_tokens", "temperature"))
+
+
+def main(argv=None):
+    args = parse(argv)
+    import torch
+    from virtue import VirtueError
+    from virtue.checkpoint import load_artifact, prepare_output, save_artifact, write_jsonl
+    from virtue.dialogue import load_prompts, messages_of, right_pad
+    from virtue.ensemble import AGGREGATORS, aggregate, standardize
+    from virtue.ethics import LENSES
+    from virtue.generate import fits, sample_dialogues
+    from virtue.logprobs import kl_k1, kl_k3
+    from virtue.lora import adapter_parameters, add_adapter, flatten, use_stack
+    from virtue.masked import whiten
+    from virtue.models import ScalarHead, logprobs_at
+    from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
+    from virtue.rollout import ended_share, in_chunks, loss_mask, place_scores, score_dialogues, values_at
+
+    if args.aggregate == "weighted" and args.weights is None:
+        raise VirtueError("--aggregate weighted needs --weights W W W, for action, motivation and consequence")
+    if args.kl_target and args.rollout_size >= 5 * args.kl_horizon:
+        raise VirtueError(f"--kl-horizon {args.kl_horizon} is too short for --rollout-size {args.rollout_size}: take more than a fifth of it")
+
+    # Build: one base, every role a stack of adapters
+    prompts = load_prompts(args.prompts, "ppo", args.limit)
+    out = prepare_output(args.out, args.overwrite)
+    base = open_base(args)
+    model, tokenizer = base.model, base.tokenizer
+    device, pad_id = model.lm_head.weight.device, tokenizer.pad_token_id
+    known = dict(base=base.info, template=base.template)
+    sft, parents = (), {}
+    if args.sft:
+        load_artifact(args.sft, model, "sft", stage="sft", **known)
+        sft, parents = ("sft",), {"sft": args.sft}
+    reward_models, statistics = [], []
+    for lens in LENSES:
+        manifest, head = load_artifact(args.rm / lens, model, lens, stage="rm", lens=lens, parents=dict(parents), **known)
+        reward_models.append(((*sft, lens), head))
+        statistics.append((manifest["extra"]["score_mean"], manifest["extra"]["score_std"]))
+    prompts = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
+    if len(prompts) < args.rollout_size:
+        raise VirtueError(f"{args.prompts}: {len(prompts)} prompts fit into --max-prompt-tokens {args.max_prompt_tokens}, "
+                          f"fewer than --rollout-size {args.rollout_size}: give more prompts, or change these flags")
+    lora = dict(rank=args.rank, alpha=args.alpha, targets=args.targets)
+    add_adapter(model, "policy", seed=torch_seed(args.seed, "policy"), **lora)
+    add_adapter(model, "value", seed=torch_seed(args.seed, "value"), **lora)
+    value_head = ScalarHead(model.config.hidden_size, bias=True).to(device)
+    policy_parameters = adapter_parameters(model, "policy")
+    value_parameters = [*adapter_parameters(model, "value"), *value_head.parameters()]
+    optimizer = torch.optim.Adam([{"params": policy_parameters, "lr": args.lr}, {"params": value_parameters, "lr": args.value_lr}], eps=1e-5)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, args.iterations)
+
+    answer = args.reward_turns == "answer"
+    read_at = (0, 0, 0) if answer else (0, 1, 2)  # the turn at whose end each reward model is read
+    chunk = args.micro_batch_size
+
+    def sample(records, step):
+        flatten(model, (*sft, "policy"), "rollout")
+        with use_stack(model, "rollout"):
+            return sample_dialogues(model, tokenizer, records, seed=args.seed, stage="ppo", step=step, turns=1 if answer else 3,
+                                    max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch_size=args.batch_size)
+
+    def logprobs(stack, *tensors, entropy=False):
+        with use_stack(model, *stack):
+            return logprobs_at(model, *(t.to(device) for t in tensors), args.temperature, entropy)
+
+    def values(*tensors):
+        with use_stack(model, *sft, "value"):
+            return values_at(model, value_head, *(t.to(device) for t in tensors))
+
+    def score(dialogues):
+        return score_dialogues(model, reward_models, dialogues, read_at, pad_id, batch_size=chunk)
+
+    def save():
+        settings = dict(model=model, settings=vars(args), seed=args.seed, **known)
+        save_artifact(out / "value", stage="value", adapter="value", head=value_head, parents=parents, **settings)
+        roles = {**parents, **{f"rm/{lens}": args.rm / lens for lens in LENSES}}
+        extra = {"iterations": iteration, "kl_coef": kl_coef, "score_mean": mean.tolist(), "score_std": std.tolist()}
+        save_artifact(out, stage="policy", adapter="policy", parents=roles, extra=extra, **settings)
+
+    mean, std = torch.tensor(statistics).T  # (K,) each, of the scores of the starting policy's dialogues
+    if answer:  # standardise in the mode in which PPO reads
+        scores = score(sample(prompts[:4 * args.rollout_size], -1))
+        mean, std = scores.mean(1), scores.std(1, correction=0)
+    weights = torch.tensor(args.weights) if args.weights else None
+    ensemble = dict(weights=weights, coef=args.uwo_coef, use_variance=args.uwo_variance, reference=args.lsc_reference)
+
+    log, kl_coef, samples = MetricsLog(out / "metrics.jsonl"), args.kl_coef, []
+    (out / "value").mkdir(exist_ok=True)
+    log.path.unlink(missing_ok=True)
+    bar = progress(range(1, args.iterations + 1), "ppo")
+    for iteration in bar:
+        started = time.perf_counter()
+        # 1. Sample a batch of prompts, and dialogues from the policy
+        per_pass = len(prompts) // args.rollout_size
+        order = stream(args.seed, "ppo", "order", (iteration - 1) // per_pass).permutation(len(prompts))
+        start = (iteration - 1) % per_pass * args.rollout_size
+        dialogues = sample([prompts[i] for i in order[start:start + args.rollout_size]], iteration)
+
+        # 2. Score: three reward models, old and reference log-probs, values
+        scores = standardize(score(dialogues), mean, std).clamp(-args.score_clip, args.score_clip)  # (K, B)
+        input_ids, attention = right_pad([d.ids for d in dialogues], pad_id)
+        mask = loss_mask(dialogues, input_ids.shape[1], args.train_turns)
+        old_logprobs = in_chunks(lambda *t: logprobs((*sft, "policy"), *t), chunk, input_ids, attention, mask)
+        ref_logprobs = in_chunks(lambda *t: logprobs(sft, *t), chunk, input_ids, attention, mask)
+        old_values = in_chunks(values, chunk, input_ids, attention, mask)
+
+        # 3. Rewards: aggregate and place the scores, subtract the KL penalty
+        placed = place_scores(scores, dialogues, mask, args.aggregate, eos_penalty=args.eos_penalty, **ensemble)
+        rewards = token_rewards(placed, old_logprobs, ref_logprobs, mask, kl_coef)
+        rollout = Rollout(input_ids, mask, old_logprobs, ref_logprobs, old_values, rewards)
+
+        # 4. Advantages: GAE, whitened over the batch
+        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
+        advantages = whiten(advantages, mask)
+
+        # 5. Update
+        stats = {}
+        for epoch in range(args.ppo_epochs):
+            permutation = torch.from_numpy(stream(args.seed, "ppo", iteration, epoch).permutation(len(dialogues)))
+            for minibatch in permutation.split(args.minibatch_size):
+                tokens = int(mask[minibatch].sum())  # of the whole optimiser step
+                for rows in minibatch.split(chunk):
+                    part = rollout.index(rows)
+                    new_logprobs, entropy = logprobs((*sft, "policy"), part.input_ids, attention[rows], part.mask, entropy=True)
+                    loss, micro = ppo_loss(
+                        new_logprobs.cpu(), values(part.input_ids, attention[rows], part.mask).cpu(), entropy.cpu(), part,
+                        advantages[rows], returns[rows], clip_range=args.clip_range, value_clip_range=args.value_clip_range,
+                        vf_coef=args.vf_coef, entropy_coef=args.entropy_coef, num_tokens=tokens)
+                    loss.backward()
+                    for name, value in micro.items():  # sums over micro-batches, means over optimiser steps
+                        stats[name] = stats.get(name, 0.0) + value.item() / (args.ppo_epochs * -(-len(dialogues) // args.minibatch_size))
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy_parameters, args.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(value_parameters, args.max_grad_norm)
+                optimizer.step(), optimizer.zero_grad()
+        schedule.step()
+
+        # 6. KL: report, adapt the coefficient
+        k1 = kl_k1(old_logprobs, ref_logprobs)[mask].sum().item() / len(dialogues)
+        k3 = kl_k3(old_logprobs, ref_logprobs)[mask].sum().item() / len(dialogues)
+        metrics = {"iteration": iteration, "objective/kl": k1, "objective/kl_k3": k3, "objective/kl_coef": kl_coef,
+                   "objective/score": aggregate(scores, args.aggregate, **ensemble).mean().item()}
+        if args.kl_target:
+            kl_coef = update_kl_coef(kl_coef, k1, args.kl_target, len(dialogues), args.kl_horizon)
+
+        # 7. Log, save, show
+        metrics |= {f"objective/score/{lens}": row.mean().item() for lens, row in zip(LENSES, scores)}
+        metrics |= {f"objective/aggregate/{name}": aggregate(scores, name, **ensemble).mean().item() for name in AGGREGATORS}
+        metrics |= stats | {"policy/grad_norm": grad_norm.item(), "val/explained_variance": explained_variance(old_values, returns, mask),
+                            "tokens/eos_rate": ended_share(dialogues), "tokens/length": mask.sum().item() / len(dialogues),
+                            "time/seconds": time.perf_counter() - started}
+        log.write(metrics)
+        bar.set_postfix(score=f"{metrics['objective/score']:.2f}", kl=f"{k1:.1f}", eos=f"{metrics['tokens/eos_rate']:.2f}")
+        samples += [{"iteration": iteration, "messages": messages_of(tokenizer, d, turns=len(d.turns)), "scores": s}
+                    for d, s in zip(dialogues[:2], scores.T.tolist())]
+        if iteration % args.save_every == 0 or iteration == args.iterations:
+            write_jsonl(out / "samples.jsonl", samples)
+            save()
+
+    print(f"ppo: {args.iterations} iterations of {args.rollout_size} dialogues; score {metrics['objective/score']:.3f} "
+          f"(0 at the start), KL {k1:.2f} nats a dialogue, {metrics['tokens/eos_rate']:.1%} of turns ended")
+    print(f"wrote adapter policy in {out}, value function in {out / 'value'}, metrics.jsonl and samples.jsonl")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,104 @@
+"""Fine-tune the base on its own revisions: adapter `sft`, loss on the assistant's tokens only.
+
+  python run_sft.py --data runs/demo/revisions --out runs/demo/sft
+  python run_sft.py --data runs/demo/revisions --out runs/demo/sft --epochs 4 --lr 5e-4
+
+Bai et al. 2022 (arXiv 2212.08073), section 3.2: learn to answer the prompt with the revised answer at
+once. Model, precision and lengths are taken from the data's settings unless given here.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, fraction, make_parser, open_base,
+                            parse_with_parent, positive_int, progress, run_main, stream, torch_seed)
+
+
+def parse(argv):
+    parser = make_parser(__doc__)
+    add_common_flags(parser)
+    group = parser.add_argument_group("data").add_argument
+    group("--data", type=Path, required=True, help="folder written by run_data.py revisions")
+    group("--held-out", type=fraction, default=0.1, help="share of revisions kept for the held-out loss")
+    group("--max-tokens", type=positive_int, default=1024, help="longer conversations are dropped and counted")
+    add_lora_flags(parser, rank=16, alpha=32)
+    add_training_flags(parser, lr=1e-3, epochs=3, batch_size=16)
+    return parse_with_parent(parser, argv, lambda args: args.data, ("model", "quantize", "dtype", "max_new_tokens", "temperature"))
+
+
+def main(argv=None):
+    args = parse(argv)
+    import torch
+    from virtue import VirtueError
+    from virtue.checkpoint import prepare_output, save_artifact
+    from virtue.dialogue import encode_conversation, read_revisions, right_pad
+    from virtue.lora import adapter_parameters, add_adapter, use_stack
+    from virtue.models import logprobs_at
+    from virtue.rollout import span_mask
+
+    # Build
+    records = read_revisions(args.data / "revisions.jsonl")
+    out = prepare_output(args.out, args.overwrite)
+    base = open_base(args)
+    model, tokenizer = base.model, base.tokenizer
+    device = model.lm_head.weight.device
+    add_adapter(model, "sft", rank=args.rank, alpha=args.alpha, targets=args.targets, seed=torch_seed(args.seed, "sft"))
+    parameters = adapter_parameters(model, "sft")
+    rows = [encode_conversation(tokenizer, [*r["prompt"], {"role": "assistant", "content": r["revision"]}]) for r in records]
+    rows = [(ids, spans[-1:]) for ids, spans in rows if len(ids) <= args.max_tokens]  # the last assistant turn is the revision
+    count = round(len(rows) * args.held_out)
+    if not 0 < count < len(rows):
+        raise VirtueError(f"{args.data}: {len(rows)} revisions of at most --max-tokens {args.max_tokens} cannot be split by "
+                          f"--held-out {args.held_out}: make more revisions, or change these flags")
+    order = stream(args.seed, "sft", "split").permutation(len(rows))
+    held_out, train = [rows[i] for i in order[:count]], [rows[i] for i in order[count:]]
+
+    def nll(batch):
+        """Sum of -log p over the batch's assistant tokens, and their number."""
+        ids, attention = right_pad([ids for ids, _ in batch], tokenizer.pad_token_id)
+        mask = span_mask([spans for _, spans in batch], ids.shape[1])
+        with use_stack(model, "sft"):
+            return -logprobs_at(model, ids.to(device), attention.to(device), mask.to(device)).sum(), int(mask.sum())
+
+    @torch.no_grad()
+    def evaluate():
+        sums = [nll(held_out[i:i + args.batch_size]) for i in range(0, len(held_out), args.batch_size)]
+        return sum(loss.item() for loss, _ in sums) / sum(n for _, n in sums)
+
+    # Train
+    step_size = args.batch_size * args.accumulation
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    steps = args.epochs * -(-len(train) // step_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1 if args.schedule == "linear" else 1.0, steps)
+    log = MetricsLog(out / "metrics.jsonl")
+    before = evaluate()
+    log.write({"step": 0, "loss/held_out": before})
+    step = 0
+    with progress(None, "sft", total=steps) as bar:
+        for epoch in range(args.epochs):
+            shuffled = [train[i] for i in stream(args.seed, "sft", epoch).permutation(len(train))]
+            for start in range(0, len(train), step_size):
+                whole = shuffled[start:start + step_size]
+                tokens = sum(stop - begin for _, spans in whole for begin, stop in spans)
+                total = 0.0
+                for i in range(0, len(whole), args.batch_size):  # accumulation: normalised by the whole step's tokens
+                    loss = nll(whole[i:i + args.batch_size])[0] / tokens
+                    loss.backward()
+                    total += loss.item()
+                norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step(), optimizer.zero_grad(), schedule.step()
+                step += 1
+                log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
+                bar.update(), bar.set_postfix(loss=f"{total:.3f}")
+            after = evaluate()
+            log.write({"step": step, "epoch": epoch + 1, "loss/held_out": after})
+
+    # Save
+    save_artifact(out, stage="sft", model=model, adapter="sft", base=base.info, template=base.template, parents={}, seed=args.seed,
+                  settings=vars(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train)})
+    print(f"sft: {len(train)} revisions ({len(records) - len(rows)} too long), held-out loss {before:.3f} -> {after:.3f} on {count}")
+    print(f"wrote adapter sft in {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

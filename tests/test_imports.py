@@ -1,0 +1,67 @@
+"""pytest tests/test_imports.py: who may import whom, read from the source and seen at run time."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = ("masked", "logprobs", "preference", "ensemble", "ppo", "stats")
+PACKAGE = sorted((ROOT / "virtue").rglob("*.py"))
+SCRIPTS = sorted(ROOT.glob("run_*.py"))
+
+
+def imports(source: str, package: str = "virtue") -> set[str]:
+    """Dotted names of all that `source` imports, at any depth, relative imports resolved."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")  # one dot is the package itself, each further one its parent
+            above = above[:len(above) - node.level + 1] if node.level else []
+            base = ".".join(above + ([node.module] if node.module else []))
+            # `from virtue import ppo` names a module, `from virtue.ppo import gae` does not
+            names |= {f"{base}.{a.name}" for a in node.names} if base == "virtue" else {base}
+    return names
+
+
+def outside_core(source: str) -> set[str]:
+    """What a core module may not import."""
+    allowed = {f"virtue.{name}" for name in CORE}
+    free = {"torch", "numpy"} | set(sys.stdlib_module_names)
+    return {n for n in imports(source) if n.split(".")[0] not in free and n not in allowed}
+
+
+def scripts_in(source: str) -> set[str]:
+    return {n for n in imports(source) if any(part.startswith("run_") for part in n.split("."))}
+
+
+def test_the_rules_see_what_they_forbid():
+    assert outside_core("from virtue.masked import whiten\nfrom virtue import ppo\n"
+                        "from . import stats\nfrom .masked import x\nimport torch.nn, os") == set()
+    assert outside_core("def f():\n    import transformers") == {"transformers"}
+    assert outside_core("from virtue.lora import x") == {"virtue.lora"}
+    assert outside_core("from virtue import ppo, lora, toy") == {"virtue.lora", "virtue.toy"}
+    assert outside_core("from . import toy\nfrom .lora import y") == {"virtue.toy", "virtue.lora"}
+    assert imports("from .. import lora", "virtue.toy") == {"virtue.lora"}
+    assert scripts_in("if 1:\n    from run_ppo import main") == {"run_ppo"}
+    assert scripts_in("import run_data, torch") == {"run_data"}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_core_imports_torch_numpy_stdlib_and_core_only(name):
+    assert outside_core((ROOT / "virtue" / f"{name}.py").read_text(encoding="utf-8")) == set()
+
+
+@pytest.mark.parametrize("path", PACKAGE + SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_imports_a_script(path):
+    assert scripts_in(path.read_text(encoding="utf-8")) == set()
+
+
+def test_importing_the_core_loads_no_heavy_library():
+    code = (f"import sys, {', '.join(f'virtue.{name}' for name in CORE)}\n"
+            "print(sorted({'transformers', 'bitsandbytes'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -1,0 +1,473 @@
+"""LoRA: against explicit matrices, torch.func on dense weights, and PEFT's format.
+
+    python -m pytest -q tests/test_lora.py
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from tiny import dequantize, make_tiny_model
+
+from virtue import VirtueError
+from virtue.lora import (
+    TARGETS, LoRALinear, active_stack, adapter_config, adapter_names, adapter_parameters,
+    adapter_state, add_adapter, flatten, load_adapter_state, merged_state_dict, remove_adapter,
+    set_stack, use_stack,
+)
+from virtue.models import load_model
+
+IDS = torch.tensor([[1, 3, 50, 60, 70, 80, 4, 90, 2], [1, 3, 9, 8, 7, 6, 4, 5, 2]])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lora")
+    return {
+        tied: make_tiny_model(root / str(tied), tie_word_embeddings=tied, tokenizer=False)
+        for tied in (False, True)
+    }
+
+
+@pytest.fixture
+def model(folders):
+    return load_model(folders[False])
+
+
+def logits(model):
+    return model(IDS, use_cache=False).logits
+
+
+def fill(model, name, seed=1, std=0.3):
+    """Random A and B (std so large that the adapter matters); the zero B of a new adapter would
+    make any equality trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model, name):
+            parameter.normal_(std=std, generator=generator)
+
+
+def add(model, name, rank=2, alpha=4, targets=TARGETS, seed=1, std=0.3):
+    add_adapter(model, name, rank=rank, alpha=alpha, targets=targets)
+    fill(model, name, seed, std)
+
+
+def dense_weights(model):
+    """{HF name: fp32 weight} of the base, dequantised by hand."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            quantized = getattr(parameter, "quant_state", None) is not None
+            weight = dequantize(parameter) if quantized else parameter.detach().clone()
+            weights[name.replace(".base", "")] = weight
+    return weights
+
+
+def plain(folder):
+    from transformers import MistralForCausalLM
+    return MistralForCausalLM.from_pretrained(folder).eval()
+
+
+# ---- one layer
+
+
+class Toy(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.q_proj = nn.Linear(7, 5, bias=True, dtype=dtype)
+        self.v_proj = nn.Linear(5, 3, bias=False, dtype=dtype)
+
+    def forward(self, x):
+        return self.v_proj(self.q_proj(x))
+
+
+def toy(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Toy(dtype).requires_grad_(False)
+
+
+def test_forward_is_w_plus_scaled_ba():
+    model, x = toy(), torch.randn(2, 4, 7)
+    weight, bias = model.q_proj.weight.double(), model.q_proj.bias.double()
+    add(model, "a", rank=2, alpha=6, targets=("q_proj",), seed=1)  # scaling 3
+    add(model, "b", rank=4, alpha=2, targets=("q_proj", "v_proj"), seed=2)  # scaling 0.5
+    layer = model.q_proj
+    for stack, scales in {(): {}, ("a",): {"a": 3}, ("b", "a"): {"a": 3, "b": 0.5}}.items():
+        dense = weight.clone()
+        for name, scale in scales.items():
+            dense += scale * layer.lora_B[name].double() @ layer.lora_A[name].double()
+        with use_stack(model, *stack):
+            torch.testing.assert_close(
+                layer(x).double(), x.double() @ dense.T + bias, rtol=1e-5, atol=1e-5
+            )
+    with use_stack(model, "a"):  # v_proj lacks "a": the base alone, bitwise
+        x = torch.randn(3, 5)
+        assert torch.equal(model.v_proj(x), model.v_proj.base(x))
+
+
+def test_bf16_base_keeps_fp32_adapters_and_adds_in_fp32():
+    model = toy(torch.bfloat16)
+    for name in "ab":
+        add(model, name, rank=3, alpha=3, targets=("q_proj",), seed=ord(name))
+    set_stack(model, "a", "b")
+    layer, x = model.q_proj, torch.randn(4, 7, dtype=torch.bfloat16)
+    assert {p.dtype for p in adapter_parameters(model, "a")} == {torch.float32}
+    update = sum(x.float() @ layer.lora_A[n].T @ layer.lora_B[n].T for n in "ab")
+    assert layer(x).dtype == torch.bfloat16
+    assert torch.equal(layer(x), layer.base(x) + update.bfloat16())
+
+
+def test_init_is_kaiming_a_zero_b_from_the_seed():
+    def pair(seed):
+        model = nn.ModuleDict({"q_proj": nn.Linear(100, 50)})
+        add_adapter(model, "a", rank=8, alpha=16, targets=("q_proj",), seed=seed)
+        return model["q_proj"].lora_A["a"], model["q_proj"].lora_B["a"]
+
+    A, B = pair(0)
+    assert A.shape == (8, 100) and B.shape == (50, 8) and not B.any()
+    assert A.requires_grad and B.requires_grad
+    # U(-0.1, 0.1), 0.1 = 1/sqrt(100): 800 draws reach within 2 % of the bound, std 0.1/sqrt(3)
+    assert 0.098 < A.abs().max() <= 0.1 and abs(A.std() - 0.1 / 3**0.5) < 0.003
+    # the global generator, which moves on at each call, plays no part
+    assert torch.equal(A, pair(0)[0]) and not torch.equal(A, pair(1)[0])
+
+
+# ---- adapters on the model
+
+
+def test_new_adapter_changes_nothing_and_the_head_stays_bare(model):
+    before = logits(model)
+    add_adapter(model, "sft", rank=4, alpha=8)
+    wrapped = {p.rpartition(".")[2] for p, m in model.named_modules() if isinstance(m, LoRALinear)}
+    assert wrapped == set(TARGETS) and not isinstance(model.lm_head, LoRALinear)
+    assert active_stack(model) == () and torch.equal(logits(model), before)
+    with use_stack(model, "sft"):
+        assert torch.equal(logits(model), before)
+        fill(model, "sft")
+        assert not torch.allclose(logits(model), before, atol=0.1)
+    assert torch.equal(logits(model), before)
+
+
+def test_lm_head_can_be_named(model):
+    add(model, "head", targets=("lm_head",))
+    assert [p for p, m in model.named_modules() if isinstance(m, LoRALinear)] == ["lm_head"]
+    assert len(adapter_parameters(model, "head")) == 2
+
+
+def test_adapters_do_not_leak(model):
+    add(model, "a", seed=1), add(model, "b", seed=2)
+    with use_stack(model, "a"):
+        before = logits(model)
+        fill(model, "b", seed=3)
+        assert torch.equal(logits(model), before)
+    with use_stack(model, "a", "b"):
+        both = logits(model)
+    with use_stack(model, "b", "a"):
+        torch.testing.assert_close(logits(model), both, rtol=1e-4, atol=1e-4)
+
+
+def test_use_stack_restores_nested_and_on_exceptions(model):
+    add(model, "a"), add(model, "b")
+    set_stack(model, "a")
+    with use_stack(model, "a", "b") as same:
+        assert same is model and active_stack(model) == ("a", "b")
+        with pytest.raises(RuntimeError), use_stack(model):
+            assert active_stack(model) == ()
+            raise RuntimeError
+        assert active_stack(model) == ("a", "b")
+        with pytest.raises(KeyError, match="nobody"), use_stack(model, "b", "nobody"):
+            pass
+        with pytest.raises(ValueError, match="twice"):
+            set_stack(model, "b", "b")
+        assert active_stack(model) == ("a", "b")
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    assert {layer.active for layer in layers} == {("a",)}
+
+
+def test_layers_wrapped_later_join_the_active_stack(model):
+    add(model, "a", targets=("q_proj",))
+    set_stack(model, "a")
+    add(model, "b", targets=("v_proj",))
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    assert len(layers) == 4 and {layer.active for layer in layers} == {("a",)}
+
+
+def test_remove_adapter(model):
+    before = logits(model)
+    add(model, "a"), add(model, "b")
+    with use_stack(model, "b"):
+        with_b = logits(model)
+    set_stack(model, "a", "b")
+    with use_stack(model, "a"):
+        remove_adapter(model, "a")
+        assert active_stack(model) == () and torch.equal(logits(model), before)
+    assert active_stack(model) == ("b",) and adapter_names(model) == ("b",)
+    assert torch.equal(logits(model), with_b)
+    assert not any(".a" == name[-2:] for name, _ in model.named_parameters())
+    with pytest.raises(KeyError):
+        remove_adapter(model, "a")
+
+
+def test_bad_requests(model):
+    add_adapter(model, "a", rank=2, alpha=4)
+    with pytest.raises(ValueError, match="'a'"):
+        add_adapter(model, "a", rank=2, alpha=4)
+    with pytest.raises(ValueError):
+        add_adapter(model, "b", rank=0, alpha=4)
+    with pytest.raises(VirtueError, match="q_prj"):
+        add_adapter(model, "b", rank=2, alpha=4, targets=("q_prj", "v_proj"))
+    with pytest.raises(VirtueError):
+        add_adapter(model, "b", rank=2, alpha=4, targets=())
+    for function in (adapter_parameters, adapter_state, remove_adapter, set_stack):
+        with pytest.raises(KeyError, match="'b'"):
+            function(model, "b")
+    assert adapter_names(model) == ("a",)
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_base_and_idle_adapters_are_bitwise_unchanged_by_a_step(folders, quantize):
+    model = load_model(folders[False], quantize=quantize)
+    add(model, "sft", seed=1), add(model, "policy", seed=2), add(model, "rm", seed=3)
+    for parameter in adapter_parameters(model, "sft"):
+        parameter.requires_grad_(False)
+    set_stack(model, "sft", "policy")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.1)
+    with torch.no_grad():
+        logits(model)  # on AVX512-BF16 this is what would repack 4-bit weights
+    logits(model).square().mean().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not name.endswith(".policy")), name
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_adapter_gradients_match_dense_weights(folders, quantize):
+    """The same loss on a plain model with W + s B A put together by hand (W dequantised): equal
+    logits, and equal gradients of every A and B."""
+    model = load_model(folders[False], quantize=quantize)
+    add(model, "a", rank=3, alpha=6)  # scaling 2
+    set_stack(model, "a")
+    with torch.no_grad():
+        logits(model)
+    output = logits(model)
+    target = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    (output * target).mean().backward()
+
+    weights, leaves = dense_weights(model), {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            A, B = (h["a"].detach().clone().requires_grad_() for h in (layer.lora_A, layer.lora_B))
+            leaves[path] = (A, B)
+            weights[path + ".weight"] = weights[path + ".weight"] + 2 * B @ A
+    dense = functional_call(plain(folders[False]), weights, (IDS,), {"use_cache": False}).logits
+    torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-4)
+    (dense * target).mean().backward()
+    assert len(leaves) == 14
+    for path, (A, B) in leaves.items():
+        layer = model.get_submodule(path)
+        for mine, oracle in ((layer.lora_A["a"].grad, A.grad), (layer.lora_B["a"].grad, B.grad)):
+            assert oracle.abs().max() > 1e-5
+            torch.testing.assert_close(mine, oracle, rtol=1e-3, atol=1e-4 * oracle.abs().max())
+
+
+# ---- flatten and merge
+
+
+def unequal_stack(model):
+    """Ranks 2 and 5, scales 2 and 0.6; only o_proj and v_proj have both."""
+    add(model, "a", rank=2, alpha=4, targets=("q_proj", "v_proj", "o_proj"), seed=1)
+    add(model, "b", rank=5, alpha=3, targets=("v_proj", "o_proj", "down_proj"), seed=2)
+    add(model, "other", rank=3, alpha=3, targets=("k_proj",), seed=3)
+    return ("a", "b")
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_flatten_equals_the_stack(folders, quantize):
+    model = load_model(folders[False], quantize=quantize)
+    stack = unequal_stack(model)
+    set_stack(model, *stack)
+    flatten(model, stack, "flat")
+    assert active_stack(model) == stack
+    for seed in (5, 6):
+        with torch.no_grad():
+            want = logits(model)
+            with use_stack(model, "flat"):
+                torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-4)
+            with use_stack(model, "a"):
+                assert not torch.allclose(logits(model), want, atol=0.1)
+        fill(model, "b", seed)
+        with torch.no_grad(), use_stack(model, "flat"):  # a copy, stale until refreshed
+            assert torch.allclose(logits(model), want, atol=1e-4)
+        flatten(model, stack, "flat")
+    config = adapter_config(model, "flat", "x")
+    assert (config["r"], config["lora_alpha"]) == (7, 7)
+    assert config["target_modules"] == ["down_proj", "o_proj", "q_proj", "v_proj"]
+    state = adapter_state(model, "flat")
+    assert {t.shape[0] for k, t in state.items() if "lora_A" in k} == {7}
+    assert {t.shape[1] for k, t in state.items() if "lora_B" in k} == {7}
+    assert not any(p.requires_grad for p in adapter_parameters(model, "flat"))
+    flatten(model, ("a",), "flat")  # another stack: no leftovers in down_proj
+    assert adapter_config(model, "flat", "x")["target_modules"] == ["o_proj", "q_proj", "v_proj"]
+
+
+def test_flatten_refuses_to_destroy(model):
+    stack = unequal_stack(model)
+    before = adapter_state(model, "other")
+    for bad, name in ((stack, "a"), (stack, "other"), ((), "flat")):
+        with pytest.raises(ValueError):
+            flatten(model, bad, name)
+    with pytest.raises(KeyError):
+        flatten(model, ("a", "nobody"), "flat")
+    assert set(adapter_names(model)) == {"a", "b", "other"}
+    assert all(torch.equal(t, before[k]) for k, t in adapter_state(model, "other").items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_merged_plain_model_equals_the_stack(folders, quantize, tied):
+    model = load_model(folders[tied], quantize=quantize)
+    stack = unequal_stack(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    merged = merged_state_dict(model, stack, torch.float32)
+    other = plain(folders[tied])
+    absent = {"lm_head.weight"} if tied else set()
+    assert set(merged) == set(other.state_dict()) - absent
+    result = other.load_state_dict(merged, strict=False)
+    assert set(result.missing_keys) == absent and not result.unexpected_keys
+    with torch.no_grad(), use_stack(model, *stack):
+        torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-4)
+    # ... and it is a copy: merging again gives the same, the model is as before
+    next(iter(merged.values())).zero_()
+    again = merged_state_dict(model, stack, torch.float32)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert again["model.embed_tokens.weight"].any()
+
+
+def test_merging_nothing_gives_the_base_and_dtype_is_the_files(model):
+    base = {name: p.clone() for name, p in model.named_parameters()}
+    stack = unequal_stack(model)
+    merged = merged_state_dict(model, (), torch.float32)
+    assert merged.keys() == base.keys()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in merged.items())
+    exact = merged_state_dict(model, stack, torch.float32)  # rounded once, from the fp32 sum
+    for name, tensor in merged_state_dict(model, stack, torch.bfloat16).items():
+        assert torch.equal(tensor, exact[name].bfloat16())
+    with pytest.raises(KeyError):
+        merged_state_dict(model, ("nobody",), torch.float32)
+
+
+def test_a_changed_tied_head_cannot_be_merged(folders):
+    model = load_model(folders[True])
+    add(model, "a", targets=("lm_head",)), add(model, "b")
+    assert merged_state_dict(model, ("b",), torch.float32)
+    with pytest.raises(VirtueError, match="lm_head"):
+        merged_state_dict(model, ("a", "b"), torch.float32)
+
+
+# ---- PEFT's format
+
+
+def test_exact_peft_keys_and_config(model):
+    add(model, "policy", rank=2, alpha=3, targets=("q_proj", "down_proj"))
+    state = adapter_state(model, "policy")
+    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {
+        f"base_model.model.model.layers.{i}.{module}.lora_{half}.weight": shape
+        for i in (0, 1)
+        for module, half, shape in (
+            ("self_attn.q_proj", "A", (2, 64)), ("self_attn.q_proj", "B", (64, 2)),
+            ("mlp.down_proj", "A", (2, 128)), ("mlp.down_proj", "B", (64, 2)),
+        )
+    }
+    config = adapter_config(model, "policy", "some/base")
+    assert json.loads(json.dumps(config)) == {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "some/base",
+        "r": 2, "lora_alpha": 3, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "target_modules": ["down_proj", "q_proj"], "modules_to_save": None, "inference_mode": True,
+    }
+    assert adapter_config(model, "policy", "x", ["score"])["modules_to_save"] == ["score"]
+    kept = next(iter(state.values())).clone()  # a snapshot: training on does not alter it
+    fill(model, "policy", seed=7)
+    assert torch.equal(next(iter(state.values())), kept)
+
+
+def test_peft_reads_it(folders, tmp_path, model):
+    peft = pytest.importorskip("peft")
+    from safetensors.torch import save_file
+
+    add(model, "policy", rank=2, alpha=3)
+    save_file(adapter_state(model, "policy"), tmp_path / "adapter_model.safetensors")
+    config = adapter_config(model, "policy", str(folders[False]))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    other = peft.PeftModel.from_pretrained(plain(folders[False]), tmp_path).eval()
+    with torch.no_grad(), use_stack(model, "policy"):
+        torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_round_trip(model, folders):
+    add(model, "policy", rank=3, alpha=1, targets=("q_proj", "up_proj"))
+    state, config = adapter_state(model, "policy"), adapter_config(model, "policy", "x")
+    config = json.loads(json.dumps(config))
+    other = load_model(folders[False])
+    load_adapter_state(other, "renamed", state, config)
+    assert not any(p.requires_grad for p in other.parameters())  # a new one is frozen
+    with torch.no_grad(), use_stack(model, "policy"), use_stack(other, "renamed"):
+        assert torch.equal(logits(model), logits(other))
+    add_adapter(other, "resumed", rank=3, alpha=1, targets=("up_proj", "q_proj"))
+    load_adapter_state(other, "resumed", state, config)
+    assert all(p.requires_grad for p in adapter_parameters(other, "resumed"))  # kept as it was
+    again = adapter_state(other, "resumed")
+    assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
+
+
+KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("change, complaint", [
+    (lambda s, c: s.pop(KEY), "layers.1.*lora_A.weight is missing"),
+    (lambda s, c: s.update({KEY + "x": s[KEY]}), "weightx is unknown"),
+    (lambda s, c: s.update({KEY: s[KEY][:, :-1]}), r"\(2, 63\), expected \(2, 64\)"),
+    (lambda s, c: s.update({KEY: s[KEY].T}), r"\(64, 2\)"),
+    (lambda s, c: s[KEY].fill_(float("nan")), "NaN"),
+    (lambda s, c: c.update(r=3), "3|expected"),
+    (lambda s, c: c.update(r=0), "rank"),
+    (lambda s, c: c.update(target_modules=["q_proj", "v_proj"]), "target_modules|missing"),
+    (lambda s, c: c.update(target_modules="all-linear"), "match no|target_modules"),
+    (lambda s, c: c.update(peft_type="IA3"), "LoRA"),
+    (lambda s, c: c.update(use_rslora=True), "rslora"),
+    (lambda s, c: c.pop("r"), "'r'"),
+    (lambda s, c: c.update(lora_alpha=None), "adapter_config"),
+])
+def test_a_misfit_is_refused_and_changes_nothing(model, change, complaint, exists):
+    add(model, "source", rank=2, alpha=4, targets=("q_proj",))
+    state, config = adapter_state(model, "source"), adapter_config(model, "source", "x")
+    remove_adapter(model, "source")
+    if exists:
+        add(model, "target", rank=2, alpha=4, targets=("q_proj",), seed=9)
+
+    def weights():
+        return {k.replace(".base", ""): p.detach().clone() for k, p in model.named_parameters()}
+
+    before = weights()
+    change(state, config)
+    with pytest.raises(VirtueError, match=complaint):
+        load_adapter_state(model, "target", state, config)
+    after = weights()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_an_existing_adapter_with_another_alpha_is_refused(model):
+    add(model, "a", rank=2, alpha=4)
+    add(model, "b", rank=2, alpha=8)
+    with pytest.raises(VirtueError, match="lora_alpha is 4.0, expected 8"):
+        load_adapter_state(model, "b", adapter_state(model, "a"), adapter_config(model, "a", ""))

@@ -1,0 +1,135 @@
+"""Flags, errors and exit statuses, keyed randomness, metrics."""
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from virtue import VirtueError, runtime
+
+
+def parser():
+    p = runtime.make_parser("Does it.\n\n    run.py --out x  100% (well)\n")
+    runtime.add_common_flags(p)
+    p.add_argument("--lr", type=runtime.positive_float, default=1e-3, help="learning rate")
+    return p
+
+
+def test_common_flags():
+    args = parser().parse_args(["--out", "x", "--seed", "3"])
+    assert vars(args) | {"out": str(args.out)} == {
+        "model": "toy", "quantize": "none", "dtype": "fp32", "device": "auto", "threads": 0,
+        "seed": 3, "out": "x", "overwrite": False, "lr": 1e-3}
+
+
+def test_help_keeps_the_docstring_and_shows_defaults():
+    text = parser().format_help()
+    assert "\n    run.py --out x  100% (well)\n" in text
+    assert "(default: 0.001)" in text and "None" not in text and "False" not in text
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--lr", "-1e-5"], "argument --lr: must be a number above 0, not '-1e-5'"),
+    (["--lr", "0"], "above 0"), (["--lr", "nan"], "above 0"), (["--lr", "inf"], "above 0"),
+    (["--seed", "-1"], "at least 0"), (["--seed", "1.5"], "whole number"),
+    (["--quantize", "int8"], "invalid choice"), (["--overwr"], "unrecognized"), ([], None)])
+def test_bad_flags_give_one_line_and_status_2(capsys, argv, words):
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args([*argv, *(["--out", "x"] if words else [])])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and (words or "--out") in error
+
+
+def test_subcommands_are_alike(capsys):
+    p = runtime.make_parser("x")
+    p.add_subparsers().add_parser("go").add_argument("--n", type=runtime.positive_int)
+    with pytest.raises(SystemExit) as caught:
+        p.parse_args(["go", "--n", "0"])
+    assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("kind", "good", "bad"), [
+    ("positive_int", ["1", "20"], ["0", "-1", "a", "1.0"]),
+    ("nonnegative_int", ["0", "5"], ["-1", "x"]),
+    ("positive_float", ["1e-5", "2"], ["0", "-1", "nan", "inf", ""]),
+    ("nonnegative_float", ["0", "0.5"], ["-0.1", "nan", "inf"]),
+    ("fraction", ["0", "1", "0.3"], ["1.01", "-0.1", "nan"])])
+def test_number_types(kind, good, bad):
+    parse = getattr(runtime, kind)
+    assert [parse(t) for t in good] == [float(t) for t in good]
+    assert isinstance(parse(good[0]), int if "int" in kind else float)
+    for text in bad:
+        with pytest.raises(runtime.argparse.ArgumentTypeError, match="must be"):
+            parse(text)
+
+
+@pytest.mark.parametrize(("error", "status", "words"), [
+    (VirtueError("a.jsonl, line 3:\nno"), 2, "error: a.jsonl, line 3: no\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n"), (None, 0, "")])
+def test_run_main(capsys, error, status, words):
+    def main():
+        if error is not None:
+            raise error
+    with pytest.raises(SystemExit) as caught:
+        runtime.run_main(main)
+    assert caught.value.code == status and capsys.readouterr().err == words
+
+
+def test_a_programming_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        runtime.run_main(lambda: 1 / 0)
+
+
+def test_streams_are_keyed_by_name():
+    a = runtime.stream(0, "ppo", 3, "ab", 1).random(4)
+    runtime.stream(9).random(100)  # other draws in between change nothing
+    np.testing.assert_array_equal(runtime.stream(0, "ppo", np.int64(3), "ab", 1).random(4), a)
+    others = [(1, "ppo", 3, "ab", 1), (0, "sft", 3, "ab", 1), (0, "ppo", 3, "a", "b1"),
+              (0, "ppo", "3", "ab", 1), (0, "ppo", 3, "ab"), (0, "ppo3", "ab", 1)]
+    for key in others:
+        assert not np.isin(runtime.stream(*key).random(4), a).any()
+        assert runtime.torch_seed(*key) != runtime.torch_seed(0, "ppo", 3, "ab", 1)
+    key = hashlib.sha256(b'[0, "ppo", 3, "ab", 1]').digest()[:16]  # the same on every machine
+    philox = np.random.Philox(key=int.from_bytes(key, "little"))
+    np.testing.assert_array_equal(np.random.Generator(philox).random(4), a)
+    assert 0 <= runtime.torch_seed(1) < 2**63
+    torch.Generator().manual_seed(runtime.torch_seed(1))
+
+
+def test_metrics_log_appends_strict_json(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    runtime.MetricsLog(path).write({"step": 1, "loss": torch.tensor(0.5), "x": np.float32(2)})
+    runtime.MetricsLog(path).write({"step": 2, "loss": float("nan"), "name": "é"})
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text("utf-8").splitlines()]
+    assert rows == [{"step": 1, "loss": 0.5, "x": 2.0}, {"step": 2, "loss": None, "name": "é"}]
+
+
+def test_progress_yields_all_on_stderr(capsys):
+    assert list(runtime.progress(iter([1, 2]), "Reading", total=2)) == [1, 2]
+    out, err = capsys.readouterr()
+    assert out == "" and "Reading" in err
+
+
+def test_device_and_threads():
+    assert runtime.pick_device("cpu").type == "cpu"
+    if not torch.cuda.is_available():
+        assert runtime.pick_device("auto").type == "cpu"
+        with pytest.raises(VirtueError, match="--device cpu"):
+            runtime.pick_device("cuda")
+    before = torch.get_num_threads()
+    try:
+        for asked, there in ((0, before), (before + 1, before + 1), (0, before + 1)):
+            runtime.torch_threads(asked)
+            assert torch.get_num_threads() == there
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_importing_it_loads_no_torch():
+    code = "import sys, virtue.runtime; sys.exit('torch' in sys.modules or 'tqdm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,44 @@
+"""Export: a reward model as one plain folder that transformers loads without this project.
+
+An adapter alone is the wrong model wherever it was trained upon SFT, so base, SFT and reward adapter
+are folded together. Never train on the result in 4 bits: rounding erases light fine-tunes.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from virtue.checkpoint import write_atomic
+from virtue.dialogue import Dialogue
+from virtue.lora import merged_state_dict
+from virtue.rollout import score_dialogues
+
+
+def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: torch.nn.Module,
+                 dialogues: Sequence[Dialogue], turn: int) -> float:
+    """Write ``folder`` as a MistralForSequenceClassification with one label, in the base's dtype.
+
+    Returns the largest change of score against ``stack`` with ``head`` on ``dialogues``, each read at
+    the end of its ``turn``, by the merged model as loaded back from the disk.
+    """
+    from safetensors.torch import save
+    from transformers import AutoModelForSequenceClassification, MistralConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = next(head.parameters()).dtype if model.dtype == torch.float16 else model.dtype
+    state = {k: v for k, v in merged_state_dict(model, stack, dtype).items() if k != "lm_head.weight"}
+    state["score.weight"] = head.weight.detach().cpu().to(dtype)
+    config = MistralConfig(**{**model.config.to_dict(), "architectures": ["MistralForSequenceClassification"],
+                              "num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "dtype": str(dtype).removeprefix("torch.")})
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_atomic(folder / "model.safetensors", save({k: v.contiguous() for k, v in state.items()}, metadata={"format": "pt"}))
+
+    before = score_dialogues(model, [(stack, head)], dialogues, [turn], tokenizer.pad_token_id, batch_size=8)[0]
+    merged = AutoModelForSequenceClassification.from_pretrained(folder).to(model.device).eval()
+    with torch.no_grad():
+        after = torch.stack([merged(torch.tensor([d.ids[:d.turns[turn].score_position + 1]], device=model.device)).logits[0, 0]
+                             for d in dialogues]).float().cpu()
+    return (before - after).abs().max().item()
