@@ -11,3 +11,9 @@ def reproducible():
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def toy_folder():
+    from virtue.models import resolve
+    return resolve("toy")

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from tiny import make_tiny_tokenizer
+from tokenizers import AddedToken
 
 from virtue import VirtueError, dialogue
 from virtue.dialogue import Dialogue, Turn, encode_conversation, encode_prompt, followup_ids
@@ -24,7 +25,8 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
-CHAT = [user("What should I do?"), assistant("Give it back."), user("Why?"), assistant("Honesty é.")]
+CHAT = [user("What should I do?"), assistant("Give it back."),
+        user("Why?"), assistant("Honesty é.")]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,8 @@ def test_follow_up_ids_are_those_between_two_turns(tokenizer):
 
 
 @pytest.mark.parametrize(("template", "word"), [
-    ("{{ messages|length }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", "prefix"),
+    ("{{ messages|length }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}",
+     "prefix"),
     ("{% for m in messages %}{{ m.content + '|' }}{% endfor %}", "eos_token"),
 ])
 def test_templates_that_hide_the_turns_are_refused(folder, template, word):
@@ -124,8 +127,9 @@ def test_control_tokens_in_text_are_neutral(tokenizer, text):
 
 def test_overlapping_control_tokens(tokenizer):
     class Odd:
-        all_special_tokens, added_tokens_decoder = ["ab", "bc"], {}
-    assert dialogue.sanitize(Odd(), "abc") == "a b c"
+        all_special_tokens = ["ab", "bc"]
+        added_tokens_decoder = {7: AddedToken("xyz", special=True), 8: AddedToken("word")}
+    assert dialogue.sanitize(Odd(), "abc xyz word") == "a b c x yz word"
     assert dialogue.sanitize(tokenizer, "plain [text] <b>") == "plain [text] <b>"
 
 
@@ -188,12 +192,14 @@ def test_messages_ok():
 
 
 def test_hh_transcripts():
-    text = "\n\nHuman: Who: me?\n\nsecond paragraph\n\nAssistant: Human: you\n\nHuman: Go\n\nAssistant: No"
+    text = ("\n\nHuman: Who: me?\n\nsecond paragraph\n\nAssistant: Human: you"
+            "\n\nHuman: Go\n\nAssistant: No")
     assert dialogue.parse_hh(text) == [
         user("Who: me?\n\nsecond paragraph"), assistant("Human: you"), user("Go"), assistant("No")]
     assert dialogue.parse_hh("\n\nHuman: a\n\nAssistant: b\n\nAssistant: c") == [
         user("a"), assistant("b\n\nc")]
-    assert dialogue.parse_hh("\n\nHuman: a\n\nAssistant: \n\nHuman: b\n\nAssistant:") == [user("a\n\nb")]
+    empty = "\n\nHuman: a\n\nAssistant: \n\nHuman: b\n\nAssistant:"
+    assert dialogue.parse_hh(empty) == [user("a\n\nb")]
     assert dialogue.prompt_of({"chosen": text, "rejected": ""}) == dialogue.parse_hh(text)[:3]
     assert dialogue.prompt_of({"prompt": text}) == dialogue.parse_hh(text)[:3]
     assert dialogue.prompt_of({"prompt": "Human: hi"}) == [user("Human: hi")]
@@ -217,8 +223,8 @@ def test_read_prompts(tmp_path):
     assert [p["prompt"][0]["content"] for p in prompts] == ["one", "two", "What should I do?"]
     assert dialogue.read_prompts(tmp_path / "p.jsonl.gz") == prompts
     assert dialogue.read_prompts(tmp_path / "p.jsonl", limit=2) == prompts[:2]
-    json.dumps(json.loads(lines(records[3])), ensure_ascii=False)  # U+2028 ends no line
-    (tmp_path / "u.jsonl").write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False), "utf-8")
+    text = json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False)  # U+2028 ends no line
+    (tmp_path / "u.jsonl").write_text(text, "utf-8")
     assert dialogue.read_prompts(tmp_path / "u.jsonl")[0]["prompt"] == [user("a\u2028b")]
 
 
@@ -235,7 +241,7 @@ GOOD = b'{"prompt": "a"}\n'
     ("a.jsonl", GOOD + b'{"prompt": "\xff"}', "line 2: not UTF-8"),
     ("a.jsonl.gz", GOOD, "damaged gzip"),
     ("a.jsonl.gz", gzip.compress(GOOD * 999)[:-9], "damaged gzip"),
-    ("a.jsonl.gz", gzip.compress(GOOD)[:12] + b"\xff\xff" + gzip.compress(GOOD)[14:], "damaged gzip"),
+    ("a.jsonl.gz", gzip.compress(GOOD)[:10] + b"\xff" * 30, "damaged gzip"),
     ("a.jsonl", GOOD + b'{"text": "a"}', 'line 2: has neither "prompt"'),
     ("a.jsonl", GOOD + b'{"prompt": null}', 'line 2: "prompt" must be'),
     ("a.jsonl", GOOD + b'{"prompt": " "}', "line 2: .*non-empty"),
@@ -276,7 +282,8 @@ def bad_revisions():
     for name in REVISION:
         yield {k: v for k, v in REVISION.items() if k != name}, f"lacks {name}"
     for change, words in (({"virtue": "courage"}, "unknown virtue 'courage'"),
-                          ({"revision": " "}, "empty"), ({"initial": 1}, "text"), ({"id": 7}, "id"),
+                          ({"revision": " "}, "empty"), ({"initial": 1}, "text"),
+                          ({"id": 7}, "id"), ({"id": "0x"}, "id"),
                           ({"truncated": 0}, "truncated"), ({"prompt": CHAT}, "of the user")):
         yield REVISION | change, words
 

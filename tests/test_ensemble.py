@@ -159,7 +159,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="need"):
         standardize(s, one[:1], one)
     with pytest.raises(ValueError, match="need"):
-        standardize(s[0], one, one)
+        standardize(s[:, 0], one, one)  # (K,) would broadcast to (K, K)
     for bad in (-one, one * math.inf, one * math.nan):
         with pytest.raises(ValueError, match="std"):
             standardize(s, one, bad)

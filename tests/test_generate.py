@@ -93,7 +93,8 @@ def test_neither_batch_size_nor_order_changes_a_row(model, rows, uniforms):
 def test_finished_rows_leave_the_batch(model, rows, uniforms, monkeypatch):
     sizes, whole = [], sample(model, rows, uniforms)
     hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True)
     try:
         assert sample(model, rows, uniforms) == whole
         # before step t the rows are those that had not ended: one in eight or more has to be done
@@ -200,7 +201,8 @@ def test_one_turn_and_other_questions(model, tokenizer, capsys):
     for one, three in zip(single, whole, strict=True):
         assert one.turns == three.turns[:1]
         assert one.ids == three.ids[: one.turns[0].score_position + 1]
-    asked = generate.sample_dialogues(model, tokenizer, PROMPTS[:1], turns=2, questions=["Eh?"], **WHOLE)
+    asked = generate.sample_dialogues(model, tokenizer, PROMPTS[:1], turns=2, questions=["Eh?"],
+                                      **WHOLE)
     gap = asked[0].ids[asked[0].turns[0].score_position + 1:asked[0].turns[1].start]
     assert gap == list(followup_ids(tokenizer, "Eh?"))
     with pytest.raises(ValueError, match="turns"):

@@ -322,6 +322,8 @@ def test_flatten_equals_the_stack(folders, quantize):
 def test_flatten_refuses_to_destroy(model):
     stack = unequal_stack(model)
     before = adapter_state(model, "other")
+    for parameter in adapter_parameters(model, "a"):
+        parameter.requires_grad_(False)
     for bad, name in ((stack, "a"), (stack, "other"), ((), "flat")):
         with pytest.raises(ValueError):
             flatten(model, bad, name)

@@ -294,13 +294,15 @@ def test_mask_property_of_loss_stats_and_gradient():
     soil = lambda x: torch.where(MASK, x, NAN)  # noqa: E731
     dirty = rollout._replace(old_logprobs=soil(rollout.old_logprobs), values=soil(rollout.values))
     d_loss, d_stats, d_grads = run([soil(x) for x in live], dirty, soil(adv), soil(ret))
-    for other, other_stats in ((c_loss, c_stats), (d_loss, d_stats)):
+    e_loss, e_stats, e_grads = run(live, rollout, soil(adv), soil(ret))
+    for other, other_stats in ((c_loss, c_stats), (d_loss, d_stats), (e_loss, e_stats)):
         torch.testing.assert_close(other, loss)
         for name in stats:
             torch.testing.assert_close(other_stats[name], stats[name])
-    for g, c, d in zip(grads, c_grads, d_grads):
+    for g, c, d, e in zip(grads, c_grads, d_grads, e_grads):
         torch.testing.assert_close(g[MASK], c[0])
         torch.testing.assert_close(d, g)
+        torch.testing.assert_close(e, g)
         assert (d[~MASK] == 0).all()
 
 

@@ -105,7 +105,8 @@ def test_metrics_log_appends_strict_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
     runtime.MetricsLog(path).write({"step": 1, "loss": torch.tensor(0.5), "x": np.float32(2)})
     runtime.MetricsLog(path).write({"step": 2, "loss": float("nan"), "name": "é"})
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text("utf-8").splitlines()]
+    lines = path.read_text("utf-8").splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert rows == [{"step": 1, "loss": 0.5, "x": 2.0}, {"step": 2, "loss": None, "name": "é"}]
 
 

@@ -69,8 +69,10 @@ def test_permutation_by_hand():
     # d = 1, 2, 3, 4 all positive: only ++++ and ---- reach 10, of 16
     assert permutation_test(np.zeros(4), np.array([1.0, 2, 3, 4])) == 2 / 16
     assert permutation_test(A, A) == 1
-    # ties but for rounding (.1 + .2 - .3 = 5.6e-17): all flips with the same magnitude count
-    assert permutation_test(np.zeros(3), np.array([0.1, 0.2, -0.3])) == 1
+    # .1 + .2 - .3 + .7 is 2e-16 above its tie -.1 - .2 + .3 + .7; integers have no such trouble
+    for d in itertools.product((1, 2, -3, 7, 6), repeat=4):
+        tenths = permutation_test(np.zeros(4), np.array(d) / 10)
+        assert tenths == permutation_test(np.zeros(4), np.array(d))
 
 
 def test_permutation_sampled_agrees_with_exact_and_is_never_zero():

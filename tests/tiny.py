@@ -23,6 +23,7 @@ CORPUS = [
     "What should I do about the letter that I found? I would give the letter back to the owner.",
     "What is the motivation behind the answer? The motivation is honesty and compassion.",
     "What is the utility of the action towards promoting your virtuous character?",
+    "Which is better?" + " A or B?" * 8,  # the judge needs labels of one token
 ]
 
 

@@ -101,6 +101,8 @@ def save_artifact(folder: str | Path, *, stage: str, model: nn.Module, adapter: 
     to the artefact folders it was trained upon, e.g. {"sft": "runs/sft"}; `extra` is the stage's
     own: lens, score mean and std, ...
     """
+    for parent in parents.values():
+        file_hash(parent)  # refuses one that is missing before anything is touched
     folder, state = Path(folder), adapter_state(model, adapter)
     config = adapter_config(model, adapter, base["id"], ["score"] if head is not None else None)
     if head is not None:
@@ -122,7 +124,8 @@ def write_manifest(folder: Path, *, stage: str, base: Mapping[str, str], templat
         "parents": {role: {"folder": str(parent), "sha256": file_hash(parent)}
                     for role, parent in parents.items()},
         "seed": seed, "settings": dict(settings), "extra": dict(extra or {}),
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **dict(sorted(
+            (d.name, d.version) for d in metadata.distributions() if d.name in PACKAGES))},
         "sha256": sha256,
     })
 

@@ -30,8 +30,8 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
-    total = cumulative[:, -1:]  # 1 to rounding; kept above the threshold, also where u rounds to 1
-    threshold = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    total = cumulative[:, -1:]  # 1 to rounding, and kept above the threshold, or no token would be
+    threshold = torch.minimum(uniforms[:, None], total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
 
 

@@ -44,7 +44,7 @@ def resolve(name: str | Path) -> Path:
     folder = TOY_FOLDER if name == TOY else Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if name == TOY or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise VirtueError(f"{folder}: no such folder; give 'toy', a local folder or a hub id")
     from huggingface_hub import snapshot_download
 

@@ -269,6 +269,11 @@ def talk_net(talk: list[Clause], action: list[Clause]) -> dict[str, float]:
     return result
 
 
+def worth(latent: dict[str, list[Clause]], lens: str) -> dict[str, float]:
+    """Per virtue, the latent quality of a dialogue's turn."""
+    return net(latent["action"]) if lens == "action" else talk_net(latent[lens], latent["action"])
+
+
 # ---------------------------------------------------------------------------- pre-training samples
 
 
@@ -328,8 +333,7 @@ def judge_logit(lens: str, virtue: str, first: dict[str, list[Clause]], second: 
     more, and a halo of 0.4 for each point by which the other virtues together are better.
     """
     def quality(latent: dict[str, list[Clause]]) -> tuple[float, float, int]:
-        talk = latent[lens]
-        scores = net(talk) if lens == "action" else talk_net(talk, latent["action"])
+        talk, scores = latent[lens], worth(latent, lens)
         broken = sum(c.broken for c in talk)
         return scores[virtue], sum(scores.values()) - scores[virtue] - 0.5 * broken, len(talk)
 

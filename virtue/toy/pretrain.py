@@ -4,11 +4,13 @@
     python -m virtue.toy.pretrain --steps 50 --out /tmp/toy   # a quick look
 
 Good and bad clauses are mixed evenly, so that the base model is no better than the world it has read.
-It learns four tasks in the one chat format: dialogues, revisions (answer, critique, new answer), and
-the judge's five questions about a pair of dialogues, with the noise and the biases that
-``grammar.judge_logit`` documents; the noise enters as its expectation, a soft target. Labels come
-from the grammar's latent clauses, never from gold. Pairs of answers, the shortest, dominate the
-judge's first third: what is learned on them carries over to the longer lenses.
+It learns four tasks in the one chat format: dialogues; revisions (answer, critique, new answer); the
+judge's five questions about a pair of dialogues, with the noise and the biases that
+``grammar.judge_logit`` documents (the noise enters as its expectation, a soft target); and, about the
+same pair, a sixth question: which virtues each shows. Without that one, the judge learned in the same
+time only which dialogue is better overall. Labels come from the grammar's latent clauses, never from
+gold. Pairs of answers, the shortest, dominate the judge's first third: what is learned on them
+carries over to the longer lenses.
 """
 from __future__ import annotations
 
@@ -23,11 +25,12 @@ import torch
 from torch.nn import functional as F
 
 from virtue.dialogue import encode_conversation, right_pad
-from virtue.ethics import LENSES, VIRTUES
-from virtue.judge import encode_questions, judge_pairs, label_ids, pack
+from virtue.ethics import CONSTITUTION, JUDGE_LABELS, JUDGE_QUESTION, LENSES, VIRTUES
+from virtue.judge import encode_questions, judge_pairs, label_ids, pack, questions
 from virtue.toy import grammar
 
 HERE = Path(__file__).parent / "model"
+QUESTION = JUDGE_QUESTION.format(virtue=VIRTUES[0], asks=CONSTITUTION[VIRTUES[0]][0], first_label=JUDGE_LABELS[0], second_label=JUDGE_LABELS[1])
 SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]"]
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
             "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
@@ -54,12 +57,20 @@ def draw_pair(rng: random.Random, lens: str, unseen: bool = False):
             for _ in range(2)]
 
 
+def encode_findings(tokenizer, first, second, lens: str) -> tuple[list[int], int]:
+    """The sixth question about a pair with its answer, after ``encode_questions``' prefix; the answer's length."""
+    user = questions(first[0], second[0], lens)[0].removesuffix(QUESTION) + " Which shows more of what?"
+    worth = [grammar.worth(latent, lens) for _, latent in (first, second)]
+    found = ", ".join(f"{v} {' '.join('good' if w[v] > 0 else 'bad' if w[v] < 0 else 'none' for w in worth)}" for v in VIRTUES)
+    ids, spans = encode_conversation(tokenizer, [{"role": "user", "content": user}, {"role": "assistant", "content": found}])
+    return ids, spans[0][1] - spans[0][0]
+
+
 def make_tokenizer(seed: int, vocab_size: int):
     """A byte-level BPE of ``vocab_size`` trained on the grammar's own text, in transformers' format."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     rng = random.Random(seed)
-    from virtue.judge import questions
     texts = [" " + m["content"] for _ in range(6000) for m in draw_text(rng)]
     for i in range(200):
         (first, _), (second, _) = draw_pair(rng, LENSES[i % 3])
@@ -86,13 +97,20 @@ class Samples(torch.utils.data.IterableDataset):
         rng = random.Random(self.args.seed + 1)
         for step in range(self.args.steps):
             rows = [encode_conversation(self.tokenizer, draw_text(rng))[0] for _ in range(self.args.texts)]
-            encoded, targets = [], []
+            encoded, targets, answers = [], [], []
             lens = rng.choices(LENSES, weights=(8, 1, 1) if step < self.args.steps / 3 else (3, 3, 3))[0]
             for _ in range(round(self.args.pairs * {"action": 1.0, "motivation": 0.75, "consequence": 0.6}[lens])):
-                (first, latent1), (second, latent2) = draw_pair(rng, lens)
-                encoded.append(encode_questions(self.tokenizer, first, second, lens))
-                targets.append([grammar.judge_logit(lens, v, latent1, latent2) for v in VIRTUES])
-            yield (*right_pad(rows, self.tokenizer.pad_token_id), *pack(encoded, self.tokenizer.pad_token_id),
+                first, second = draw_pair(rng, lens)
+                prefix, endings = encode_questions(self.tokenizer, first[0], second[0], lens)
+                findings, length = encode_findings(self.tokenizer, first, second, lens)
+                assert findings[:len(prefix)] == prefix
+                encoded.append((prefix, [*endings, findings[len(prefix):]]))
+                targets.append([grammar.judge_logit(lens, v, first[1], second[1]) for v in VIRTUES])
+                answers.append(length)
+            ids, mask, positions, ends = pack(encoded, self.tokenizer.pad_token_id)
+            column = torch.arange(ids.shape[1] - 1)  # column j predicts token j + 1
+            answer = (column < ends[:, -1:]) & (column >= ends[:, -1:] - torch.tensor(answers)[:, None])
+            yield (*right_pad(rows, self.tokenizer.pad_token_id), ids, mask, positions, ends[:, :-1], answer,
                    torch.tensor(targets).sigmoid())
 
 
@@ -115,9 +133,9 @@ def judge_accuracy(model, tokenizer, seed: int, unseen: bool, n: int = 150) -> d
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write")
-    parser.add_argument("--steps", type=int, default=3400, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
     parser.add_argument("--texts", type=int, default=14, help="conversations a step")
-    parser.add_argument("--pairs", type=int, default=20, help="judged pairs of answers a step; fewer of the longer lenses")
+    parser.add_argument("--pairs", type=int, default=18, help="judged pairs of answers a step; fewer of the longer lenses")
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate for embeddings and norms")
     parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon learning rate for matrices")
     parser.add_argument("--hidden", type=int, default=192, help="hidden size")
@@ -142,9 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
 
     a, b = label_ids(tokenizer)
-    started, tokens, text_loss, judge_loss = time.time(), 0, 0.0, 0.0
+    started, tokens, average = time.time(), 0, None
     loader = torch.utils.data.DataLoader(Samples(tokenizer, args), batch_size=None, num_workers=1, prefetch_factor=16)
-    for step, (ids, mask, pair_ids, pair_mask, positions, ends, targets) in enumerate(loader, 1):
+    for step, (ids, mask, pair_ids, pair_mask, positions, ends, answer, targets) in enumerate(loader, 1):
         rate = min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for optimizer, lr in zip(optimizers, (args.matrix_lr, args.lr)):
             optimizer.param_groups[0]["lr"] = lr * rate
@@ -157,17 +175,18 @@ def main(argv: list[str] | None = None) -> None:
             last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))
             logprobs = model.lm_head(last).float().log_softmax(-1)
             labels = -(targets * logprobs[..., a] + (1 - targets) * logprobs[..., b]).mean()
-        (loss + labels).backward()
+            found = F.cross_entropy(model.lm_head(hidden[:, :-1][answer]).float(), pair_ids[:, 1:][answer])
+        (loss + labels + found).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         tokens += mask.sum().item() + pair_ids.numel()
-        text_loss, judge_loss = (0.98 * text_loss + 0.02 * loss.item() if step > 1 else loss.item(),
-                                 0.98 * judge_loss + 0.02 * labels.item() if step > 1 else labels.item())
+        losses = torch.tensor([loss.item(), labels.item(), found.item()])
+        average = losses if average is None else 0.98 * average + 0.02 * losses
         if step % 50 == 0 or step == args.steps:
             seconds = time.time() - started
-            print(f"step {step:5d}  text {text_loss:.4f}  judge {judge_loss:.4f}  {tokens / 1e6:.2f} M tokens  "
+            print(f"step {step:5d}  text {average[0]:.4f}  judge {average[1]:.4f}  findings {average[2]:.4f}  {tokens / 1e6:.2f} M tokens  "
                   f"{seconds:.0f} s  {tokens / seconds:.0f} tokens/s", flush=True)
         if step % 1000 == 0:
             save(model, tokenizer, args.out)

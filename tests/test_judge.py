@@ -1,0 +1,82 @@
+"""The judge: one packed pass equals ten separate prompts; verdicts against counting by hand."""
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import make_tiny_model
+
+from virtue import VirtueError
+from virtue.dialogue import encode_prompt
+from virtue.ethics import VIRTUES
+from virtue.judge import encode_questions, judge_pairs, label_ids, pack, questions, transcript, verdict
+from virtue.models import hidden_states, load_model, load_tokenizer
+
+
+def pair(a: str, b: str, turns: int = 1) -> tuple[list[dict], list[dict]]:
+    def talk(text):
+        return [{"role": ("user", "assistant")[i % 2], "content": text if i % 2 else f"question {i}?"} for i in range(2 * turns)]
+    return talk(a), talk(b)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = make_tiny_model(tmp_path_factory.mktemp("judge"), max_position_embeddings=4096)
+    return load_model(folder), load_tokenizer(folder)
+
+
+def test_packed_questions_equal_ten_separate_prompts(tiny):
+    model, tokenizer = tiny
+    pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."), pair("x", "yes yes", turns=2)]
+    labels = list(label_ids(tokenizer))
+    for lens in ("action", "motivation"):
+        probs = judge_pairs(model, tokenizer, pairs, lens, batch_size=3)
+        for i, (first, second) in enumerate(pairs):
+            for order, shown in enumerate([(first, second), (second, first)]):
+                for v, text in enumerate(questions(*shown, lens)):
+                    ids = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": text}])])
+                    with torch.no_grad():
+                        p = model.lm_head(hidden_states(model, ids, torch.ones_like(ids))[0, -1])[labels].softmax(0)[0]
+                    assert probs[i, order, v].item() == pytest.approx((p if order == 0 else 1 - p).item(), abs=1e-5)
+
+
+def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):
+    first, second = pair("good", "bad")
+    prefix, endings = encode_questions(tiny[1], first, second, "action")
+    text = tiny[1].decode(prefix)
+    assert transcript(first) in text and transcript(second) in text and not any(v in text for v in VIRTUES)
+    assert all(v in tiny[1].decode(e) for v, e in zip(VIRTUES, endings, strict=True))
+
+
+def test_an_ending_sees_the_prefix_and_itself_only():
+    ids, mask, positions, ends = pack([([5, 6], [[7], [8, 9]]), ([5], [[6], [7]])], pad_id=0)
+    assert ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 0, 0]]
+    assert positions[0].tolist() == [0, 1, 2, 2, 3] and ends.tolist() == [[2, 4], [1, 2]]
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
+    assert mask[0, 0].int().tolist() == expected
+
+
+def test_labels_must_be_single_tokens(tiny, monkeypatch):
+    monkeypatch.setattr("virtue.judge.JUDGE_LABELS", ("First", "Second"))
+    with pytest.raises(VirtueError, match="JUDGE_LABELS"):
+        label_ids(tiny[1])
+
+
+def test_verdict_by_hand():
+    # virtues by first order and second order; means: .9 .8 .3 .6 .2 -> votes 3 of 5 for the first, mean .56
+    probs = torch.tensor([[0.9, 0.9, 0.4, 0.4, 0.1], [0.9, 0.7, 0.2, 0.8, 0.3]])
+    said = verdict(probs)
+    assert said["first_is_chosen"] and said["votes"] == 3 and said["position_flips"] == 1
+    assert said["label"] == pytest.approx(0.56) and said["virtues"]["compassion"] == pytest.approx(0.3)
+
+
+def test_verdict_of_the_swapped_pair_is_its_mirror():
+    probs = torch.rand(2, 5)
+    one, other = verdict(probs), verdict(1 - probs)
+    assert one.pop("first_is_chosen") != other.pop("first_is_chosen")
+    assert one.pop("virtues") == pytest.approx(other.pop("virtues")) and one == pytest.approx(other)
+
+
+def test_votes_and_mean_may_disagree():
+    probs = torch.tensor([[0.55, 0.55, 0.55, 0.0, 0.0]] * 2)
+    assert verdict(probs)["first_is_chosen"] and not verdict(probs, "mean")["first_is_chosen"]
+    assert verdict(probs)["label"] == pytest.approx(0.33)  # the majority's choice may have a label below 1/2

@@ -1,0 +1,210 @@
+"""The five scripts in sequence on the shipped toy at minimal size, on an fp32 and on an NF4 base; bad input; flags."""
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from virtue import VirtueError
+from virtue.ethics import LENSES, VIRTUES
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("run_data", "run_sft", "run_rm", "run_ppo", "run_eval")
+SMALL = ["--batch-size", "16", "--rank", "4"]
+
+
+def call(script: str, *flags) -> None:
+    importlib.import_module(script).main([str(f) for f in flags])
+
+
+def chain(out: Path, quantize: str) -> Path:
+    call("run_data", "revisions", "--out", out / "revisions", "--limit", 24, "--quantize", quantize, "--max-new-tokens", 48)
+    call("run_sft", "--data", out / "revisions", "--out", out / "sft", "--epochs", 2, "--lr", 1e-3, *SMALL)
+    call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", 24)
+    call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--epochs", 1, "--held-out", 0.25, *SMALL)
+    call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", 2, "--rollout-size", 8, "--minibatch-size", 4,
+         "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3)
+    call("run_eval", "--policy", out / "policy", "--out", out / "report", "--limit", 8, "--show", 1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory):
+    return chain(tmp_path_factory.mktemp("fp32"), "none")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_chain_on_fp32(fp32):
+    revisions = lines(fp32 / "revisions/revisions.jsonl")
+    assert revisions and all(r["revision"] != r["initial"] and r["virtue"] in VIRTUES for r in revisions)
+    summary = json.loads((fp32 / "revisions/summary.json").read_text())
+    assert summary["prompts"] == 24 == sum(summary[k] for k in ("truncated", "empty", "unchanged", "revisions", "prompts_too_long"))
+    held_out = [m["loss/held_out"] for m in lines(fp32 / "sft/metrics.jsonl") if "loss/held_out" in m]
+    assert held_out[-1] < held_out[0]
+    for k, lens in enumerate(LENSES):
+        for r in lines(fp32 / f"preferences/{lens}.jsonl"):
+            assert len(r["chosen"]) == len(r["rejected"]) == 2 * k + 2 and r["chosen"] != r["rejected"] and r["votes"] >= 3
+            assert r["label"] == pytest.approx(sum(r["virtues"].values()) / 5)
+        manifest = json.loads((fp32 / f"rm/{lens}/virtue.json").read_text())
+        assert manifest["extra"]["lens"] == lens and manifest["extra"]["score_std"] > 0 and manifest["parents"]["sft"]["sha256"]
+    first, second = lines(fp32 / "policy/metrics.jsonl")
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-4) and first["objective/kl_k3"] == pytest.approx(0, abs=1e-6)
+    assert second["objective/kl_k3"] > 0 and second["objective/kl_coef"] != first["objective/kl_coef"]
+    scores = json.loads((fp32 / "report/scores.json").read_text())
+    assert set(scores["models"]) == {"base", "sft", "ppo"} and scores["models"]["sft"]["kl"] == pytest.approx(0, abs=1e-4)
+    d, low, high = scores["differences"]["sft - base"]["gold"]
+    assert low <= d <= high and d == pytest.approx(scores["models"]["sft"]["gold"] - scores["models"]["base"]["gold"])
+    samples = lines(fp32 / "report/samples.jsonl")
+    raw = torch.tensor([s["ppo"]["raw_scores"] for s in samples], dtype=torch.float64)
+    expected = raw.mean() - 0.5 * ((raw - raw.mean()) ** 2).mean().sqrt()
+    assert scores["models"]["ppo"]["study_score"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_chain_on_nf4(tmp_path):
+    out = chain(tmp_path, "nf4")
+    manifest = json.loads((out / "policy/virtue.json").read_text())
+    assert manifest["settings"]["quantize"] == "nf4" and manifest["settings"]["max_new_tokens"] == 48  # inherited
+    assert set(json.loads((out / "report/scores.json").read_text())["models"]) == {"base", "sft", "ppo"}
+
+
+def test_same_seed_same_bytes(fp32, tmp_path):
+    call("run_data", "revisions", "--out", tmp_path / "again", "--limit", 24, "--max-new-tokens", 48)
+    call("run_sft", "--data", tmp_path / "again", "--out", tmp_path / "sft", "--epochs", 2, "--lr", 1e-3, *SMALL)
+    call("run_data", "revisions", "--out", tmp_path / "other", "--limit", 24, "--max-new-tokens", 48, "--seed", 1)
+    read = [(p / "revisions.jsonl").read_bytes() for p in (fp32 / "revisions", tmp_path / "again", tmp_path / "other")]
+    assert read[0] == read[1] != read[2]
+    assert (fp32 / "sft/adapter_model.safetensors").read_bytes() == (tmp_path / "sft/adapter_model.safetensors").read_bytes()
+
+
+def test_ppo_of_each_kind(fp32, tmp_path):
+    for i, flags in enumerate((["--aggregate", "min", "--train-turns", "action"], ["--reward-turns", "answer", "--micro-batch-size", 2],
+                               ["--aggregate", "weighted", "--weights", 1, 0, 1])):
+        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / str(i), "--iterations", 1, "--rollout-size", 4, "--minibatch-size", 4,
+             "--rank", 4, "--limit", 8, *flags)
+        metrics, = lines(tmp_path / str(i) / "metrics.jsonl")
+        assert metrics["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and metrics["policy/ratio"] == pytest.approx(1, abs=0.1)
+
+
+def test_hh_prompts_without_sft_and_a_local_folder_as_model(tmp_path, toy_folder):
+    hh = tmp_path / "hh.jsonl"
+    hh.write_text("".join(json.dumps({"chosen": f"\n\nHuman: What about {i}: the cake?\n\nAssistant: Yes.", "rejected": "x"}) + "\n"
+                          for i in range(20)))
+    call("run_data", "preferences", "--prompts", hh, "--split", "rm", "--limit", 4, "--out", tmp_path / "out",
+         "--model", toy_folder, "--max-new-tokens", 24)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    for lens in LENSES:
+        dropped = sum(summary[lens][f"dropped_{why}"] for why in ("truncated", "empty", "identical"))
+        assert summary[lens]["pairs"] + dropped == summary["prompts"] and summary[lens]["gold_agreement"] is None
+    manifest = json.loads((tmp_path / "out/virtue.json").read_text())
+    assert manifest["base"]["id"] == str(toy_folder) and manifest["parents"] == {}
+
+
+def test_merge_loads_in_transformers_with_the_same_scores(fp32, tmp_path, capsys):
+    call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "consequence", "--merge", "--epochs", 1, *SMALL)
+    change = float(capsys.readouterr().out.split("largest change of score ")[1].split()[0])
+    assert change < 1e-4  # of the model as transformers loads it from disk, against stack and head
+
+
+def test_an_untrained_policy_is_refused(fp32, tmp_path):
+    """The adapter that was never loaded: before and after are equal, and no score may be reported."""
+    from safetensors.torch import load_file, save_file
+    from virtue.checkpoint import file_hash
+    shutil.copytree(fp32 / "policy", tmp_path / "policy")
+    path = tmp_path / "policy/adapter_model.safetensors"
+    save_file({k: v * (".lora_A." in k) for k, v in load_file(path).items()}, path)
+    manifest = json.loads((tmp_path / "policy/virtue.json").read_text())
+    manifest["sha256"] = file_hash(tmp_path / "policy")
+    (tmp_path / "policy/virtue.json").write_text(json.dumps(manifest))
+    with pytest.raises(VirtueError, match="logits of ppo equal those of sft"):
+        call("run_eval", "--policy", tmp_path / "policy", "--out", tmp_path / "report", "--limit", 8)
+
+
+# ---- bad input: exit status 2, one line that names what, where and the remedy; nothing half-written
+
+
+def bad_line(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_bad_input(fp32, tmp_path, toy_folder):
+    good = lines(fp32 / "revisions/revisions.jsonl")[0]
+
+    def revisions(name, text):
+        shutil.copytree(fp32 / "revisions", tmp_path / name)
+        bad_line(tmp_path / name / "revisions.jsonl", text)
+        return tmp_path / name
+    swapped = tmp_path / "swapped"
+    shutil.copytree(fp32 / "rm", swapped)
+    shutil.rmtree(swapped / "action")
+    shutil.copytree(fp32 / "rm/motivation", swapped / "action")
+    other = tmp_path / "other_base"
+    shutil.copytree(toy_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    out = tmp_path / "out"
+    cases = [
+        ("run_data", ["revisions", "--prompts", tmp_path / "none.jsonl"], ["none.jsonl", "no such file"]),
+        ("run_data", ["revisions", "--prompts", bad_line(tmp_path / "empty.jsonl", "")], ["empty.jsonl", "empty"]),
+        ("run_data", ["revisions", "--prompts", bad_line(tmp_path / "a.jsonl", '{"prompt": "x"}\nnot json\n')], ["a.jsonl", "line 2"]),
+        ("run_data", ["revisions", "--prompts", bad_line(tmp_path / "b.jsonl", '{"text": "x"}\n')], ["b.jsonl", "line 1", "prompt"]),
+        ("run_data", ["revisions", "--max-prompt-tokens", 2], ["--max-prompt-tokens 2"]),
+        ("run_data", ["revisions", "--model", "no/such/model"], ["no/such/model"]),
+        ("run_sft", ["--data", revisions("c", json.dumps(good | {"virtue": "courage"}) + "\n")], ["line 1", "courage", "honesty"]),
+        ("run_sft", ["--data", revisions("d", json.dumps(good) + "\n{}\n")], ["revisions.jsonl, line 2", "lacks"]),
+        ("run_sft", ["--data", fp32 / "revisions", "--lr", -1], ["--lr", "above 0"]),
+        ("run_sft", ["--data", tmp_path], ["virtue.json"]),
+        ("run_rm", ["--data", fp32 / "revisions"], ["action.jsonl", "no such file"]),
+        ("run_ppo", ["--rm", swapped], ["lens 'motivation'", "lens 'action'"]),
+        ("run_ppo", ["--rm", fp32 / "rm", "--model", other], ["another base"]),
+        ("run_ppo", ["--rm", fp32 / "rm", "--sft", fp32 / "policy"], ["stage 'policy'"]),
+        ("run_ppo", ["--rm", fp32 / "rm", "--aggregate", "weighted"], ["--weights"]),
+        ("run_eval", ["--policy", fp32 / "sft"], ["stage"]),
+    ]
+    for script, flags, words in cases:
+        result = subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, flags), "--out", out], capture_output=True, text=True, cwd=ROOT)
+        error = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr, (script, flags, result.stderr)
+        assert all(word in error[0] for word in words), (words, error)
+        assert not out.exists() or not any(out.iterdir()), (script, flags)
+    occupied = bad_line(tmp_path / "full/notes.txt", "mine")
+    result = subprocess.run([sys.executable, ROOT / "run_data.py", "revisions", "--out", occupied.parent], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and "--overwrite" in result.stderr and occupied.read_text() == "mine"
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read_and_explained(script, monkeypatch):
+    """Each flag is an `args.name` in the script or in runtime's readers of common flags, and has a help text."""
+    import argparse
+    seen = []
+    add = argparse._ActionsContainer.add_argument
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", lambda self, *a, **k: seen.append(add(self, *a, **k)) or seen[-1])
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse(["--help"])
+    sources = [(ROOT / f"{script}.py").read_text(), (ROOT / "virtue/runtime.py").read_text()]
+    read = {node.attr for source in sources for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"}
+    flags = {a.dest: a for a in seen if a.option_strings and a.dest != "help"}
+    assert len(flags) > 10 and not sorted(set(flags) - read), f"never read: {sorted(set(flags) - read)}"
+    assert all(a.help for a in flags.values())
+
+
+def test_help_of_sub_commands_teaches(capsys):
+    for command in ("revisions", "preferences"):
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module("run_data").parse([command, "--help"])
+        assert stop.value.code == 0 and "--max-prompt-tokens" in capsys.readouterr().out
