@@ -40,7 +40,7 @@ def parse(argv):
     group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
     group("--preference", choices=("votes", "mean"), default="votes",
           help="chosen by the majority of the five virtues (the study), or by their mean probability")
-    return parse_with_parent(parser, argv, lambda args: args.sft, ("model", "quantize", "dtype", "max_new_tokens", "temperature"), commands)
+    return parse_with_parent(parser, argv, "sft", lambda args: args.sft, ("model", "quantize", "dtype", "max_new_tokens", "temperature"), commands)
 
 
 def main(argv=None):

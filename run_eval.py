@@ -27,7 +27,7 @@ def parse(argv):
     group("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
     group("--limit", type=positive_int, default=240, help="use the first so many held-out prompts")
     group("--show", type=positive_int, default=3, help="dialogues to print side by side")
-    return parse_with_parent(parser, argv, lambda args: args.policy, ("model", "quantize", "dtype", "max_new_tokens", "temperature", "sft", "rm", "prompts"))
+    return parse_with_parent(parser, argv, "policy", lambda args: args.policy, ("model", "quantize", "dtype", "max_new_tokens", "temperature", "sft", "rm", "prompts"))
 
 
 def main(argv=None):

@@ -64,7 +64,7 @@ def parse(argv):
     ppo("--lam", type=fraction, default=0.95, help="lambda of GAE; take 1.0 for answers of hundreds of tokens (0.95^256 is 2e-6)")
     ppo("--max-grad-norm", type=positive_float, default=1.0, help="gradient clipping, policy and value each")
     ppo("--save-every", type=positive_int, default=10, help="iterations between saves")
-    return parse_with_parent(parser, argv, lambda args: args.rm / "action", ("model", "quantize", "dtype", "sft", "max_new_tokens", "temperature"))
+    return parse_with_parent(parser, argv, "rm", lambda args: args.rm / "action", ("model", "quantize", "dtype", "sft", "max_new_tokens", "temperature"))
 
 
 def main(argv=None):

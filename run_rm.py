@@ -34,7 +34,7 @@ def parse(argv):
     group("--merge", action="store_true", help="also write the merged model, as MistralForSequenceClassification")
     add_lora_flags(parser, rank=16, alpha=32)
     add_training_flags(parser, lr=1e-3, epochs=3, batch_size=16)
-    return parse_with_parent(parser, argv, lambda args: args.data, ("model", "quantize", "dtype", "sft", "max_new_tokens", "temperature"))
+    return parse_with_parent(parser, argv, "preferences", lambda args: args.data, ("model", "quantize", "dtype", "sft", "max_new_tokens", "temperature"))
 
 
 def main(argv=None):

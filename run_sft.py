@@ -23,7 +23,7 @@ def parse(argv):
     group("--max-tokens", type=positive_int, default=1024, help="longer conversations are dropped and counted")
     add_lora_flags(parser, rank=16, alpha=32)
     add_training_flags(parser, lr=1e-3, epochs=3, batch_size=16)
-    return parse_with_parent(parser, argv, lambda args: args.data, ("model", "quantize", "dtype", "max_new_tokens", "temperature"))
+    return parse_with_parent(parser, argv, "revisions", lambda args: args.data, ("model", "quantize", "dtype", "max_new_tokens", "temperature"))
 
 
 def main(argv=None):

@@ -100,7 +100,7 @@ def test_hh_prompts_without_sft_and_a_local_folder_as_model(tmp_path, toy_folder
     hh.write_text("".join(json.dumps({"chosen": f"\n\nHuman: What about {i}: the cake?\n\nAssistant: Yes.", "rejected": "x"}) + "\n"
                           for i in range(20)))
     call("run_data", "preferences", "--prompts", hh, "--split", "rm", "--limit", 4, "--out", tmp_path / "out",
-         "--model", toy_folder, "--max-new-tokens", 24)
+         "--model", toy_folder)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     for lens in LENSES:
         dropped = sum(summary[lens][f"dropped_{why}"] for why in ("truncated", "empty", "identical"))
@@ -165,7 +165,7 @@ def test_bad_input(fp32, tmp_path, toy_folder):
         ("run_sft", ["--data", revisions("d", json.dumps(good) + "\n{}\n")], ["revisions.jsonl, line 2", "lacks"]),
         ("run_sft", ["--data", fp32 / "revisions", "--lr", -1], ["--lr", "above 0"]),
         ("run_sft", ["--data", tmp_path], ["virtue.json"]),
-        ("run_rm", ["--data", fp32 / "revisions"], ["action.jsonl", "no such file"]),
+        ("run_rm", ["--data", fp32 / "revisions"], ["stage 'revisions'", "stage 'preferences'"]),
         ("run_ppo", ["--rm", swapped], ["lens 'motivation'", "lens 'action'"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--model", other], ["another base"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--sft", fp32 / "policy"], ["stage 'policy'"]),

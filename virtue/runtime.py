@@ -103,19 +103,19 @@ def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: in
 
 
 def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
-                      parent: Callable[[argparse.Namespace], Path | None], names: Sequence[str],
-                      commands=None) -> argparse.Namespace:
+                      stage: str, parent: Callable[[argparse.Namespace], Path | None],
+                      names: Sequence[str], commands=None) -> argparse.Namespace:
     """Parses `argv`; flags in `names` that it leaves out are as in the earlier artefact's settings.
 
-    `parent` maps the parsed flags to that artefact's folder, or None for the parser's own defaults;
-    `commands` are the sub-parsers, if the script has any.
+    `parent` maps the parsed flags to that artefact's folder, of the given `stage`, or to None for the
+    parser's own defaults; `commands` are the sub-parsers, if the script has any.
     """
     args = parser.parse_args(argv)
     folder = parent(args)
     if folder is None:
         return args
     from virtue.checkpoint import read_manifest
-    settings = read_manifest(folder)["settings"]
+    settings = read_manifest(folder, stage)["settings"]
     owner = commands.choices[args.command] if commands else parser
     owner.set_defaults(**{name: settings[name] for name in names if settings.get(name) is not None})
     return parser.parse_args(argv)
