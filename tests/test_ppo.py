@@ -62,6 +62,8 @@ def test_place_rewards_bad_input():
         place_rewards(MASK[:3], torch.tensor([6, 6]), torch.ones(2))
     with pytest.raises(ValueError, match="positions"):
         place_rewards(MASK[:1].long(), torch.tensor([6]), torch.ones(1))
+    with pytest.raises(ValueError, match="positions"):
+        place_rewards(MASK[:3], torch.full((2, 2, 3), 6), torch.ones(2, 2, 3))
 
 
 def test_token_rewards_sum_to_score_minus_kl():

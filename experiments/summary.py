@@ -1,0 +1,66 @@
+"""Sum up runs of the chain that differ by seed only: gains with intervals, and what they cost.
+
+  for s in 0 1 2; do make demo SEED=$s OUT=runs/demo-$s; done
+  python experiments/summary.py runs/demo-0 runs/demo-1 runs/demo-2
+
+Intervals are 95 %: for each seed a paired bootstrap over prompts; over all seeds a hierarchical one,
+which resamples seeds, then prompts within each.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from virtue.ethics import LENSES  # noqa: E402
+
+
+def hierarchical(differences: list[np.ndarray], resamples: int = 10000) -> tuple[float, float, float]:
+    """Mean over seeds of the mean over prompts, with low and high; one array of paired differences a seed."""
+    rng = np.random.default_rng(0)
+    draws = [np.mean([rng.choice(differences[i], len(differences[i])).mean() for i in rng.integers(0, len(differences), len(differences))])
+             for _ in range(resamples)]
+    return float(np.mean([d.mean() for d in differences])), *map(float, np.quantile(draws, [0.025, 0.975]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of make demo")
+    runs = parser.parse_args().runs
+    scores = [json.loads((run / "report/scores.json").read_text()) for run in runs]
+    samples = [[json.loads(line) for line in (run / "report/samples.jsonl").read_text().splitlines()] for run in runs]
+    names = list(scores[0]["models"])
+
+    print(f"{len(runs)} seeds ({', '.join(str(s['seed']) for s in scores)}), {scores[0]['prompts']} held-out prompts each; mean [least, greatest]\n")
+    print("| |" + "|".join(names) + "|\n|---|" + "---|" * len(names))
+    for key in scores[0]["models"][names[0]]:
+        values = [[s["models"][name][key] for s in scores] for name in names]
+        print(f"| {key} | " + " | ".join(f"{np.mean(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for v in values) + " |")
+
+    print("\n| gold | seed by seed | all seeds |\n|---|---|---|")
+    gold = {name: [np.array([s[name]["gold"]["overall"] for s in run]) for run in samples] for name in names}
+    for a, b in zip(names, names[1:]):
+        each = ", ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*s["differences"][f"{b} - {a}"]["gold"]) for s in scores)
+        print(f"| {b} - {a} | {each} | " + "{:+.3f} [{:+.3f}, {:+.3f}] |".format(*hierarchical([y - x for x, y in zip(gold[a], gold[b])])))
+
+    base, sft, ppo = ([s["models"][name] for s in scores] for name in ("base", "sft", "ppo"))
+    checks = {
+        "share of the distance from SFT to the oracle that PPO closes (>= 0.5)": [(p["gold"] - s["gold"]) / (1 - s["gold"]) for s, p in zip(sft, ppo)],
+        "perplexity over the base's (0.5 to 1.5)": [p["perplexity"] / b["perplexity"] for b, p in zip(base, ppo)],
+        **{f"distinct share of the {lens} over the base's (>= 0.7)": [p[f"distinct/{lens}"] / b[f"distinct/{lens}"] for b, p in zip(base, ppo)]
+           for lens in LENSES},
+        "right person and thing named, minus the base's (>= -0.02)": [p["named"] - b["named"] for b, p in zip(base, ppo)],
+        "motivations that fit, minus the base's (>= 0)": [p["fits"] - b["fits"] for b, p in zip(base, ppo)],
+        "turns that ended properly (>= 0.97)": [p["ended"] for p in ppo],
+    }
+    print("\n| PPO | seed by seed |\n|---|---|")
+    for title, values in checks.items():
+        print(f"| {title} | {', '.join(f'{v:.3f}' for v in values)} |")
+
+
+if __name__ == "__main__":
+    main()
