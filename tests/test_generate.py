@@ -115,6 +115,16 @@ def test_finished_rows_leave_the_batch(model, rows, uniforms, monkeypatch):
         hook.remove()
 
 
+def test_positions_count_real_tokens(model, rows, uniforms):
+    seen = []  # rotary embeddings forgive an offset, so that no id would show a wrong one
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
+    sample(model, rows[:2], uniforms[:2, :2])
+    hook.remove()
+    assert seen[0].tolist() == [[0] * 8 + [0, 1, 2], list(range(11))]  # rows of 3 and 11 ids
+    assert seen[1].tolist() == [[3], [11]]
+
+
 def test_truncation_is_the_samplers_word(model, rows, uniforms):
     new, truncated = sample(model, rows[:1], uniforms[:1, :1])[0]
     assert len(new) == 1 and truncated == (new != [EOS])

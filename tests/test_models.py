@@ -301,15 +301,18 @@ def test_base_fingerprint_sees_config_names_sizes_and_both_ends(folders, copy, f
     assert len({base_fingerprint(f) for f in folders.values()}) == 4
     weights = copy / "model.safetensors"
     original = weights.read_bytes()
-    middle = b"\0" * (3 << 20)  # more than the two MiB that are read
     seen = {first}
-    for content in (
-        original[:-1] + bytes([original[-1] ^ 1]), original + b"\0", original + middle + original,
-        original[:9] + b"!" + original[10:] + middle + original,
+    for content in (  # 3 MiB, more than the two that are read: first byte, last byte, length
+        b"a" + b"\0" * (3 << 20) + b"b", b"c" + b"\0" * (3 << 20) + b"b",
+        b"a" + b"\0" * (3 << 20) + b"c", b"a" + b"\0" * (4 << 20) + b"b",
     ):
         weights.write_bytes(content)
         seen.add(base_fingerprint(copy))
-    assert len(seen) == 5
+    index = {"weight_map": {"any": "model-1.safetensors"}}  # the last content by another name
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights.rename(copy / "model-1.safetensors")
+    seen.add(base_fingerprint(copy))
+    assert len(seen) == 6
     weights.write_bytes(original)
     assert base_fingerprint(copy) == first
     edit(copy / "config.json", rope_theta=5.0)
@@ -394,7 +397,15 @@ def test_padding_content_and_gradients_stay_out(model):
 
 def test_hidden_states_are_those_before_the_head(model, plain):
     ids, attention = batch(ROWS, "left")
+    positions = []  # rotary embeddings see differences only, so logits would not tell
+    hook = model.model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
+    )
     hidden = hidden_states(model, ids, attention)
+    hook.remove()
+    assert positions[0].tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 0, 0, 0, 0, 1, 2, 3, 4], [0, 0, 0, 1, 2, 3, 4, 5, 6]
+    ]
     assert hidden.shape == (*ids.shape, 64) and hidden[attention].isfinite().all()
     for i, row in enumerate(ROWS):
         logits = plain(torch.tensor([row])).logits[0]

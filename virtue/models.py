@@ -209,7 +209,7 @@ def load_model(
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         assert not tensor.is_meta, f"{key} was never loaded"
-    return model.requires_grad_(False).eval()
+    return model.eval()
 
 
 def base_fingerprint(folder: str | Path) -> str:
