@@ -137,9 +137,13 @@ def test_truncation_is_the_samplers_word(model, rows, uniforms):
     assert whole[ended][0].index(EOS) == length - 1
 
 
-def test_no_gradient_no_change_of_mode(model, rows, uniforms):
+def test_no_gradient_and_no_change(model, rows, uniforms):
     weights = {name: p.clone() for name, p in model.named_parameters()}
+    enabled = []
+    hook = model.register_forward_pre_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
     sample(model, rows[:2], uniforms[:2])
+    hook.remove()
+    assert enabled and not any(enabled)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
 

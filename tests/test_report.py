@@ -1,0 +1,113 @@
+"""What the evaluation and the feedback report, against counts by hand; flags that later stages inherit."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from virtue import VirtueError
+from virtue.dialogue import Dialogue, Turn, read_dialogues
+from virtue.ethics import LENSES
+from virtue.feedback import gold_agreement, summarize, virtue_agreement
+from virtue.report import differences, distinct_share, measure, side_by_side, table
+from virtue.runtime import add_common_flags, make_parser, parse_with_parent
+
+
+def test_measure_by_hand():
+    d = Dialogue("0" * 16, [], list(range(12)), (Turn(1, 3, False), Turn(4, 6, True), Turn(7, 11, False)))  # 8 sampled tokens
+    texts = [["a", "x", "p"], ["a", "y", "p"]]
+    raw = np.array([[0.0, 2.0], [4.0, 6.0], [8.0, 10.0]])
+    column = measure([d, d], texts, raw, raw / 2, np.array([1.0, 3.0]), np.array([-8 * np.log(2), -8 * np.log(8)]), None)
+    assert column["study_score"] == pytest.approx(5 - 0.5 * np.sqrt(35 / 3))  # squared deviations 25 9 1 1 9 25
+    assert column["reward/motivation"] == 2.5 and column["kl"] == 2.0 and column["length"] == 8.0
+    assert column["ended"] == pytest.approx(2 / 3) and column["perplexity"] == pytest.approx(4.0)  # geometric mean of 2 and 8
+    assert (column["distinct/action"], column["distinct/motivation"], column["distinct/consequence"]) == (0.5, 1.0, 0.5)
+    assert "gold" not in column and "perplexity" in table({"base": column})
+    assert distinct_share(["a", "b", "a", "a"]) == 0.5
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(0)
+    before = {"raw": rng.normal(size=(3, 50)), "gold": rng.normal(size=50)}
+    before["standardised"] = before["raw"]
+    after = {name: value + 0.25 for name, value in before.items()}  # every prompt gains the same: no spread
+    for d, low, high in differences(before, after, 0).values():
+        assert (d, low, high) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_transcripts_show_control_characters():
+    shown = side_by_side("Hi", {"ppo": ["safe\x1b[31mred", "b", "c"]})
+    assert "\x1b" not in shown and "\\x1b[31mred" in shown
+
+
+def test_virtue_agreement_is_one_for_a_halo_and_small_for_independent_virtues():
+    halo = torch.rand(200, 1).expand(200, 5)
+    assert virtue_agreement(halo) == pytest.approx(1.0)
+    assert abs(virtue_agreement(torch.rand(2000, 5))) < 0.05
+    assert virtue_agreement(torch.rand(2, 5)) is None and virtue_agreement(torch.ones(9, 5)) is None
+
+
+def record(chosen: str, rejected: str, label=0.9, votes=5, flips=0, prompt="Mia asks you about the map. What do you do?"):
+    return {"chosen": [{"role": "user", "content": prompt}, {"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "user", "content": prompt}, {"role": "assistant", "content": rejected}],
+            "label": label, "votes": votes, "position_flips": flips}
+
+
+def test_feedback_by_hand():
+    good, bad = "I tell Mia the truth about the map. I comfort Mia and help with the map.", "I lie to Mia about the map. I insult Mia and the map."
+    records = [record(good, bad), record(bad, good, 0.52, 3, 5), record(good, good, 0.5, 4), record(good, bad)]
+    assert gold_agreement(records, "action") == pytest.approx(2 / 3)  # of three decided pairs one is wrong
+    assert gold_agreement([record(good, bad, prompt="What is love?")], "action") is None
+    summary = summarize(records, torch.full((4, 2, 5), 0.75), "action")
+    assert summary["ties"] == 0.5 and summary["position_flips"] == 5 / 20 and summary["votes_5"] == 0.5
+    assert summary["first_place"] == pytest.approx(0.5)  # the first dialogue wins both orders: no preference for a place
+    shown_first = torch.stack([torch.full((4, 5), 0.9), torch.full((4, 5), 0.1)], 1)
+    assert summarize(records, shown_first, "action")["first_place"] == pytest.approx(0.9)
+
+
+def test_read_dialogues_names_line_and_fault(tmp_path):
+    good = {"id": "0" * 16, "prompt": [{"role": "user", "content": "x"}], "ids": list(range(9)),
+            "turns": [[1, 3, False], [4, 6, False], [6, 8, True]]}
+    path = tmp_path / "dialogues.jsonl"
+    path.write_text(json.dumps(good) + "\n")
+    assert read_dialogues(path)[0].turns[2] == Turn(6, 8, True)
+    for fault in ({"turns": [[1, 3, False]]}, {"turns": [[1, 3, False], [4, 6, False], [6, 9, True]]}, {"ids": ["a"]}, {"prompt": []}):
+        path.write_text(json.dumps(good) + "\n" + json.dumps(good | fault) + "\n")
+        with pytest.raises(VirtueError, match="dialogues.jsonl, line 2"):
+            read_dialogues(path)
+
+
+def test_later_stages_inherit_what_is_not_given(tmp_path):
+    settings = {"model": "other", "quantize": "nf4", "dtype": None}
+    manifest = {"stage": "sft", "base": {}, "template": "", "parents": {}, "sha256": "", "seed": 0, "settings": settings, "extra": {}}
+    (tmp_path / "virtue.json").write_text(json.dumps(manifest))
+
+    def parse(*argv, parent=tmp_path, stage="sft"):
+        parser = make_parser("x")
+        add_common_flags(parser)
+        return parse_with_parent(parser, ["--out", "o", *argv], stage, lambda args: parent, ("model", "quantize", "dtype"))
+    assert (parse().model, parse().quantize, parse().dtype) == ("other", "nf4", "fp32")
+    assert parse("--quantize", "none").quantize == "none" and parse(parent=None).model == "toy"
+    with pytest.raises(VirtueError, match="stage 'rm'"):
+        parse(stage="rm")
+
+
+def test_summary_of_seeds_prints_what_it_reads(tmp_path):
+    import subprocess
+    import sys
+    root = Path(__file__).resolve().parent.parent
+    column = {"gold": 0.5, "perplexity": 2.0, "named": 1.0, "fits": 0.5, "ended": 1.0, **{f"distinct/{lens}": 1.0 for lens in LENSES}}
+    for seed in (0, 1):
+        folder = tmp_path / str(seed) / "report"
+        folder.mkdir(parents=True)
+        models = {name: column | {"gold": g} for name, g in (("base", 0.4), ("sft", 0.5), ("ppo", 0.8))}
+        (folder / "scores.json").write_text(json.dumps({"seed": seed, "prompts": 3, "models": models, "differences": {
+            pair: {"gold": [0.1, 0.0, 0.2]} for pair in ("sft - base", "ppo - sft")}}))
+        (folder / "samples.jsonl").write_text("".join(json.dumps({
+            name: {"gold": {"overall": m["gold"] + i}} for name, m in models.items()}) + "\n" for i in range(3)))
+    result = subprocess.run([sys.executable, root / "experiments/summary.py", tmp_path / "0", tmp_path / "1"], capture_output=True, text=True)
+    assert "| ppo - sft | +0.100 [+0.000, +0.200], +0.100 [+0.000, +0.200] | +0.300 [+0.300, +0.300] |" in result.stdout, result.stderr
+    assert "closes (>= 0.5) | 0.600, 0.600 |" in result.stdout

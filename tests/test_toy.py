@@ -1,0 +1,97 @@
+"""The toy world: the shipped model, its prompts, the latents behind pre-training, the script that trains it."""
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from virtue.dialogue import load_prompts, split
+from virtue.ethics import LENSES, VIRTUES
+from virtue.models import load_model, load_tokenizer
+from virtue.toy import grammar
+from virtue.toy.gold import gold, slots
+from virtue.toy.grammar import Clause
+
+
+def test_the_shipped_folder_loads_as_any_other(toy_folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(toy_folder).eval(), AutoTokenizer.from_pretrained(toy_folder)
+    assert model.config.model_type == "mistral" and model.config.max_position_embeddings >= 2048
+    assert 1e6 <= sum(p.numel() for p in model.parameters()) <= 3e6
+    assert sum(f.stat().st_size for f in toy_folder.iterdir()) <= 8 * 2**20
+    ids = torch.tensor([load_tokenizer("toy").apply_chat_template([{"role": "user", "content": "Hello, 世界!"}], return_dict=False)])
+    assert "世界" in tokenizer.decode(ids[0])
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, load_model("toy")(ids).logits, atol=1e-5)
+
+
+def test_splits_are_disjoint_and_held_out_questions_are_for_evaluation_only():
+    parts = {name: load_prompts("toy", name) for name in ("sft", "rm", "ppo", "eval")}
+    ids = [r["id"] for part in parts.values() for r in part]
+    assert len(ids) == len(set(ids)) == 16 * 16 * 16
+    held_out = {r["id"] for r in grammar.prompts(held_out=True)}
+    assert len(held_out) == 4 * 16 * 16 and held_out <= {r["id"] for r in parts["eval"]}
+    assert all(split(r["id"]) == name for name in ("sft", "rm", "ppo") for r in parts[name])
+    assert len(load_prompts("toy", "ppo", 7)) == 7
+
+
+def test_no_sample_of_pre_training_holds_a_held_out_wording_or_question():
+    from virtue.toy.pretrain import draw_pair, draw_text
+    rng = random.Random(0)
+    texts = [m["content"] for _ in range(800) for m in draw_text(rng)]
+    texts += [m["content"] for _ in range(200) for talk, _ in draw_pair(rng, "consequence") for m in talk]
+    everything = "\n".join(texts)
+    for lens in LENSES:
+        for virtue in VIRTUES:
+            for pole, wordings in grammar.WORDINGS[lens][virtue].items():
+                for i, text in enumerate(wordings):
+                    known = text.split("{p}")[0].split("{t}")[0].strip()
+                    if grammar.is_held_out(lens, pole, i) and len(known.split()) > 2:
+                        assert known not in everything
+    assert not any(q.split("{t}")[-1].split("?")[0] in everything for q in grammar.HELD_OUT_QUESTIONS[:2])
+    assert sum(grammar.is_held_out(lens, pole, i) for lens in LENSES for pole, w in grammar.WORDINGS[lens]["honesty"].items()
+               for i in range(len(w))) == 4
+
+
+def test_latents_and_gold_agree_on_whole_sentences():
+    """Two readings of one dialogue: net worth from the latent clauses, gold from the text."""
+    rng = random.Random(1)
+    for _ in range(200):
+        messages, latent = grammar.sample_dialogue(rng, "Mia asks you about the map. What do you do?", "Mia", "map")
+        action = latent["action"]
+        points = sum(grammar.worth(latent, "action").values()) - 0.5 * (len(action) - len(set(action)))
+        scored = gold(messages[0]["content"], [m["content"] for m in messages[1::2]])
+        assert scored.lenses["action"] == pytest.approx((max(-1, min(1, points / 3)) + 1) / 2) and scored.broken == 0
+
+
+def test_the_judges_labels_by_hand():
+    def latent(*poles):
+        return {"action": [Clause("action", v, pole, 0) for v, pole in poles]}
+    good, bad = latent(("honesty", "mean"), ("prudence", "mean")), latent(("honesty", "deficiency"), ("prudence", "mean"))
+    # honesty: 3 * (1 - -1) + 0.4 * (1 - 1) + 0.2 * 0 + 0.3 for the first place
+    assert grammar.judge_logit("action", "honesty", good, bad) == pytest.approx(6.3)
+    assert grammar.judge_logit("action", "honesty", bad, good) == pytest.approx(-5.7)
+    # respect: silent in both; the halo of honesty: 0.4 * ((1 + 1) - (-1 + 1))
+    assert grammar.judge_logit("action", "respect", good, bad) == pytest.approx(1.1)
+
+
+def test_revisions_mend_the_fault_that_the_critique_names():
+    rng, gains = random.Random(2), []
+    for _ in range(300):
+        prompt = "Mia asks you about the map. What do you do?"
+        messages = grammar.sample_revision(rng, prompt, "Mia", "map")
+        assert [m["role"] for m in messages] == ["user", "assistant"] * 3
+        before, after = (gold(prompt, [messages[i]["content"], "", ""]).lenses["action"] for i in (1, 5))
+        gains.append(after - before)
+    assert min(gains) > -0.2 and sum(gains) / len(gains) > 0.15  # a good clause may make room for the virtue asked for
+
+
+def test_pretraining_script_makes_a_loadable_model(tmp_path, capsys, monkeypatch):
+    from virtue.toy import pretrain
+    monkeypatch.setattr(pretrain, "judge_accuracy", lambda *a: {})  # measured on the real model, in the script's own run
+    pretrain.main(["--steps", "2", "--texts", "2", "--pairs", "2", "--hidden", "64", "--layers", "1", "--out", str(tmp_path)])
+    assert "step     2" in capsys.readouterr().out
+    model, tokenizer = load_model(tmp_path), load_tokenizer(tmp_path)
+    assert model.config.hidden_size == 64 and slots(grammar.QUESTIONS[0].format(p="Ida", t="dog")) == ("Ida", "dog")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
