@@ -39,22 +39,24 @@ def parse(argv):
     group("--judge", help="another model as the judge: toy, folder or hub id (default: the base, adapters off)")
     group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
     group("--preference", choices=("votes", "mean"), default="votes",
-          help="chosen by the majority of the five virtues (the study), or by their mean probability")
-    return parse_with_parent(parser, argv, "sft", lambda args: args.sft, ("model", "quantize", "dtype", "max_new_tokens", "temperature"), commands)
+          help="chosen by the majority of the five virtues (the study), or by their mean probability; "
+               "matters to training with run_rm.py --labels hard only, since soft labels carry the mean either way")
+    return parse_with_parent(parser, argv, "sft", "sft", commands=commands)
 
 
 def main(argv=None):
     args = parse(argv)
     from virtue import VirtueError
-    from virtue.checkpoint import load_artifact, prepare_output, write_json, write_jsonl, write_manifest
+    from virtue.checkpoint import check_output, data_hash, load_artifact, prepare_output, write_json, write_jsonl, write_manifest
     from virtue.dialogue import load_prompts, messages_of
     from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
-    from virtue.generate import fits, sample_dialogues
+    from virtue.generate import check_context, fits, sample_dialogues
+    from virtue.judge import judge_pairs, label_ids, pair_fits, verdict
     from virtue.lora import use_stack
 
     # Build
     prompts = load_prompts(args.prompts, args.split, args.limit)
-    out = prepare_output(args.out, args.overwrite)
+    out = check_output(args.out, args.overwrite, [args.sft])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     kept = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
@@ -65,6 +67,12 @@ def main(argv=None):
     if args.sft:
         load_artifact(args.sft, model, "sft", stage="sft", base=base.info, template=base.template)
         stack = ("sft",)
+    judge_base = base
+    if args.command == "preferences":
+        judge_base = open_base(args, args.judge) if args.judge else base
+        label_ids(judge_base.tokenizer)  # refuse a tokenizer without single-token labels before hours of sampling
+    check_context(model, args.max_prompt_tokens, args.max_new_tokens)
+    prepare_output(out, args.overwrite)
     sampling = dict(seed=args.seed, max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch_size=args.batch_size)
 
     if args.command == "revisions":
@@ -92,48 +100,53 @@ def main(argv=None):
         summary = {name: counts[name] for name in ("prompts", "prompts_too_long", "truncated", "empty", "unchanged", "revisions")}
     else:
         from virtue.feedback import summarize
-        from virtue.judge import judge_pairs, verdict
         # 1. two independent dialogues for each prompt
         with use_stack(model, *stack):
             first, second = (sample_dialogues(model, tokenizer, kept, stage="preferences", copy=copy, desc=f"dialogues {copy + 1} of 2", **sampling)
                              for copy in (0, 1))
         write_jsonl(out / "dialogues.jsonl", ({"id": d.id, "prompt": d.prompt, "ids": d.ids, "turns": d.turns} for d in (*first, *second)))
         # 2. the judge, in both orders, lens by lens
-        judge, judge_tokenizer = model, tokenizer
-        if args.judge:
-            judge, judge_tokenizer = open_base(args, args.judge)[:2]
+        judge, judge_tokenizer = judge_base.model, judge_base.tokenizer
         summary = {"prompts": counts["prompts"], "prompts_too_long": counts["prompts_too_long"]}
-        total = 0
+        found = {}
         for k, lens in enumerate(LENSES):
             pairs, dropped = [], Counter()
             for a, b in zip(first, second, strict=True):
                 texts = [messages_of(tokenizer, d, turns=k + 1) for d in (a, b)]
                 fault = ("truncated" if any(t.truncated for d in (a, b) for t in d.turns[:k + 1])
                          else "empty" if any(not m["content"] for t in texts for m in t)
-                         else "identical" if texts[0] == texts[1] else None)
+                         else "identical" if texts[0] == texts[1]
+                         else "too_long" if not pair_fits(judge, judge_tokenizer, *texts, lens) else None)
                 dropped[fault] += 1
                 if fault is None:
                     pairs.append((a.id, texts))
             with use_stack(judge):
-                probs = judge_pairs(judge, judge_tokenizer, [texts for _, texts in pairs], lens, args.judge_batch_size)
+                probs, label_mass = judge_pairs(judge, judge_tokenizer, [texts for _, texts in pairs], lens, args.judge_batch_size)
             # 3. from judgement to preference
             records = []
             for (prompt_id, texts), p in zip(pairs, probs):
                 said = verdict(p, args.preference)
                 chosen, rejected = texts if said.pop("first_is_chosen") else texts[::-1]
                 records.append({"id": prompt_id, "lens": lens, "chosen": chosen, "rejected": rejected, **said, "truncated": False})
-            total += len(records)
+            found[lens] = records
+            summary[lens] = {**{f"dropped_{fault}": dropped[fault] for fault in ("truncated", "empty", "identical", "too_long")},
+                             "label_mass": label_mass, **summarize(records, probs, lens)}
+            if not records:
+                raise VirtueError(f"no pair of lens {lens} is left of {len(kept)} prompts ({dict(dropped)}): the model may be too weak, "
+                                  "or --max-new-tokens too small")
+            if label_mass < 0.1:
+                print(f"warning: {lens}: the judge gives its two labels {label_mass:.3f} of the probability: it does not answer the question")
+        for lens, records in found.items():
             write_jsonl(out / f"{lens}.jsonl", records)
-            summary[lens] = {**{f"dropped_{fault}": dropped[fault] for fault in ("truncated", "empty", "identical")},
-                             **summarize(records, probs, lens)}
-        if not total:
-            raise VirtueError(f"no pair is left of {len(kept)} prompts ({summary}): the model may be too weak, or --max-new-tokens too small")
+    written = ["revisions.jsonl"] if args.command == "revisions" else [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"]
     write_json(out / "summary.json", summary)
     write_manifest(out, stage=args.command, base=base.info, template=base.template, seed=args.seed, settings=vars(args),
-                   parents={"sft": args.sft} if args.sft else {}, extra={})
+                   parents={"sft": args.sft} if args.sft else {},
+                   extra={"judge": judge_base.info} if args.command == "preferences" else {},
+                   sha256=data_hash(out, written))
     for name, value in summary.items():
         print(f"{name}: {value if not isinstance(value, dict) else ', '.join(f'{k} {v:.3g}' for k, v in value.items() if v is not None)}")
-    print(f"wrote {', '.join(sorted(p.name for p in out.glob('*.json*')))} in {out}")
+    print(f"wrote {', '.join(written)}, summary.json in {out}")
 
 
 if __name__ == "__main__":

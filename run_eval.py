@@ -6,7 +6,7 @@ Every model answers every prompt with a whole dialogue. The study's Score is mea
 std over the 3n scores RM_lens(dialogue up to the lens's turn). It is given on raw scores, as the study
 did, whose std also holds the arbitrary offsets between the three models, and on standardised ones.
 Differences carry 95 % intervals of a paired bootstrap over prompts. Writes scores.json and
-samples.jsonl. On toy, gold is read here and nowhere before. Refuses to report on an adapter that
+samples.jsonl. On toy, gold is read: no stage has learned from it. Refuses to report on an adapter that
 changes no logit: it was never loaded.
 """
 from __future__ import annotations
@@ -22,12 +22,12 @@ def parse(argv):
     add_sampling_flags(parser)
     group = parser.add_argument_group("what to compare").add_argument
     group("--policy", type=Path, required=True, help="folder of run_ppo.py")
-    group("--sft", type=Path, help="the SFT adapter below it (default: the one in the policy's settings)")
-    group("--rm", type=Path, help="folder of run_rm.py (default: the one in the policy's settings)")
+    group("--sft", type=Path, help="the SFT adapter below it")
+    group("--rm", type=Path, help="folder of run_rm.py: the reward models of the training, for a folder that was moved")
     group("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
     group("--limit", type=positive_int, default=240, help="use the first so many held-out prompts")
     group("--show", type=positive_int, default=3, help="dialogues to print side by side")
-    return parse_with_parent(parser, argv, "policy", lambda args: args.policy, ("model", "quantize", "dtype", "max_new_tokens", "temperature", "sft", "rm", "prompts"))
+    return parse_with_parent(parser, argv, "policy", "policy")
 
 
 def main(argv=None):
@@ -35,22 +35,22 @@ def main(argv=None):
     import numpy as np
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import load_artifact, prepare_output, write_json, write_jsonl, write_manifest
-    from virtue.dialogue import load_prompts, messages_of, prompt_record, right_pad
+    from virtue.checkpoint import check_output, load_artifact, prepare_output, write_json, write_jsonl, write_manifest
+    from virtue.dialogue import encode_prompt, load_prompts, messages_of, prompt_record, right_pad
     from virtue.ensemble import standardize
     from virtue.ethics import LENSES, PROBES
-    from virtue.generate import fits, sample_dialogues
+    from virtue.generate import check_context, fits, sample_dialogues
     from virtue.logprobs import kl_k1
     from virtue.lora import flatten, use_stack
     from virtue.models import logprobs_at
-    from virtue.report import differences, measure, side_by_side, table
+    from virtue.report import differences, mask_names, measure, side_by_side, table
     from virtue.rollout import dialogue_logprobs, score_dialogues
-    from virtue.toy.gold import gold as gold_of
+    from virtue.toy.gold import gold as gold_of, slots
 
     # Build
     prompts = load_prompts(args.prompts, "eval", args.limit)
     probes = [] if args.prompts == "toy" else [prompt_record([{"role": "user", "content": text}]) for text in PROBES]
-    out = prepare_output(args.out, args.overwrite)
+    out = check_output(args.out, args.overwrite, [args.policy, args.sft, args.rm])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     pad_id, known = tokenizer.pad_token_id, dict(base=base.info, template=base.template)
@@ -68,13 +68,14 @@ def main(argv=None):
                   parents={**parents, **{f"rm/{lens}": args.rm / lens for lens in LENSES}})
     stacks = {"base": (), **({"sft": sft} if sft else {}), "ppo": (*sft, "policy")}
     kept = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
-    if not kept:
-        raise VirtueError(f"{args.prompts}: no held-out prompt fits into --max-prompt-tokens {args.max_prompt_tokens}: raise it")
+    if len(kept) < 2:
+        raise VirtueError(f"{args.prompts}: {len(kept)} held-out prompts fit into --max-prompt-tokens {args.max_prompt_tokens} and --limit "
+                          f"{args.limit}, but an interval needs at least 2: give more prompts, or raise these flags")
+    check_context(model, args.max_prompt_tokens, args.max_new_tokens)
 
     # An adapter that was never loaded gives "before" and "after" that differ by nothing: refuse
-    from virtue.dialogue import encode_prompt
     ids, attention = right_pad([encode_prompt(tokenizer, p["prompt"]) for p in kept[:8]], pad_id)
-    ids, attention = ids.to(model.lm_head.weight.device), attention.to(model.lm_head.weight.device)
+    ids, attention = ids.to(model.device), attention.to(model.device)
     seen = {}
     for name, stack in stacks.items():
         with use_stack(model, *stack), torch.no_grad():
@@ -103,14 +104,16 @@ def main(argv=None):
         gold = [gold_of(d.prompt[0]["content"], t) for d, t in zip(dialogues, texts[name])] if args.prompts == "toy" else None
         details[name] = {"raw": raw.double().numpy(), "standardised": standardize(raw, mean, std).double().numpy(), "kl": kl.double().numpy(),
                          "gold": np.array([g.overall for g in gold]) if gold else None, "golds": gold}
+        patterns = mask_names(texts[name], [slots(d.prompt[0]["content"]) for d in dialogues]) if gold else None
         columns[name] = measure(dialogues, texts[name], details[name]["raw"], details[name]["standardised"], details[name]["kl"],
-                                (bare * mask).sum(1).double().numpy(), gold)
+                                (bare * mask).sum(1).double().numpy(), gold, patterns)
     names = list(stacks)
     compared = {f"{b} - {a}": differences(details[a], details[b], args.seed) for a, b in zip(names, names[1:])}
     if len(names) > 2:
         compared[f"{names[-1]} - {names[0]}"] = differences(details[names[0]], details[names[-1]], args.seed)
 
     # Save and show
+    prepare_output(out, args.overwrite)
     samples = [{"id": p["id"], "prompt": p["prompt"], **{name: {
         "turns": dict(zip(LENSES, texts[name][i])),
         **({"scores": details[name]["standardised"][:, i], "raw_scores": details[name]["raw"][:, i]} if i < len(kept) else {}),
@@ -119,12 +122,12 @@ def main(argv=None):
     write_jsonl(out / "samples.jsonl", samples)
     write_json(out / "scores.json", {"prompts": len(kept), "prompts_too_long": len(prompts) - len(kept), "seed": args.seed,
                                      "models": columns, "differences": compared,
-                                     "interval": "paired bootstrap over prompts, 95 %, 2000 resamples: [difference, low, high]"})
+                                     "interval": "paired bootstrap over prompts, 95 %, 2000 resamples"})
     write_manifest(out, stage="eval", seed=args.seed, settings=vars(args), parents={**parents, "policy": args.policy}, extra={}, **known)
     print(f"{len(kept)} held-out prompts, seed {args.seed}\n\n{table(columns)}\n")
     for pair, rows in compared.items():
-        for key, (d, low, high) in rows.items():
-            print(f"{pair:>12}  {key:26} {d:+.3f}  [{low:+.3f}, {high:+.3f}]")
+        for key, found in rows.items():
+            print(f"{pair:>12}  {key:26} {found['difference']:+.3f}  [{found['low']:+.3f}, {found['high']:+.3f}]")
     print("The raw Score's std holds the reward models' arbitrary offsets; the standardised one does not.\n")
     shown = list(range(min(args.show, len(kept)))) + list(range(len(kept), len(kept) + len(probes)))
     for i in shown:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, fraction, make_parser, nonnegative_float,
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, check_finite, finite_float, fraction, make_parser, nonnegative_float,
                             open_base, parse_with_parent, positive_float, positive_int, progress, run_main, stream, torch_seed)
 
 
@@ -31,15 +31,15 @@ def parse(argv):
     add_lora_flags(parser, rank=16, alpha=32)
     data = parser.add_argument_group("data and reward models").add_argument
     data("--rm", type=Path, required=True, help="folder of run_rm.py, with action/, motivation/, consequence/")
-    data("--sft", type=Path, help="SFT adapter: reference and start of the policy (default: the bare base)")
+    data("--sft", type=Path, help="SFT adapter: reference and start of the policy")
     data("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
     data("--limit", type=positive_int, help="use the first so many prompts of the ppo split (default: all)")
     reward = parser.add_argument_group("reward").add_argument
     reward("--aggregate", choices=AGGREGATORS, default="mean", help="how three scores become one; uwo's spread is conflict of values, not doubt")
-    reward("--weights", type=float, nargs=3, metavar="W", help="weights of action, motivation, consequence for --aggregate weighted")
+    reward("--weights", type=finite_float, nargs=3, metavar="W", help="weights of action, motivation, consequence for --aggregate weighted")
     reward("--uwo-coef", type=nonnegative_float, default=0.5, help="coefficient of the spread in uwo")
     reward("--uwo-variance", action="store_true", help="uwo subtracts the variance (Coste et al.) instead of the standard deviation")
-    reward("--lsc-reference", type=float, default=1.0, help="standardised score that counts as good in lsc")
+    reward("--lsc-reference", type=finite_float, default=1.0, help="standardised score that counts as good in lsc")
     reward("--reward-turns", choices=("dialogue", "answer"), default="dialogue", help="what the reward models read")
     reward("--train-turns", choices=("all", "action"), default="all", help="which turns' tokens the loss covers")
     reward("--score-clip", type=positive_float, default=5.0, help="standardised scores are cut at plus or minus this")
@@ -54,7 +54,7 @@ def parse(argv):
     ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
     ppo("--minibatch-size", type=positive_int, default=32, help="dialogues an optimiser step")
     ppo("--micro-batch-size", type=positive_int, default=32, help="dialogues a forward pass; changes memory, not the update")
-    ppo("--lr", type=positive_float, default=1e-3, help="Adam learning rate of the policy adapter; linear decay to a tenth")
+    ppo("--lr", type=positive_float, default=1e-3, help="Adam learning rate of the policy adapter, linear decay to a tenth (Mistral-7B: 1e-5)")
     ppo("--value-lr", type=positive_float, default=2e-3, help="Adam learning rate of value adapter and head")
     ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss")
     ppo("--value-clip-range", type=positive_float, default=0.5, help="epsilon of the clipped value loss")
@@ -64,18 +64,18 @@ def parse(argv):
     ppo("--lam", type=fraction, default=0.95, help="lambda of GAE; take 1.0 for answers of hundreds of tokens (0.95^256 is 2e-6)")
     ppo("--max-grad-norm", type=positive_float, default=1.0, help="gradient clipping, policy and value each")
     ppo("--save-every", type=positive_int, default=10, help="iterations between saves")
-    return parse_with_parent(parser, argv, "rm", lambda args: args.rm / "action", ("model", "quantize", "dtype", "sft", "max_new_tokens", "temperature"))
+    return parse_with_parent(parser, argv, "rm", "rm", "action")
 
 
 def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import load_artifact, prepare_output, save_artifact, write_jsonl
+    from virtue.checkpoint import check_output, load_artifact, prepare_output, save_artifact, write_jsonl
     from virtue.dialogue import load_prompts, messages_of, right_pad
     from virtue.ensemble import AGGREGATORS, aggregate, standardize
     from virtue.ethics import LENSES
-    from virtue.generate import fits, sample_dialogues
+    from virtue.generate import check_context, fits, sample_dialogues
     from virtue.logprobs import kl_k1, kl_k3
     from virtue.lora import adapter_parameters, add_adapter, flatten, use_stack
     from virtue.masked import whiten
@@ -83,17 +83,19 @@ def main(argv=None):
     from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
     from virtue.rollout import ended_share, in_chunks, loss_mask, place_scores, score_dialogues, values_at
 
-    if args.aggregate == "weighted" and args.weights is None:
-        raise VirtueError("--aggregate weighted needs --weights W W W, for action, motivation and consequence")
+    if (args.aggregate == "weighted") != (args.weights is not None):
+        raise VirtueError("--aggregate weighted and --weights W W W (action, motivation, consequence) go together: give both or neither")
+    if args.minibatch_size > args.rollout_size:
+        raise VirtueError(f"--minibatch-size {args.minibatch_size} exceeds --rollout-size {args.rollout_size}: lower it")
     if args.kl_target and args.rollout_size >= 5 * args.kl_horizon:
         raise VirtueError(f"--kl-horizon {args.kl_horizon} is too short for --rollout-size {args.rollout_size}: take more than a fifth of it")
 
     # Build: one base, every role a stack of adapters
     prompts = load_prompts(args.prompts, "ppo", args.limit)
-    out = prepare_output(args.out, args.overwrite)
+    out = check_output(args.out, args.overwrite, [args.sft, args.rm])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
-    device, pad_id = model.lm_head.weight.device, tokenizer.pad_token_id
+    device, pad_id = model.device, tokenizer.pad_token_id
     known = dict(base=base.info, template=base.template)
     sft, parents = (), {}
     if args.sft:
@@ -108,6 +110,7 @@ def main(argv=None):
     if len(prompts) < args.rollout_size:
         raise VirtueError(f"{args.prompts}: {len(prompts)} prompts fit into --max-prompt-tokens {args.max_prompt_tokens}, "
                           f"fewer than --rollout-size {args.rollout_size}: give more prompts, or change these flags")
+    check_context(model, args.max_prompt_tokens, args.max_new_tokens)
     lora = dict(rank=args.rank, alpha=args.alpha, targets=args.targets)
     add_adapter(model, "policy", seed=torch_seed(args.seed, "policy"), **lora)
     add_adapter(model, "value", seed=torch_seed(args.seed, "value"), **lora)
@@ -152,10 +155,11 @@ def main(argv=None):
     weights = torch.tensor(args.weights) if args.weights else None
     ensemble = dict(weights=weights, coef=args.uwo_coef, use_variance=args.uwo_variance, reference=args.lsc_reference)
 
+    prepare_output(out, args.overwrite)
+    prepare_output(out / "value", args.overwrite)
     log, kl_coef, samples = MetricsLog(out / "metrics.jsonl"), args.kl_coef, []
-    (out / "value").mkdir(exist_ok=True)
-    log.path.unlink(missing_ok=True)
     bar = progress(range(1, args.iterations + 1), "ppo")
+    updates = args.ppo_epochs * -(-args.rollout_size // args.minibatch_size)  # optimiser steps an iteration
     for iteration in bar:
         started = time.perf_counter()
         # 1. Sample a batch of prompts, and dialogues from the policy
@@ -196,9 +200,11 @@ def main(argv=None):
                         vf_coef=args.vf_coef, entropy_coef=args.entropy_coef, num_tokens=tokens)
                     loss.backward()
                     for name, value in micro.items():  # sums over micro-batches, means over optimiser steps
-                        stats[name] = stats.get(name, 0.0) + value.item() / (args.ppo_epochs * -(-len(dialogues) // args.minibatch_size))
-                grad_norm = torch.nn.utils.clip_grad_norm_(policy_parameters, args.max_grad_norm)
-                torch.nn.utils.clip_grad_norm_(value_parameters, args.max_grad_norm)
+                        stats[name] = stats.get(name, 0.0) + value.item() / updates
+                for name, parameters in (("policy", policy_parameters), ("value", value_parameters)):
+                    norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    check_finite(norm, f"ppo, iteration {iteration}, {name}", "--lr and --value-lr")
+                    stats[f"{name}/grad_norm"] = stats.get(f"{name}/grad_norm", 0.0) + norm.item() / updates
                 optimizer.step(), optimizer.zero_grad()
         schedule.step()
 
@@ -213,10 +219,11 @@ def main(argv=None):
         # 7. Log, save, show
         metrics |= {f"objective/score/{lens}": row.mean().item() for lens, row in zip(LENSES, scores)}
         metrics |= {f"objective/aggregate/{name}": aggregate(scores, name, **ensemble).mean().item() for name in AGGREGATORS}
-        metrics |= stats | {"policy/grad_norm": grad_norm.item(), "val/explained_variance": explained_variance(old_values, returns, mask),
+        metrics |= stats | {"val/explained_variance": explained_variance(old_values, returns, mask),
                             "tokens/eos_rate": ended_share(dialogues), "tokens/length": mask.sum().item() / len(dialogues),
                             "time/seconds": time.perf_counter() - started}
         log.write(metrics)
+        before = metrics["objective/score"] if iteration == 1 else before
         bar.set_postfix(score=f"{metrics['objective/score']:.2f}", kl=f"{k1:.1f}", eos=f"{metrics['tokens/eos_rate']:.2f}")
         samples += [{"iteration": iteration, "messages": messages_of(tokenizer, d, turns=len(d.turns)), "scores": s}
                     for d, s in zip(dialogues[:2], scores.T.tolist())]
@@ -224,8 +231,8 @@ def main(argv=None):
             write_jsonl(out / "samples.jsonl", samples)
             save()
 
-    print(f"ppo: {args.iterations} iterations of {args.rollout_size} dialogues; score {metrics['objective/score']:.3f} "
-          f"(0 at the start), KL {k1:.2f} nats a dialogue, {metrics['tokens/eos_rate']:.1%} of turns ended")
+    print(f"ppo: {args.iterations} iterations of {args.rollout_size} dialogues; score {before:.3f} -> {metrics['objective/score']:.3f}, "
+          f"KL {k1:.2f} nats a dialogue, {metrics['tokens/eos_rate']:.1%} of turns ended")
     print(f"wrote adapter policy in {out}, value function in {out / 'value'}, metrics.jsonl and samples.jsonl")
 
 

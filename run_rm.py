@@ -2,7 +2,7 @@
 
   python run_rm.py --data runs/demo/preferences --sft runs/demo/sft --out runs/demo/rm
   python run_rm.py --data runs/demo/preferences --sft runs/demo/sft --lens motivation --merge --out runs/rm-m
-  python run_rm.py ... --quantize nf4 --dtype fp16 --labels hard --batch-size 20 --accumulation 16 \\
+  python run_rm.py --data runs/7b/preferences --out runs/7b/rm --quantize nf4 --dtype fp16 --labels hard --batch-size 20 --accumulation 16 \\
       --epochs 2 --lr 1.41e-5 --schedule constant --max-tokens 100 --over-long cut     # the study's values
 
 Pairwise (Bradley-Terry) loss on the judge's probability (soft) or its choice (hard). Every model reads
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, fraction, make_parser, open_base,
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, make_parser, open_base,
                             parse_with_parent, positive_int, progress, run_main, stream, torch_seed)
 
 
@@ -25,23 +25,23 @@ def parse(argv):
     add_common_flags(parser)
     group = parser.add_argument_group("data").add_argument
     group("--data", type=Path, required=True, help="folder written by run_data.py preferences")
-    group("--sft", type=Path, help="SFT adapter below the reward models, the one that answered (default: the bare base)")
+    group("--sft", type=Path, help="SFT adapter below the reward models: the one that answered")
     group("--lens", choices=(*LENSES, "all"), default="all", help="train one lens, or all three on one loaded base")
     group("--labels", choices=("soft", "hard"), default="soft", help="target: the judge's probability, or its choice")
     group("--held-out", type=fraction, default=0.15, help="share of prompts kept for accuracy, calibration and score statistics")
     group("--max-tokens", type=positive_int, default=1024, help="longer conversations are over-long")
-    group("--over-long", choices=("drop", "cut"), default="drop", help="drop and count over-long pairs, or cut their end as the study did")
+    group("--over-long", choices=("drop", "cut"), default="drop", help="drop and count over-long pairs, or cut their end as the study did (to reproduce it: score statistics and PPO still read whole dialogues)")
     group("--merge", action="store_true", help="also write the merged model, as MistralForSequenceClassification")
     add_lora_flags(parser, rank=16, alpha=32)
     add_training_flags(parser, lr=1e-3, epochs=3, batch_size=16)
-    return parse_with_parent(parser, argv, "preferences", lambda args: args.data, ("model", "quantize", "dtype", "sft", "max_new_tokens", "temperature"))
+    return parse_with_parent(parser, argv, "preferences", "data")
 
 
 def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import load_artifact, prepare_output, save_artifact
+    from virtue.checkpoint import check_made_by, check_output, load_artifact, prepare_output, save_artifact
     from virtue.dialogue import encode_conversation, read_dialogues, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
@@ -53,10 +53,12 @@ def main(argv=None):
     lenses = LENSES if args.lens == "all" else (args.lens,)
     data = {lens: read_preferences(args.data / f"{lens}.jsonl", lens) for lens in lenses}
     dialogues = read_dialogues(args.data / "dialogues.jsonl")
-    out = prepare_output(args.out, args.overwrite)
+    for lens in lenses:
+        check_output(args.out / lens, args.overwrite, [args.data, args.sft])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
-    device, sft, parents = model.lm_head.weight.device, (), {}
+    device, sft, parents = model.device, (), {}
+    made = check_made_by(args.data, base.info, base.template, args.sft)
     if args.sft:
         load_artifact(args.sft, model, "sft", stage="sft", base=base.info, template=base.template)
         sft, parents = ("sft",), {"sft": args.sft}
@@ -64,22 +66,26 @@ def main(argv=None):
     ids = sorted({d.id for d in dialogues})
     held_out_ids = {ids[i] for i in stream(args.seed, "rm", "split").permutation(len(ids))[:round(len(ids) * args.held_out)]}
     held_out_dialogues = [d for d in dialogues if d.id in held_out_ids]
-    summary = []
+    # 1. Pairs as tokens, (chosen ids, rejected ids, P(chosen better)), by lens and by whether they are held out
+    pairs = {lens: ([], []) for lens in lenses}
+    over_long = dict.fromkeys(lenses, 0)
     for lens in lenses:
-        # 1. pairs as tokens: (chosen ids, rejected ids, P(chosen better))
-        pairs, over_long = {True: [], False: []}, 0
         for r in data[lens]:
             rows = [encode_conversation(tokenizer, r[side])[0] for side in ("chosen", "rejected")]
             if max(map(len, rows)) > args.max_tokens:
-                over_long += 1
-                if args.over_long == "drop":
-                    continue
+                over_long[lens] += 1
                 rows = [row[:args.max_tokens] for row in rows]
-            pairs[r["id"] in held_out_ids].append((*rows, r["label"] if args.labels == "soft" else 1.0))
-        train, held_out = pairs[False], pairs[True]
+                if args.over_long == "drop" or rows[0] == rows[1]:  # what the cut left may hold no difference
+                    continue
+            pairs[lens][r["id"] in held_out_ids].append((*rows, r["label"] if args.labels == "soft" else 1.0))
+        train, held_out = pairs[lens]
         if not train or not held_out or not held_out_dialogues:
             raise VirtueError(f"{args.data}: {len(train)} pairs to train on and {len(held_out)} held out for lens {lens} "
-                              f"({over_long} over-long): make more preferences, or change --held-out or --max-tokens")
+                              f"({over_long[lens]} over-long): make more preferences, or change --held-out or --max-tokens")
+
+    summary = []
+    for lens in lenses:
+        train, held_out = pairs[lens]
         add_adapter(model, lens, rank=args.rank, alpha=args.alpha, targets=args.targets, seed=torch_seed(args.seed, "rm", lens))
         head = ScalarHead(model.config.hidden_size, seed=torch_seed(args.seed, "rm", lens, "head")).to(device)
         parameters = [*adapter_parameters(model, lens), *head.parameters()]
@@ -103,8 +109,8 @@ def main(argv=None):
             return {"accuracy": accuracy(d, (labels >= 0.5).float()), "log_loss": log_loss(d, labels),
                     "calibration_error": calibration_error(d.sigmoid(), labels)}
 
-        # 2. train
-        folder = prepare_output(out / lens, args.overwrite)
+        # 2. Train
+        folder = prepare_output(args.out / lens, args.overwrite)
         step_size = args.batch_size * args.accumulation
         optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
         steps = args.epochs * -(-len(train) // step_size)
@@ -125,6 +131,7 @@ def main(argv=None):
                         loss.backward()
                         total += loss.item()
                     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    check_finite(norm, f"rm {lens}, step {step + 1}", "--lr")
                     optimizer.step(), optimizer.zero_grad(), schedule.step()
                     step += 1
                     log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
@@ -132,14 +139,15 @@ def main(argv=None):
                 result = evaluate()
                 log.write({"step": step, "epoch": epoch + 1, **{f"held_out/{k}": v for k, v in result.items()}})
 
-        # 3. score statistics on held-out, unfiltered dialogues; save
+        # 3. Score statistics on held-out, unfiltered dialogues; save
         scores = score_dialogues(model, [((*sft, lens), head)], held_out_dialogues, [LENSES.index(lens)], tokenizer.pad_token_id,
                                  batch_size=args.batch_size)[0]
         extra = {"lens": lens, "score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item(),
-                 "scored_dialogues": len(scores), "held_out": result, "trained_on": len(train), "over_long": over_long}
+                 "scored_dialogues": len(scores), "held_out": result, "trained_on": len(train), "over_long": over_long[lens],
+                 "data": made["sha256"]}
         save_artifact(folder, stage="rm", model=model, adapter=lens, head=head, base=base.info, template=base.template,
                       parents=parents, seed=args.seed, settings=vars(args), extra=extra)
-        line = (f"{lens}: {len(train)} pairs ({over_long} over-long), held out {len(held_out)}: accuracy {result['accuracy']:.3f}, "
+        line = (f"{lens}: {len(train)} pairs ({over_long[lens]} over-long: {args.over_long}), held out {len(held_out)}: accuracy {result['accuracy']:.3f}, "
                 f"log-loss {result['log_loss']:.3f}, calibration error {result['calibration_error']:.3f}; "
                 f"scores {extra['score_mean']:.3f} +- {extra['score_std']:.3f}; wrote {folder}")
         if args.merge:

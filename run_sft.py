@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, fraction, make_parser, open_base,
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, make_parser, open_base,
                             parse_with_parent, positive_int, progress, run_main, stream, torch_seed)
 
 
@@ -23,14 +23,14 @@ def parse(argv):
     group("--max-tokens", type=positive_int, default=1024, help="longer conversations are dropped and counted")
     add_lora_flags(parser, rank=16, alpha=32)
     add_training_flags(parser, lr=1e-3, epochs=3, batch_size=16)
-    return parse_with_parent(parser, argv, "revisions", lambda args: args.data, ("model", "quantize", "dtype", "max_new_tokens", "temperature"))
+    return parse_with_parent(parser, argv, "revisions", "data")
 
 
 def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import prepare_output, save_artifact
+    from virtue.checkpoint import check_output, prepare_output, read_manifest, save_artifact
     from virtue.dialogue import encode_conversation, read_revisions, right_pad
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import logprobs_at
@@ -38,10 +38,10 @@ def main(argv=None):
 
     # Build
     records = read_revisions(args.data / "revisions.jsonl")
-    out = prepare_output(args.out, args.overwrite)
+    out = check_output(args.out, args.overwrite, [args.data])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
-    device = model.lm_head.weight.device
+    device = model.device
     add_adapter(model, "sft", rank=args.rank, alpha=args.alpha, targets=args.targets, seed=torch_seed(args.seed, "sft"))
     parameters = adapter_parameters(model, "sft")
     rows = [encode_conversation(tokenizer, [*r["prompt"], {"role": "assistant", "content": r["revision"]}]) for r in records]
@@ -66,6 +66,7 @@ def main(argv=None):
         return sum(loss.item() for loss, _ in sums) / sum(n for _, n in sums)
 
     # Train
+    prepare_output(out, args.overwrite)
     step_size = args.batch_size * args.accumulation
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     steps = args.epochs * -(-len(train) // step_size)
@@ -86,6 +87,7 @@ def main(argv=None):
                     loss.backward()
                     total += loss.item()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                check_finite(norm, f"sft, step {step + 1}", "--lr")
                 optimizer.step(), optimizer.zero_grad(), schedule.step()
                 step += 1
                 log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
@@ -95,7 +97,8 @@ def main(argv=None):
 
     # Save
     save_artifact(out, stage="sft", model=model, adapter="sft", base=base.info, template=base.template, parents={}, seed=args.seed,
-                  settings=vars(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train)})
+                  settings=vars(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train),
+                                                      "data": read_manifest(args.data)["sha256"]})
     print(f"sft: {len(train)} revisions ({len(records) - len(rows)} too long), held-out loss {before:.3f} -> {after:.3f} on {count}")
     print(f"wrote adapter sft in {out}")
 

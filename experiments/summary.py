@@ -4,7 +4,7 @@
   python experiments/summary.py runs/demo-0 runs/demo-1 runs/demo-2
 
 Intervals are 95 %: for each seed a paired bootstrap over prompts; over all seeds a hierarchical one,
-which resamples seeds, then prompts within each.
+which resamples seeds, then prompts within each, and Student's t over the seeds' means.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from virtue.ethics import LENSES  # noqa: E402
+from virtue.stats import t_interval  # noqa: E402
 
 
 def hierarchical(differences: list[np.ndarray], resamples: int = 10000) -> tuple[float, float, float]:
@@ -41,11 +42,13 @@ def main() -> None:
         values = [[s["models"][name][key] for s in scores] for name in names]
         print(f"| {key} | " + " | ".join(f"{np.mean(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for v in values) + " |")
 
-    print("\n| gold | seed by seed | all seeds |\n|---|---|---|")
+    print("\n| gold | seed by seed | all seeds, hierarchical | all seeds, t |\n|---|---|---|---|")
     gold = {name: [np.array([s[name]["gold"]["overall"] for s in run]) for run in samples] for name in names}
     for a, b in zip(names, names[1:]):
-        each = ", ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*s["differences"][f"{b} - {a}"]["gold"]) for s in scores)
-        print(f"| {b} - {a} | {each} | " + "{:+.3f} [{:+.3f}, {:+.3f}] |".format(*hierarchical([y - x for x, y in zip(gold[a], gold[b])])))
+        each = ", ".join("{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**s["differences"][f"{b} - {a}"]["gold"]) for s in scores)
+        pairs = [y - x for x, y in zip(gold[a], gold[b])]
+        print(f"| {b} - {a} | {each} | " + "{:+.3f} [{:+.3f}, {:+.3f}]".format(*hierarchical(pairs))
+              + " | {:+.3f} [{:+.3f}, {:+.3f}] |".format(*t_interval([d.mean() for d in pairs])))
 
     base, sft, ppo = ([s["models"][name] for s in scores] for name in ("base", "sft", "ppo"))
     checks = {
@@ -53,6 +56,7 @@ def main() -> None:
         "perplexity over the base's (0.5 to 1.5)": [p["perplexity"] / b["perplexity"] for b, p in zip(base, ppo)],
         **{f"distinct share of the {lens} over the base's (>= 0.7)": [p[f"distinct/{lens}"] / b[f"distinct/{lens}"] for b, p in zip(base, ppo)]
            for lens in LENSES},
+        **{f"the same with names masked, {lens}": [p[f"patterns/{lens}"] / b[f"patterns/{lens}"] for b, p in zip(base, ppo)] for lens in LENSES},
         "right person and thing named, minus the base's (>= -0.02)": [p["named"] - b["named"] for b, p in zip(base, ppo)],
         "motivations that fit, minus the base's (>= 0)": [p["fits"] - b["fits"] for b, p in zip(base, ppo)],
         "turns that ended properly (>= 0.97)": [p["ended"] for p in ppo],

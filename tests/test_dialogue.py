@@ -184,13 +184,6 @@ def test_prompt_id_and_split():
     assert {i: dialogue.split(i) for i in bounds} == bounds
 
 
-def test_messages_ok():
-    assert dialogue.messages_ok(CHAT) and dialogue.messages_ok(CHAT[:1])
-    for bad in ([], None, [assistant("a")], [user("a"), user("b")], [user(" ")], ["a"],
-                [{"role": "user"}], [user("\ud800")], [{"role": "system", "content": "a"}]):
-        assert not dialogue.messages_ok(bad), bad
-
-
 def test_hh_transcripts():
     text = ("\n\nHuman: Who: me?\n\nsecond paragraph\n\nAssistant: Human: you"
             "\n\nHuman: Go\n\nAssistant: No")

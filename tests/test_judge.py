@@ -29,14 +29,18 @@ def test_packed_questions_equal_ten_separate_prompts(tiny):
     pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."), pair("x", "yes yes", turns=2)]
     labels = list(label_ids(tokenizer))
     for lens in ("action", "motivation"):
-        probs = judge_pairs(model, tokenizer, pairs, lens, batch_size=3)
+        probs, mass = judge_pairs(model, tokenizer, pairs, lens, batch_size=3)
+        masses = []
         for i, (first, second) in enumerate(pairs):
             for order, shown in enumerate([(first, second), (second, first)]):
                 for v, text in enumerate(questions(*shown, lens)):
                     ids = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": text}])])
                     with torch.no_grad():
-                        p = model.lm_head(hidden_states(model, ids, torch.ones_like(ids))[0, -1])[labels].softmax(0)[0]
+                        logits = model.lm_head(hidden_states(model, ids, torch.ones_like(ids))[0, -1])
+                    p = logits[labels].softmax(0)[0]
+                    masses.append(logits.softmax(0)[labels].sum().item())
                     assert probs[i, order, v].item() == pytest.approx((p if order == 0 else 1 - p).item(), abs=1e-5)
+        assert mass == pytest.approx(sum(masses) / len(masses), abs=1e-6)
 
 
 def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):

@@ -12,7 +12,7 @@ from virtue import VirtueError
 from virtue.dialogue import Dialogue, Turn, read_dialogues
 from virtue.ethics import LENSES
 from virtue.feedback import gold_agreement, summarize, virtue_agreement
-from virtue.report import differences, distinct_share, measure, side_by_side, table
+from virtue.report import differences, distinct_share, mask_names, measure, side_by_side, table
 from virtue.runtime import add_common_flags, make_parser, parse_with_parent
 
 
@@ -20,7 +20,7 @@ def test_measure_by_hand():
     d = Dialogue("0" * 16, [], list(range(12)), (Turn(1, 3, False), Turn(4, 6, True), Turn(7, 11, False)))  # 8 sampled tokens
     texts = [["a", "x", "p"], ["a", "y", "p"]]
     raw = np.array([[0.0, 2.0], [4.0, 6.0], [8.0, 10.0]])
-    column = measure([d, d], texts, raw, raw / 2, np.array([1.0, 3.0]), np.array([-8 * np.log(2), -8 * np.log(8)]), None)
+    column = measure([d, d], texts, raw, raw / 2, np.array([1.0, 3.0]), np.array([-8 * np.log(2), -8 * np.log(8)]))
     assert column["study_score"] == pytest.approx(5 - 0.5 * np.sqrt(35 / 3))  # squared deviations 25 9 1 1 9 25
     assert column["reward/motivation"] == 2.5 and column["kl"] == 2.0 and column["length"] == 8.0
     assert column["ended"] == pytest.approx(2 / 3) and column["perplexity"] == pytest.approx(4.0)  # geometric mean of 2 and 8
@@ -29,13 +29,20 @@ def test_measure_by_hand():
     assert distinct_share(["a", "b", "a", "a"]) == 0.5
 
 
+def test_masking_names_shows_the_stock_phrase():
+    texts = [["I help Mia.", "Mia and the map.", ""], ["I help Ben.", "Ben and the map.", ""]]
+    slots = [("Mia", "map"), ("Ben", "cake")]
+    assert mask_names(texts, slots) == [["I help {p}.", "{p} and the {t}.", ""], ["I help {p}.", "{p} and the map.", ""]]
+
+
 def test_differences_are_paired():
     rng = np.random.default_rng(0)
     before = {"raw": rng.normal(size=(3, 50)), "gold": rng.normal(size=50)}
     before["standardised"] = before["raw"]
     after = {name: value + 0.25 for name, value in before.items()}  # every prompt gains the same: no spread
-    for d, low, high in differences(before, after, 0).values():
-        assert (d, low, high) == pytest.approx((0.25, 0.25, 0.25))
+    found = differences(before, after, 0)
+    assert all((f["difference"], f["low"], f["high"]) == pytest.approx((0.25, 0.25, 0.25)) for f in found.values())
+    assert found["gold"]["p"] < 0.01 and "p" not in found["study_score"]
 
 
 def test_transcripts_show_control_characters():
@@ -80,7 +87,7 @@ def test_read_dialogues_names_line_and_fault(tmp_path):
             read_dialogues(path)
 
 
-def test_later_stages_inherit_what_is_not_given(tmp_path):
+def test_later_stages_inherit_what_is_not_given(tmp_path, capsys):
     settings = {"model": "other", "quantize": "nf4", "dtype": None}
     manifest = {"stage": "sft", "base": {}, "template": "", "parents": {}, "sha256": "", "seed": 0, "settings": settings, "extra": {}}
     (tmp_path / "virtue.json").write_text(json.dumps(manifest))
@@ -88,26 +95,30 @@ def test_later_stages_inherit_what_is_not_given(tmp_path):
     def parse(*argv, parent=tmp_path, stage="sft"):
         parser = make_parser("x")
         add_common_flags(parser)
-        return parse_with_parent(parser, ["--out", "o", *argv], stage, lambda args: parent, ("model", "quantize", "dtype"))
+        parser.add_argument("--data", type=Path, default=parent)
+        return parse_with_parent(parser, ["--out", "o", *argv], stage, "data")
     assert (parse().model, parse().quantize, parse().dtype) == ("other", "nf4", "fp32")
     assert parse("--quantize", "none").quantize == "none" and parse(parent=None).model == "toy"
     with pytest.raises(VirtueError, match="stage 'rm'"):
         parse(stage="rm")
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "toy, a local folder, or a Hugging Face hub id (default: as in --data)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_summary_of_seeds_prints_what_it_reads(tmp_path):
     import subprocess
     import sys
     root = Path(__file__).resolve().parent.parent
-    column = {"gold": 0.5, "perplexity": 2.0, "named": 1.0, "fits": 0.5, "ended": 1.0, **{f"distinct/{lens}": 1.0 for lens in LENSES}}
+    column = {"gold": 0.5, "perplexity": 2.0, "named": 1.0, "fits": 0.5, "ended": 1.0, **{f"{key}/{lens}": 1.0 for lens in LENSES for key in ("distinct", "patterns")}}
     for seed in (0, 1):
         folder = tmp_path / str(seed) / "report"
         folder.mkdir(parents=True)
         models = {name: column | {"gold": g} for name, g in (("base", 0.4), ("sft", 0.5), ("ppo", 0.8))}
         (folder / "scores.json").write_text(json.dumps({"seed": seed, "prompts": 3, "models": models, "differences": {
-            pair: {"gold": [0.1, 0.0, 0.2]} for pair in ("sft - base", "ppo - sft")}}))
+            pair: {"gold": {"difference": 0.1, "low": 0.0, "high": 0.2}} for pair in ("sft - base", "ppo - sft")}}))
         (folder / "samples.jsonl").write_text("".join(json.dumps({
             name: {"gold": {"overall": m["gold"] + i}} for name, m in models.items()}) + "\n" for i in range(3)))
     result = subprocess.run([sys.executable, root / "experiments/summary.py", tmp_path / "0", tmp_path / "1"], capture_output=True, text=True)
-    assert "| ppo - sft | +0.100 [+0.000, +0.200], +0.100 [+0.000, +0.200] | +0.300 [+0.300, +0.300] |" in result.stdout, result.stderr
+    assert "| ppo - sft | +0.100 [+0.000, +0.200], +0.100 [+0.000, +0.200] | +0.300 [+0.300, +0.300] | +0.300 [+0.300, +0.300] |" in result.stdout, result.stderr
     assert "closes (>= 0.5) | 0.600, 0.600 |" in result.stdout

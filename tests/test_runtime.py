@@ -103,8 +103,10 @@ def test_streams_are_keyed_by_name():
 
 def test_metrics_log_appends_strict_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    runtime.MetricsLog(path).write({"step": 1, "loss": torch.tensor(0.5), "x": np.float32(2)})
-    runtime.MetricsLog(path).write({"step": 2, "loss": float("nan"), "name": "é"})
+    path.write_text("of an earlier run\n")
+    log = runtime.MetricsLog(path)
+    log.write({"step": 1, "loss": torch.tensor(0.5), "x": np.float32(2)})
+    log.write({"step": 2, "loss": float("nan"), "name": "é"})
     lines = path.read_text("utf-8").splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert rows == [{"step": 1, "loss": 0.5, "x": 2.0}, {"step": 2, "loss": None, "name": "é"}]

@@ -62,7 +62,7 @@ def test_chain_on_fp32(fp32):
     assert second["objective/kl_k3"] > 0 and second["objective/kl_coef"] != first["objective/kl_coef"]
     scores = json.loads((fp32 / "report/scores.json").read_text())
     assert set(scores["models"]) == {"base", "sft", "ppo"} and scores["models"]["sft"]["kl"] == pytest.approx(0, abs=1e-4)
-    d, low, high = scores["differences"]["sft - base"]["gold"]
+    d, low, high = (scores["differences"]["sft - base"]["gold"][k] for k in ("difference", "low", "high"))
     assert low <= d <= high and d == pytest.approx(scores["models"]["sft"]["gold"] - scores["models"]["base"]["gold"])
     samples = lines(fp32 / "report/samples.jsonl")
     raw = torch.tensor([s["ppo"]["raw_scores"] for s in samples], dtype=torch.float64)

@@ -1,5 +1,8 @@
 """virtue: guide a language model by virtue ethics, with AI feedback and PPO, in plain PyTorch."""
 
+# The linear layers of a Mistral block: where LoRA goes unless told otherwise.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 class VirtueError(Exception):
     """A mistake of input that one line explains: what is wrong, where, and the remedy.

@@ -74,16 +74,48 @@ def file_hash(folder: str | Path) -> str:
     return sha256_file(Path(folder) / WEIGHTS)
 
 
-def prepare_output(folder: str | Path, overwrite: bool) -> Path:
-    """Makes the folder; refuses one that is not empty unless `overwrite`, which unmarks it first.
+def data_hash(folder: Path, names: Iterable[str]) -> str:
+    """Hex sha256 over the named files of a folder of data, in that order."""
+    return hashlib.sha256("".join(sha256_file(folder / name) for name in names).encode()).hexdigest()
 
-    With its virtue.json gone, a folder that is only half overwritten cannot pass for an artefact.
+
+def check_made_by(folder: Path, base: Mapping[str, str], template: str, sft: Path | None) -> dict:
+    """A preference folder's manifest; VirtueError where its dialogues came from another base, template or SFT."""
+    manifest = read_manifest(folder, "preferences")
+    if (manifest["base"]["fingerprint"], manifest["template"]) != (base["fingerprint"], template):
+        raise VirtueError(f"{folder}: sampled by another base or tokenizer, {manifest['base']['id']}: give that --model")
+    was, now = manifest["parents"].get("sft", {}), file_hash(sft) if sft else None
+    if was.get("sha256") != now:
+        raise VirtueError(f"{folder}: sampled upon {was.get('folder', 'the bare base')}, not upon {sft or 'the bare base'} as it is now: "
+                          "give that --sft, or run run_data.py preferences again")
+    return manifest
+
+
+def check_output(folder: str | Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> Path:
+    """Refuses a folder that is not empty unless `overwrite`, and one of the `inputs`; changes nothing.
+
+    For the beginning of a stage, before hours of work; `prepare_output` is for its first write.
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not overwrite:
+        if not overwrite and folder.exists() and any(folder.iterdir()):
             raise VirtueError(f"{folder}: not empty: choose another --out, or give --overwrite")
+    except OSError as e:
+        raise VirtueError(f"{folder}: cannot be a folder to write in ({e.strerror}): choose "
+                          "another --out") from None
+    if any(path is not None and path.resolve() == folder.resolve() for path in inputs):
+        raise VirtueError(f"{folder}: an input of this stage, which would be lost: choose another --out")
+    return folder
+
+
+def prepare_output(folder: str | Path, overwrite: bool) -> Path:
+    """Makes the folder, after `check_output`; an old virtue.json goes first.
+
+    Without it, a folder that is only half overwritten cannot pass for an artefact.
+    """
+    folder = check_output(folder, overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
     except OSError as e:
         raise VirtueError(f"{folder}: cannot be a folder to write in ({e.strerror}): choose "

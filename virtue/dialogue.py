@@ -169,15 +169,6 @@ def check_messages(messages: object, name: str, last: str) -> None:
     _need(messages[-1]["role"] == last, f'"{name}" must end with a message of the {last}')
 
 
-def messages_ok(messages: list) -> bool:
-    """Whether `messages` is a conversation as `check_messages` has it, ending with either role."""
-    try:
-        check_messages(messages, "", messages[-1]["role"] if messages else "")
-    except (ValueError, TypeError, KeyError):
-        return False
-    return True
-
-
 def prompt_record(messages: Messages) -> dict:
     """``{"id", "prompt"}``: the id is 16 hex digits of the sha256 of the messages' JSON."""
     prompt = [{"role": m["role"], "content": m["content"]} for m in messages]

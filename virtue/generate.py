@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from virtue import VirtueError
 from virtue.dialogue import QUESTIONS, Dialogue, Messages, Turn
 from virtue.dialogue import encode_prompt, followup_ids, left_pad
 from virtue.runtime import progress, stream
@@ -22,6 +23,14 @@ DROP = 8  # finished rows leave the cache when they are at least 1/DROP of the b
 def fits(tokenizer, messages: Messages, max_prompt_tokens: int) -> bool:
     """Whether the prompt is short enough; callers drop and count the others, never cut them."""
     return len(encode_prompt(tokenizer, messages)) <= max_prompt_tokens
+
+
+def check_context(model: nn.Module, max_prompt_tokens: int, max_new_tokens: int, turns: int = 3) -> None:
+    """VirtueError where the longest dialogue that the flags allow does not fit into the model's context."""
+    need, have = max_prompt_tokens + turns * (max_new_tokens + 64), model.config.max_position_embeddings  # 64: a follow-up question
+    if need > have:
+        raise VirtueError(f"--max-prompt-tokens {max_prompt_tokens} and {turns} turns of --max-new-tokens {max_new_tokens} may need {need} "
+                          f"positions, but the model has {have}: lower them")
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:

@@ -42,6 +42,12 @@ def encode_questions(tokenizer, first: list[dict], second: list[dict], lens: str
     return prefix, [row[len(prefix):] for row in rows]
 
 
+def pair_fits(model, tokenizer, first: list[dict], second: list[dict], lens: str) -> bool:
+    """Whether the judge's context holds the pair with its longest question."""
+    prefix, endings = encode_questions(tokenizer, first, second, lens)
+    return len(prefix) + max(map(len, endings)) < model.config.max_position_embeddings
+
+
 def label_ids(tokenizer) -> tuple[int, int]:
     """The ids of the two labels as an assistant would begin its reply; each must be one token."""
     ids = []
@@ -83,27 +89,29 @@ def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple
 
 @torch.no_grad()
 def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], lens: str,
-                batch_size: int = 16, desc: str | None = None) -> Tensor:
-    """P(first of the pair is better) for each pair, order and virtue: (N, 2, 5) fp32.
+                batch_size: int = 16) -> tuple[Tensor, float]:
+    """P(first of the pair is better) for each pair, order and virtue: (N, 2, 5) fp32; and the label mass.
 
     ``[:, 0]`` was read with the first dialogue shown first, ``[:, 1]`` with it shown second. The caller
-    sets the adapters (none, for the base as its own judge).
+    sets the adapters (none, for the base as its own judge). The label mass is the mean probability that
+    the judge's next token is one of the two labels at all: near 0, it does not answer the question.
     """
     labels = torch.tensor(label_ids(tokenizer))
     jobs = [(i, order, encode_questions(tokenizer, *(pair if order == 0 else pair[::-1]), lens))
             for i, pair in enumerate(pairs) for order in (0, 1)]
     jobs.sort(key=lambda job: len(job[2][0]))  # batches of like length
-    result = torch.empty(len(pairs), 2, len(VIRTUES))
-    device = model.lm_head.weight.device
-    for start in progress(range(0, len(jobs), batch_size), desc or f"judge {lens}"):
+    result, mass = torch.empty(len(pairs), 2, len(VIRTUES)), 0.0
+    device = model.device
+    for start in progress(range(0, len(jobs), batch_size), f"judge {lens}"):
         batch = jobs[start:start + batch_size]
         ids, mask, positions, ends = (x.to(device) for x in pack([job[2] for job in batch], tokenizer.pad_token_id))
         hidden = hidden_states(model, ids, mask, position_ids=positions)
         last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, 5, D)
-        logits = model.lm_head(last)[..., labels.to(device)].float()
-        for (i, order, _), first in zip(batch, logits.softmax(-1)[..., 0].cpu()):
+        logprobs = model.lm_head(last).float().log_softmax(-1)[..., labels.to(device)]  # (B, 5, 2)
+        mass += logprobs.exp().sum().item()
+        for (i, order, _), first in zip(batch, logprobs.softmax(-1)[..., 0].cpu()):
             result[i, order] = first if order == 0 else 1.0 - first
-    return result
+    return result, mass / max(1, result.numel())
 
 
 def verdict(probs: Tensor, preference: str = "votes") -> dict:

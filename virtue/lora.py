@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import VirtueError
+from . import TARGETS, VirtueError
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 State = dict[str, Tensor]
 _PREFIX = "base_model.model."  # PEFT's names: base_model.model.<module>.lora_A.weight
 

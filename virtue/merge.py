@@ -27,7 +27,7 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
     from transformers import AutoModelForSequenceClassification, MistralConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = next(head.parameters()).dtype if model.dtype == torch.float16 else model.dtype
+    dtype = torch.float32 if model.dtype == torch.float16 else model.dtype  # fp16 could overflow when folded
     state = {k: v for k, v in merged_state_dict(model, stack, dtype).items() if k != "lm_head.weight"}
     state["score.weight"] = head.weight.detach().cpu().to(dtype)
     config = MistralConfig(**{**model.config.to_dict(), "architectures": ["MistralForSequenceClassification"],

@@ -1,6 +1,7 @@
 """What an evaluation says: one column of numbers for each model, intervals of differences, transcripts."""
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import numpy as np
 from virtue.dialogue import Dialogue
 from virtue.ensemble import study_score
 from virtue.ethics import LENSES
-from virtue.stats import paired_bootstrap
+from virtue.stats import effect_size, paired_bootstrap, permutation_test
 
 # name in the table -> what it is
 ROWS = {
@@ -19,6 +20,7 @@ ROWS = {
     "kl": "KL to the reference (nats a dialogue)", "ended": "turns that ended properly",
     "length": "tokens a dialogue", "perplexity": "perplexity under the base",
     **{f"distinct/{lens}": f"distinct share, {lens}" for lens in LENSES},
+    **{f"patterns/{lens}": f"  with names masked, {lens}" for lens in LENSES},
     "named": "right person and thing named", "fits": "motivations that fit the action", "broken": "broken sentences",
 }
 
@@ -28,12 +30,21 @@ def distinct_share(texts: Sequence[str]) -> float:
     return len(set(texts)) / len(texts)
 
 
+def mask_names(texts: Sequence[Sequence[str]], slots: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Toy dialogues with their prompt's person and thing as {p} and {t}: a stock phrase is then one text,
+    which the names of hundreds of prompts would hide."""
+    return [[re.sub(rf"\b{t}\b", "{t}", re.sub(rf"\b{p}\b", "{p}", text)) for text in turns]
+            for turns, (p, t) in zip(texts, slots, strict=True)]
+
+
 def measure(dialogues: Sequence[Dialogue], texts: Sequence[Sequence[str]], raw: np.ndarray, standardised: np.ndarray,
-            kl: np.ndarray, base_logprob_sums: np.ndarray, gold: Sequence | None) -> dict[str, float]:
+            kl: np.ndarray, base_logprob_sums: np.ndarray, gold: Sequence | None = None,
+            patterns: Sequence[Sequence[str]] | None = None) -> dict[str, float]:
     """One column of the table.
 
     texts: n dialogues of three turns; raw, standardised (3, n) scores; kl (n,) nats; base_logprob_sums
-    (n,) log-prob of all sampled tokens under the base; gold: n toy.gold.Gold, or None for real prompts.
+    (n,) log-prob of all sampled tokens under the base; on toy also gold, n toy.gold.Gold, and patterns, the
+    texts with names masked.
     """
     tokens = [sum(t.end - t.start for t in d.turns) for d in dialogues]
     turns = [t for d in dialogues for t in d.turns]
@@ -47,22 +58,30 @@ def measure(dialogues: Sequence[Dialogue], texts: Sequence[Sequence[str]], raw: 
     if gold is not None:
         column |= {"gold": float(np.mean([g.overall for g in gold])),
                    **{f"gold/{lens}": float(np.mean([g.lenses[lens] for g in gold])) for lens in LENSES},
+                   **{f"patterns/{lens}": distinct_share([t[k] for t in patterns]) for k, lens in enumerate(LENSES)},
                    **{name: float(np.mean([getattr(g, name) for g in gold])) for name in ("named", "fits", "broken")}}
     return column
 
 
-def differences(before: dict, after: dict, seed: int) -> dict[str, tuple[float, float, float]]:
-    """Paired bootstrap over prompts of after - before: name -> (difference, low, high), 95 %.
+def differences(before: dict, after: dict, seed: int) -> dict[str, dict]:
+    """after - before, paired by prompt: name -> {"difference", "low", "high"} of a 95 % bootstrap.
 
+    Means over prompts also have "p" of a permutation test and "d_z", the paired effect size.
     before, after: {"raw", "standardised": (3, n), "gold": (n,) or None}.
     """
     result = {}
     for name, key in (("study_score", "raw"), ("study_score_standardised", "standardised")):
-        result[name] = paired_bootstrap(before[key].T, after[key].T, statistic=study_score, seed=seed, resamples=2000)
+        result[name] = (before[key].T, after[key].T, study_score)
     for k, lens in enumerate(LENSES):
-        result[f"reward/{lens}"] = paired_bootstrap(before["standardised"][k], after["standardised"][k], seed=seed, resamples=2000)
+        result[f"reward/{lens}"] = (before["standardised"][k], after["standardised"][k], None)
     if before["gold"] is not None:
-        result["gold"] = paired_bootstrap(before["gold"], after["gold"], seed=seed, resamples=2000)
+        result["gold"] = (before["gold"], after["gold"], None)
+    for name, (a, b, statistic) in result.items():
+        found = dict(zip(("difference", "low", "high"), paired_bootstrap(a, b, statistic=statistic, seed=seed, resamples=2000)))
+        if statistic is None:
+            d_z = effect_size(a, b)
+            found |= {"p": permutation_test(a, b, seed=seed, resamples=2000), "d_z": d_z if np.isfinite(d_z) else None}
+        result[name] = found
     return result
 
 

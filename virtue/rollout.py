@@ -54,7 +54,7 @@ def score_dialogues(model, reward_models: Sequence[tuple[tuple[str, ...], torch.
     Model k is read at the end of turn ``turns[k]``, and the rows are cut there, so that no model pays
     for tokens it does not see.
     """
-    device, scores = model.lm_head.weight.device, torch.empty(len(reward_models), len(dialogues))
+    device, scores = model.device, torch.empty(len(reward_models), len(dialogues))
     for k, (stack, head) in enumerate(reward_models):
         ends = [d.turns[turns[k]].score_position for d in dialogues]
         order = sorted(range(len(dialogues)), key=lambda i: ends[i])  # little padding in a batch
@@ -72,7 +72,7 @@ def dialogue_logprobs(model, stack: Sequence[str], dialogues: Sequence[Dialogue]
     """Log-probs (B, L-1) of all sampled tokens under a stack, and their mask; nats."""
     ids, attention = right_pad([d.ids for d in dialogues], pad_id)
     mask = loss_mask(dialogues, ids.shape[1])
-    device = model.lm_head.weight.device
+    device = model.device
     with use_stack(model, *stack):
         logprobs = in_chunks(lambda i, a, m: logprobs_at(model, i.to(device), a.to(device), m.to(device), temperature),
                              batch_size, ids, attention, mask)

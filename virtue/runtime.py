@@ -16,11 +16,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virtue import VirtueError
+from virtue import TARGETS, VirtueError
+
+
+# What a later stage takes from the earlier artefact's settings unless it is given again. A script
+# without such a flag of its own hands it on.
+CARRIED = ("model", "quantize", "dtype", "prompts", "max_prompt_tokens", "max_new_tokens", "temperature", "sft", "rm")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if hasattr(action, "inherited"):
+            return f"{action.help} (default: {action.inherited})"
+        if isinstance(action.default, tuple):
+            return f"{action.help} (default: {' '.join(action.default)})"
         silent = action.default is None or action.default is False  # defaults that say nothing
         return action.help if silent else super()._get_help_string(action)
 
@@ -55,6 +64,7 @@ def _checked(convert: Callable, test: Callable, what: str) -> Callable[[str], fl
 positive_int = _checked(int, lambda v: v >= 1, "a whole number of at least 1")
 nonnegative_int = _checked(int, lambda v: v >= 0, "a whole number of at least 0")
 positive_float = _checked(float, lambda v: 0 < v < math.inf, "a number above 0")
+finite_float = _checked(float, math.isfinite, "a finite number")
 nonnegative_float = _checked(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
 fraction = _checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
@@ -65,7 +75,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", default="toy", help="toy, a local folder, or a Hugging Face hub id")
     add("--quantize", choices=("none", "nf4"), default="none", help="4-bit NF4 base weights")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32",
-        help="type of the base's weights and arithmetic (on a CPU, fp32 is fastest)")
+        help="type of the base's weights and arithmetic; on a CPU fp32 is fastest; fp16 trains without loss scaling, so prefer bf16")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
     add("--threads", type=nonnegative_int, default=0, help="CPU threads, 0 for torch's choice")
     add("--seed", type=nonnegative_int, default=0, help="same seed, same bytes")
@@ -84,7 +94,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_lora_flags(parser: argparse.ArgumentParser, rank: int, alpha: float) -> None:
     """Flags of every stage that trains an adapter."""
-    from virtue.lora import TARGETS
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=positive_int, default=rank, help="rank r of the update B A")
     add("--alpha", type=positive_float, default=alpha, help="the update is scaled by alpha / r")
@@ -102,22 +111,24 @@ def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: in
     add("--max-grad-norm", type=positive_float, default=1.0, help="gradient clipping")
 
 
-def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
-                      stage: str, parent: Callable[[argparse.Namespace], Path | None],
-                      names: Sequence[str], commands=None) -> argparse.Namespace:
-    """Parses `argv`; flags in `names` that it leaves out are as in the earlier artefact's settings.
+def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | None, stage: str, flag: str,
+                      inside: str = "", commands=None) -> argparse.Namespace:
+    """Parses `argv`; the flags in CARRIED that it leaves out are as in the earlier artefact's settings.
 
-    `parent` maps the parsed flags to that artefact's folder, of the given `stage`, or to None for the
-    parser's own defaults; `commands` are the sub-parsers, if the script has any.
+    That artefact, of the given `stage`, is the folder that --`flag` names, or `inside` it; without one
+    the parser's own defaults stand. `commands` are the sub-parsers, if the script has any.
     """
+    owners = list(commands.choices.values()) if commands else [parser]
+    for action in (action for owner in owners for action in owner._actions if action.dest in CARRIED and action.dest != flag):
+        action.inherited = f"as in --{flag}" + ("" if action.default is None or not commands else f", or {action.default}")
     args = parser.parse_args(argv)
-    folder = parent(args)
+    folder = getattr(args, flag)
     if folder is None:
         return args
     from virtue.checkpoint import read_manifest
-    settings = read_manifest(folder, stage)["settings"]
+    settings = read_manifest(folder / inside, stage)["settings"]
     owner = commands.choices[args.command] if commands else parser
-    owner.set_defaults(**{name: settings[name] for name in names if settings.get(name) is not None})
+    owner.set_defaults(**{name: settings[name] for name in CARRIED if settings.get(name) is not None})
     return parser.parse_args(argv)
 
 
@@ -127,6 +138,11 @@ def run_main(main: Callable[[], object]) -> None:
         main()
     except VirtueError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+            raise
+        print("error: out of memory: lower --batch-size, --micro-batch-size or --judge-batch-size, or take --quantize nf4", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -158,10 +174,11 @@ def progress(iterable: Iterable, desc: str, total: int | None = None) -> Iterabl
 
 
 class MetricsLog:
-    """Appends one JSON line a call to `path`, at once."""
+    """A new file of metrics: one JSON line a call, at once."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.path.unlink(missing_ok=True)  # of an earlier run, with --overwrite
 
     def write(self, metrics: dict) -> None:
         """`metrics`: names to texts and scalars (torch's and numpy's too); nan is written null."""
@@ -190,6 +207,12 @@ def torch_threads(count: int) -> None:
 
     if count:
         torch.set_num_threads(count)
+
+
+def check_finite(norm, where: str, flag: str) -> None:
+    """VirtueError where a gradient norm is NaN or infinite: nothing that follows could be right."""
+    if not math.isfinite(float(norm)):
+        raise VirtueError(f"{where}: the gradient is not finite: lower {flag}, or train in another --dtype")
 
 
 class Base(NamedTuple):

@@ -119,7 +119,7 @@ def judge_accuracy(model, tokenizer, seed: int, unseen: bool, n: int = 150) -> d
     rng, result = random.Random(seed), {}
     for lens in LENSES:
         drawn = [draw_pair(rng, lens, unseen) for _ in range(n)]
-        probs = judge_pairs(model, tokenizer, [(a[0], b[0]) for a, b in drawn], lens)
+        probs, _ = judge_pairs(model, tokenizer, [(a[0], b[0]) for a, b in drawn], lens)
         truth = torch.tensor([[grammar.judge_logit(lens, v, a[1], b[1]) + grammar.judge_logit(lens, v, b[1], a[1]) * -1
                                for v in VIRTUES] for a, b in drawn]) / 2  # biases by place cancel
         clear = truth.abs() > 1.4
