@@ -29,4 +29,4 @@ test: .venv/installed
 	$(RUN) -m pytest -q
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs/demo

@@ -95,18 +95,60 @@ def test_ppo_of_each_kind(fp32, tmp_path):
         assert metrics["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and metrics["policy/ratio"] == pytest.approx(1, abs=0.1)
 
 
-def test_hh_prompts_without_sft_and_a_local_folder_as_model(tmp_path, toy_folder):
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory):
+    """Another Mistral of another shape, trained just long enough to end its turns."""
+    from virtue.toy import pretrain
+    folder = tmp_path_factory.mktemp("other") / "model"
+    pretrain.judge_accuracy, kept = (lambda *a: {}), pretrain.judge_accuracy
+    pretrain.main(["--steps", "200", "--texts", "8", "--pairs", "1", "--hidden", "64", "--layers", "2", "--out", str(folder)])
+    pretrain.judge_accuracy = kept
+    return folder
+
+
+def test_hh_prompts_without_sft_and_another_local_folder(tmp_path, other_folder):
     hh = tmp_path / "hh.jsonl"
     hh.write_text("".join(json.dumps({"chosen": f"\n\nHuman: What about {i}: the cake?\n\nAssistant: Yes.", "rejected": "x"}) + "\n"
-                          for i in range(20)))
-    call("run_data", "preferences", "--prompts", hh, "--split", "rm", "--limit", 4, "--out", tmp_path / "out",
-         "--model", toy_folder)
+                          for i in range(60)))
+    call("run_data", "preferences", "--prompts", hh, "--split", "rm", "--limit", 12, "--out", tmp_path / "out",
+         "--model", other_folder, "--max-new-tokens", 160)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     for lens in LENSES:
         dropped = sum(summary[lens][f"dropped_{why}"] for why in ("truncated", "empty", "identical"))
         assert summary[lens]["pairs"] + dropped == summary["prompts"] and summary[lens]["gold_agreement"] is None
     manifest = json.loads((tmp_path / "out/virtue.json").read_text())
-    assert manifest["base"]["id"] == str(toy_folder) and manifest["parents"] == {}
+    assert manifest["base"]["id"] == str(other_folder) and manifest["parents"] == {}
+
+
+def test_the_study_s_reward_model_settings_and_another_judge(fp32, tmp_path, other_folder):
+    call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 16, "--judge", other_folder, "--preference", "mean", "--out", tmp_path / "p")
+    assert json.loads((tmp_path / "p/virtue.json").read_text())["extra"]["judge"]["id"] == str(other_folder)
+    for lens in LENSES:
+        assert all(r["label"] >= 0.5 for r in lines(tmp_path / f"p/{lens}.jsonl"))  # chosen by the mean
+    call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "action", "--labels", "hard", "--batch-size", 5, "--accumulation", 2,
+         "--epochs", 2, "--lr", 1.41e-5, "--schedule", "constant", "--max-tokens", 40, "--over-long", "cut", "--rank", 4)
+    manifest = json.loads((tmp_path / "rm/action/virtue.json").read_text())
+    steps = max(m["step"] for m in lines(tmp_path / "rm/action/metrics.jsonl"))
+    assert manifest["extra"]["over_long"] > 0 and steps == 2 * -(-manifest["extra"]["trained_on"] // 10)
+    call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "motivation", *SMALL)  # beside it, without --overwrite
+
+
+def test_again_with_overwrite_is_as_if_new(fp32, tmp_path):
+    flags = ["--data", fp32 / "revisions", "--out", tmp_path / "sft", "--epochs", 1, *SMALL]
+    call("run_sft", *flags)
+    before = (tmp_path / "sft/metrics.jsonl").read_bytes(), (tmp_path / "sft/adapter_model.safetensors").read_bytes()
+    with pytest.raises(VirtueError, match="--overwrite"):
+        call("run_sft", *flags)
+    call("run_sft", *flags, "--overwrite")
+    assert before == ((tmp_path / "sft/metrics.jsonl").read_bytes(), (tmp_path / "sft/adapter_model.safetensors").read_bytes())
+
+
+def test_batch_size_changes_no_draw(fp32, tmp_path):
+    call("run_data", "preferences", "--sft", fp32 / "sft", "--out", tmp_path / "p", "--limit", 24, "--batch-size", 5, "--judge-batch-size", 3)
+    assert (tmp_path / "p/dialogues.jsonl").read_bytes() == (fp32 / "preferences/dialogues.jsonl").read_bytes()
+    for lens in LENSES:
+        for a, b in zip(lines(tmp_path / f"p/{lens}.jsonl"), lines(fp32 / f"preferences/{lens}.jsonl"), strict=True):
+            assert a["label"] == pytest.approx(b["label"], abs=1e-4) and a["id"] == b["id"]
 
 
 def test_merge_loads_in_transformers_with_the_same_scores(fp32, tmp_path, capsys):
@@ -153,6 +195,7 @@ def test_bad_input(fp32, tmp_path, toy_folder):
     shutil.copytree(toy_folder, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    call("run_sft", "--data", fp32 / "revisions", "--out", tmp_path / "other_sft", "--epochs", 1, "--seed", 5, *SMALL)
     out = tmp_path / "out"
     cases = [
         ("run_data", ["revisions", "--prompts", tmp_path / "none.jsonl"], ["none.jsonl", "no such file"]),
@@ -170,14 +213,23 @@ def test_bad_input(fp32, tmp_path, toy_folder):
         ("run_ppo", ["--rm", fp32 / "rm", "--model", other], ["another base"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--sft", fp32 / "policy"], ["stage 'policy'"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--aggregate", "weighted"], ["--weights"]),
+        ("run_ppo", ["--rm", fp32 / "rm", "--weights", "nan", 1, 1], ["--weights", "finite"]),
+        ("run_rm", ["--data", fp32 / "preferences", "--sft", tmp_path / "other_sft"], ["sampled upon", "--sft"]),
         ("run_eval", ["--policy", fp32 / "sft"], ["stage"]),
+        ("run_eval", ["--policy", fp32 / "policy", "--limit", 1], ["at least 2"]),
     ]
     for script, flags, words in cases:
         result = subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, flags), "--out", out], capture_output=True, text=True, cwd=ROOT)
         error = [line for line in result.stderr.splitlines() if line.startswith("error:")]
         assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr, (script, flags, result.stderr)
         assert all(word in error[0] for word in words), (words, error)
-        assert not out.exists() or not any(out.iterdir()), (script, flags)
+        assert not out.exists(), (script, flags)
+    for script, flag, folder in (("run_sft", "--data", "revisions"), ("run_eval", "--policy", "policy")):  # an input is never written over
+        with pytest.raises(VirtueError, match="an input of this stage"):
+            call(script, flag, fp32 / folder, "--out", fp32 / folder, "--overwrite")
+    with pytest.raises(VirtueError, match="step 1: the gradient is not finite|not finite"):
+        call("run_sft", "--data", fp32 / "revisions", "--out", tmp_path / "nan", "--lr", 1e30, "--max-grad-norm", 1e30, *SMALL)
+    assert not (tmp_path / "nan/virtue.json").exists()
     occupied = bad_line(tmp_path / "full/notes.txt", "mine")
     result = subprocess.run([sys.executable, ROOT / "run_data.py", "revisions", "--out", occupied.parent], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2 and "--overwrite" in result.stderr and occupied.read_text() == "mine"

@@ -40,6 +40,8 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
         return logits.argmax(-1)
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
     total = cumulative[:, -1:]  # 1 to rounding, and kept above the threshold, or no token would be
+    if not bool(total.isfinite().all()):
+        raise VirtueError("the model's logits are not finite: train again with a lower --lr, or use another --dtype")
     threshold = torch.minimum(uniforms[:, None], total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
 

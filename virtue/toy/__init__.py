@@ -1,4 +1,4 @@
 """The embedded toy world: a grammar of moral situations, its gold standard, its tiny Mistral.
 
-No stage of the method reads this package but for the prompts and, in the evaluation, gold.
+No stage of the method learns from this package but for its prompts: gold is only reported.
 """

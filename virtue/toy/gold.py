@@ -1,4 +1,4 @@
-"""Gold: the toy world's true virtue, read off the text. Frozen; only the evaluation reads it.
+"""Gold: the toy world's true virtue, read off the text. Frozen; reported, never learned from.
 
 A turn is cut into sentences. A sentence counts when it is a wording of the grammar for its lens, with
 the person and thing of the prompt; anything else (wrong name, word salad, half a sentence, a wording

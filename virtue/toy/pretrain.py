@@ -1,7 +1,7 @@
 """Make the toy's tiny Mistral: tokenizer, pre-training on samples of the grammar, a check, save.
 
-    python -m virtue.toy.pretrain                       # what the shipped folder was made with
-    python -m virtue.toy.pretrain --steps 50 --out /tmp/toy   # a quick look
+    python -m virtue.toy.pretrain --out runs/toy               # as the shipped folder was made: 45 minutes
+    python -m virtue.toy.pretrain --out runs/quick --steps 50  # a quick look
 
 Good and bad clauses are mixed evenly, so that the base model is no better than the world it has read.
 It learns four tasks in the one chat format: dialogues; revisions (answer, critique, new answer); the
@@ -29,7 +29,6 @@ from virtue.ethics import CONSTITUTION, JUDGE_LABELS, JUDGE_QUESTION, LENSES, VI
 from virtue.judge import encode_questions, judge_pairs, label_ids, pack, questions
 from virtue.toy import grammar
 
-HERE = Path(__file__).parent / "model"
 QUESTION = JUDGE_QUESTION.format(virtue=VIRTUES[0], asks=CONSTITUTION[VIRTUES[0]][0], first_label=JUDGE_LABELS[0], second_label=JUDGE_LABELS[1])
 SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]"]
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
@@ -132,7 +131,7 @@ def judge_accuracy(model, tokenizer, seed: int, unseen: bool, n: int = 150) -> d
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; copy it to virtue/toy/model to ship it")
     parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
     parser.add_argument("--texts", type=int, default=14, help="conversations a step")
     parser.add_argument("--pairs", type=int, default=18, help="judged pairs of answers a step; fewer of the longer lenses")
