@@ -28,7 +28,7 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True, metavar="revisions|preferences")
     revisions = commands.add_parser("revisions", help="answer, critique, revised answer", description=__doc__.split("\n\n")[2])
     preferences = commands.add_parser("preferences", help="paired dialogues and AI feedback", description=__doc__.split("\n\n")[3])
-    for sub, limit, split in ((revisions, 384, "sft"), (preferences, 512, "rm")):
+    for sub, limit, split in ((revisions, 384, "sft"), (preferences, 768, "rm")):
         add_common_flags(sub)
         add_sampling_flags(sub)
         group = sub.add_argument_group("data").add_argument

@@ -33,7 +33,7 @@ def parse(argv):
     group("--over-long", choices=("drop", "cut"), default="drop", help="drop and count over-long pairs, or cut their end as the study did (to reproduce it: score statistics and PPO still read whole dialogues)")
     group("--merge", action="store_true", help="also write the merged model, as MistralForSequenceClassification")
     add_lora_flags(parser, rank=16, alpha=32)
-    add_training_flags(parser, lr=1e-3, epochs=3, batch_size=16)
+    add_training_flags(parser, lr=2e-3, epochs=3, batch_size=8)
     return parse_with_parent(parser, argv, "preferences", "data")
 
 

@@ -29,7 +29,7 @@ def chain(out: Path, quantize: str) -> Path:
     call("run_sft", "--data", out / "revisions", "--out", out / "sft", "--epochs", 2, "--lr", 1e-3, *SMALL)
     call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", 24)
     call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--epochs", 1, "--held-out", 0.25, *SMALL)
-    call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", 2, "--rollout-size", 8, "--minibatch-size", 4,
+    call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", 2, "--rollout-size", 8, "--lr", 1e-3, "--minibatch-size", 4,
          "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3)
     call("run_eval", "--policy", out / "policy", "--out", out / "report", "--limit", 8, "--show", 1)
     return out
@@ -89,7 +89,7 @@ def test_same_seed_same_bytes(fp32, tmp_path):
 def test_ppo_of_each_kind(fp32, tmp_path):
     for i, flags in enumerate((["--aggregate", "min", "--train-turns", "action"], ["--reward-turns", "answer", "--micro-batch-size", 2],
                                ["--aggregate", "weighted", "--weights", 1, 0, 1])):
-        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / str(i), "--iterations", 1, "--rollout-size", 4, "--minibatch-size", 4,
+        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / str(i), "--iterations", 1, "--rollout-size", 4, "--minibatch-size", 4, "--lr", 1e-3,
              "--rank", 4, "--limit", 8, *flags)
         metrics, = lines(tmp_path / str(i) / "metrics.jsonl")
         assert metrics["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and metrics["policy/ratio"] == pytest.approx(1, abs=0.1)
