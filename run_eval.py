@@ -44,7 +44,7 @@ def main(argv=None):
     from virtue.lora import flatten, use_stack
     from virtue.models import logprobs_at
     from virtue.report import differences, mask_names, measure, side_by_side, table
-    from virtue.rollout import dialogue_logprobs, score_dialogues
+    from virtue.rollout import dialogue_logprobs, load_reward_models, score_dialogues
     from virtue.toy.gold import gold as gold_of, slots
 
     # Build
@@ -58,12 +58,7 @@ def main(argv=None):
     if args.sft:
         load_artifact(args.sft, model, "sft", stage="sft", **known)
         sft, parents = ("sft",), {"sft": args.sft}
-    reward_models, statistics = [], []
-    for lens in LENSES:
-        manifest, head = load_artifact(args.rm / lens, model, lens, stage="rm", lens=lens, parents=parents, **known)
-        reward_models.append(((*sft, lens), head))
-        statistics.append((manifest["extra"]["score_mean"], manifest["extra"]["score_std"]))
-    mean, std = torch.tensor(statistics).T
+    reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
     load_artifact(args.policy, model, "policy", stage="policy", **known,
                   parents={**parents, **{f"rm/{lens}": args.rm / lens for lens in LENSES}})
     stacks = {"base": (), **({"sft": sft} if sft else {}), "ppo": (*sft, "policy")}

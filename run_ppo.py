@@ -45,11 +45,11 @@ def parse(argv):
     reward("--score-clip", type=positive_float, default=5.0, help="standardised scores are cut at plus or minus this")
     reward("--eos-penalty", type=nonnegative_float, default=1.0, help="subtracted at the end of a turn that did not stop")
     kl = parser.add_argument_group("KL penalty").add_argument
-    kl("--kl-coef", type=nonnegative_float, default=0.03, help="coefficient of k1 per token in the reward")
+    kl("--kl-coef", type=nonnegative_float, default=0.06, help="coefficient of k1 per token in the reward")
     kl("--kl-target", type=positive_float, help="adapt the coefficient towards this KL per dialogue, in nats (default: fixed)")
     kl("--kl-horizon", type=positive_int, default=2000, help="dialogues in which the coefficient adapts")
     ppo = parser.add_argument_group("PPO").add_argument
-    ppo("--iterations", type=positive_int, default=32, help="rollout batches")
+    ppo("--iterations", type=positive_int, default=36, help="rollout batches")
     ppo("--rollout-size", type=positive_int, default=64, help="dialogues an iteration")
     ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
     ppo("--minibatch-size", type=positive_int, default=16, help="dialogues an optimiser step")
@@ -81,7 +81,7 @@ def main(argv=None):
     from virtue.masked import whiten
     from virtue.models import ScalarHead, logprobs_at
     from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
-    from virtue.rollout import ended_share, in_chunks, loss_mask, place_scores, score_dialogues, values_at
+    from virtue.rollout import ended_share, in_chunks, load_reward_models, loss_mask, place_scores, score_dialogues, values_at
 
     if (args.aggregate == "weighted") != (args.weights is not None):
         raise VirtueError("--aggregate weighted and --weights W W W (action, motivation, consequence) go together: give both or neither")
@@ -101,11 +101,7 @@ def main(argv=None):
     if args.sft:
         load_artifact(args.sft, model, "sft", stage="sft", **known)
         sft, parents = ("sft",), {"sft": args.sft}
-    reward_models, statistics = [], []
-    for lens in LENSES:
-        manifest, head = load_artifact(args.rm / lens, model, lens, stage="rm", lens=lens, parents=dict(parents), **known)
-        reward_models.append(((*sft, lens), head))
-        statistics.append((manifest["extra"]["score_mean"], manifest["extra"]["score_std"]))
+    reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
     prompts = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
     if len(prompts) < args.rollout_size:
         raise VirtueError(f"{args.prompts}: {len(prompts)} prompts fit into --max-prompt-tokens {args.max_prompt_tokens}, "
@@ -148,7 +144,6 @@ def main(argv=None):
         extra = {"iterations": iteration, "kl_coef": kl_coef, "score_mean": mean.tolist(), "score_std": std.tolist()}
         save_artifact(out, stage="policy", adapter="policy", parents=roles, extra=extra, **settings)
 
-    mean, std = torch.tensor(statistics).T  # (K,) each, of the scores of the starting policy's dialogues
     if answer:  # standardise in the mode in which PPO reads
         scores = score(sample(prompts[:4 * args.rollout_size], -1))
         mean, std = scores.mean(1), scores.std(1, correction=0)

@@ -5,16 +5,31 @@ to the end of the turn it was trained on (``answer``: all read the answer alone)
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from virtue.checkpoint import load_artifact
 from virtue.dialogue import Dialogue, right_pad
 from virtue.ensemble import ADDITIVE, aggregate, shares
+from virtue.ethics import LENSES
 from virtue.lora import use_stack
 from virtue.models import hidden_states, logprobs_at, score_at
 from virtue.ppo import place_rewards
+
+
+def load_reward_models(folder: Path, model, sft: tuple[str, ...], parents: Mapping[str, Path], **known,
+                       ) -> tuple[list[tuple[tuple[str, ...], torch.nn.Module]], Tensor, Tensor]:
+    """The reward models of run_rm.py, as (stack, head) in the order of LENSES, and their scores' mean and std.
+
+    mean and std (K,) are those of the starting policy's dialogues. ``parents`` and ``known`` (base,
+    template) must be what the models were trained upon: see ``checkpoint.load_artifact``.
+    """
+    found = [(lens, *load_artifact(folder / lens, model, lens, stage="rm", lens=lens, parents=parents, **known)) for lens in LENSES]
+    mean, std = torch.tensor([[manifest["extra"][key] for _, manifest, _ in found] for key in ("score_mean", "score_std")])
+    return [((*sft, lens), head) for lens, _, head in found], mean, std
 
 
 def span_mask(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> Tensor:
