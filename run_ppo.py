@@ -218,7 +218,8 @@ def main(argv=None):
                             "tokens/eos_rate": ended_share(dialogues), "tokens/length": mask.sum().item() / len(dialogues),
                             "time/seconds": time.perf_counter() - started}
         log.write(metrics)
-        before = metrics["objective/score"] if iteration == 1 else before
+        if iteration == 1:
+            before = metrics["objective/score"]
         bar.set_postfix(score=f"{metrics['objective/score']:.2f}", kl=f"{k1:.1f}", eos=f"{metrics['tokens/eos_rate']:.2f}")
         samples += [{"iteration": iteration, "messages": messages_of(tokenizer, d, turns=len(d.turns)), "scores": s}
                     for d, s in zip(dialogues[:2], scores.T.tolist())]
