@@ -49,10 +49,10 @@ def parse(argv):
     kl("--kl-target", type=positive_float, help="adapt the coefficient towards this KL per dialogue, in nats (default: fixed)")
     kl("--kl-horizon", type=positive_int, default=2000, help="dialogues in which the coefficient adapts")
     ppo = parser.add_argument_group("PPO").add_argument
-    ppo("--iterations", type=positive_int, default=36, help="rollout batches")
-    ppo("--rollout-size", type=positive_int, default=64, help="dialogues an iteration")
+    ppo("--iterations", type=positive_int, default=18, help="rollout batches")
+    ppo("--rollout-size", type=positive_int, default=128, help="dialogues an iteration")
     ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
-    ppo("--minibatch-size", type=positive_int, default=16, help="dialogues an optimiser step")
+    ppo("--minibatch-size", type=positive_int, default=32, help="dialogues an optimiser step")
     ppo("--micro-batch-size", type=positive_int, default=32, help="dialogues a forward pass; changes memory, not the update")
     ppo("--lr", type=positive_float, default=3e-3, help="Adam learning rate of the policy adapter, linear decay to a tenth (Mistral-7B: 1e-5)")
     ppo("--value-lr", type=positive_float, default=2e-3, help="Adam learning rate of value adapter and head")
