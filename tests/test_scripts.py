@@ -227,7 +227,7 @@ def test_bad_input(fp32, tmp_path, toy_folder):
     for script, flag, folder in (("run_sft", "--data", "revisions"), ("run_eval", "--policy", "policy")):  # an input is never written over
         with pytest.raises(VirtueError, match="an input of this stage"):
             call(script, flag, fp32 / folder, "--out", fp32 / folder, "--overwrite")
-    with pytest.raises(VirtueError, match="step 1: the gradient is not finite|not finite"):
+    with pytest.raises(VirtueError, match="not finite"):
         call("run_sft", "--data", fp32 / "revisions", "--out", tmp_path / "nan", "--lr", 1e30, "--max-grad-norm", 1e30, *SMALL)
     assert not (tmp_path / "nan/virtue.json").exists()
     occupied = bad_line(tmp_path / "full/notes.txt", "mine")
