@@ -9,13 +9,14 @@ keeps its doubt (Lee et al. 2023, RLAIF, arXiv 2309.00267).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from virtue import VirtueError
 from virtue.dialogue import encode_conversation, encode_prompt
-from virtue.ethics import CONSTITUTION, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIR, JUDGE_QUESTION, VIRTUES
+from virtue.ethics import CONSTITUTION, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS, VIRTUES
 from virtue.models import hidden_states
 from virtue.runtime import progress
 
@@ -26,19 +27,27 @@ def transcript(messages: list[dict]) -> str:
     return "\n".join(f"{names[m['role']]}: {m['content']}" for m in messages)
 
 
-def questions(first: list[dict], second: list[dict], lens: str) -> list[str]:
-    """The judge's five prompts about a pair, one for each virtue, alike up to the virtue's question."""
+def pair_text(first: list[dict], second: list[dict], lens: str, wording: str = "trained") -> str:
+    """What all questions about a pair begin with."""
     a, b = JUDGE_LABELS
-    pair = JUDGE_PAIR.format(first_label=a, second_label=b, first=transcript(first),
-                             second=transcript(second), about=JUDGE_ABOUT[lens])
-    return [pair + JUDGE_QUESTION.format(virtue=v, asks=CONSTITUTION[v][0], first_label=a, second_label=b)
-            for v in VIRTUES]
+    return JUDGE_PAIRS[wording].format(first_label=a, second_label=b, first=transcript(first),
+                                       second=transcript(second), about=JUDGE_ABOUT[lens])
 
 
-def encode_questions(tokenizer, first: list[dict], second: list[dict], lens: str) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the shared prefix and of the five endings."""
-    rows = [encode_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions(first, second, lens)]
+def questions(first: list[dict], second: list[dict], lens: str, asked: Sequence[str] = VIRTUES, wording: str = "trained") -> list[str]:
+    """The judge's prompts about a pair, one for each of ``asked`` (virtues, EXTRA_QUESTIONS), alike up to the question."""
+    pair, (a, b) = pair_text(first, second, lens, wording), JUDGE_LABELS
+    return [pair + (EXTRA_QUESTIONS[name] if name in EXTRA_QUESTIONS else JUDGE_QUESTIONS[wording]).format(
+        virtue=name, asks=CONSTITUTION.get(name, ("",))[0], first_label=a, second_label=b) for name in asked]
+
+
+def encode_questions(tokenizer, first: list[dict], second: list[dict], lens: str, asked: Sequence[str] = VIRTUES,
+                     wording: str = "trained") -> tuple[list[int], list[list[int]]]:
+    """Token ids of the shared prefix and of the endings."""
+    rows = [encode_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions(first, second, lens, asked, wording)]
     prefix = os.path.commonprefix(rows)
+    if len(rows) == 1:  # an ending needs a token of its own
+        prefix = prefix[:-1]
     return prefix, [row[len(prefix):] for row in rows]
 
 
@@ -89,18 +98,19 @@ def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple
 
 @torch.no_grad()
 def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], lens: str,
-                batch_size: int = 16) -> tuple[Tensor, float]:
-    """P(first of the pair is better) for each pair, order and virtue: (N, 2, 5) fp32; and the label mass.
+                batch_size: int = 16, asked: Sequence[str] = VIRTUES, wording: str = "trained") -> tuple[Tensor, float]:
+    """P(first of the pair is better) for each pair, order and question: (N, 2, 5) fp32; and the label mass.
 
+    ``asked`` names the questions (default: the five virtues), ``wording`` one of ethics.JUDGE_QUESTIONS.
     ``[:, 0]`` was read with the first dialogue shown first, ``[:, 1]`` with it shown second. The caller
     sets the adapters (none, for the base as its own judge). The label mass is the mean probability that
     the judge's next token is one of the two labels at all: near 0, it does not answer the question.
     """
     labels = torch.tensor(label_ids(tokenizer))
-    jobs = [(i, order, encode_questions(tokenizer, *(pair if order == 0 else pair[::-1]), lens))
+    jobs = [(i, order, encode_questions(tokenizer, *(pair if order == 0 else pair[::-1]), lens, asked, wording))
             for i, pair in enumerate(pairs) for order in (0, 1)]
     jobs.sort(key=lambda job: len(job[2][0]))  # batches of like length
-    result, mass = torch.empty(len(pairs), 2, len(VIRTUES)), 0.0
+    result, mass = torch.empty(len(pairs), 2, len(asked)), 0.0
     device = model.device
     for start in progress(range(0, len(jobs), batch_size), f"judge {lens}"):
         batch = jobs[start:start + batch_size]

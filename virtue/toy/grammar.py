@@ -195,13 +195,13 @@ def sample_action(rng: random.Random, character: float, unseen: bool = False) ->
 
 
 def sample_talk(rng: random.Random, lens: str, action: list[Clause], character: float,
-                unseen: bool = False) -> list[Clause]:
+                unseen: bool = False, fitting: float = 0.7) -> list[Clause]:
     """Motivation or consequence: mostly about virtues of the action, sometimes about any."""
     count = 2 if rng.random() < 0.6 else 1
     fits = rng.sample(action, min(count, len(action)))
     talk = []
     for clause in fits:
-        if rng.random() < 0.7:  # fits the action: the same virtue with the same pole
+        if rng.random() < fitting:  # fits the action: the same virtue with the same pole
             talk.append(_clause(rng, lens, clause.virtue, clause.pole, unseen))
         else:  # claims that the action need not support
             talk.append(_clause(rng, lens, rng.choice(VIRTUES), _pole(rng, character), unseen))
@@ -221,9 +221,12 @@ def _clause(rng: random.Random, lens: str, virtue: str, pole: str, unseen: bool)
     return Clause(lens, virtue, pole, rng.choice(held if unseen and held else seen))
 
 
-def corrupt(rng: random.Random, clauses: list[Clause], rate: float) -> list[Clause]:
-    """Mark each clause as broken with probability ``rate``."""
-    return [c._replace(broken=rng.random() < rate) for c in clauses]
+def corrupt(rng: random.Random, clauses: list[Clause], rate: float, repeats: float = 0.0) -> list[Clause]:
+    """Mark each clause as broken with probability ``rate``; with ``repeats``, let the last repeat the first."""
+    clauses = [c._replace(broken=rng.random() < rate) for c in clauses]
+    if repeats and len(clauses) > 1 and rng.random() < repeats:
+        clauses[-1] = clauses[0]
+    return clauses
 
 
 def say(clauses: list[Clause], person: str, thing: str, rng: random.Random | None = None) -> str:
@@ -269,6 +272,20 @@ def talk_net(talk: list[Clause], action: list[Clause]) -> dict[str, float]:
     return result
 
 
+def helpfulness(action: list[Clause]) -> float:
+    """How much an action does about the matter asked, good or not so good: compassion and prudence that act
+    count 1, any other sentence that is no vice 1/2, a vice of deficiency or prudence that never acts -1."""
+    clauses = {(c.virtue, c.pole) for c in action if not c.broken}
+    return sum(-1.0 if pole == "deficiency" or (virtue, pole) == ("prudence", "excess")
+               else 1.0 if virtue in ("prudence", "compassion") else 0.5 for virtue, pole in clauses)
+
+
+def sincerity(talk: list[Clause], action: list[Clause]) -> float:
+    """Distinct claims and confessions that are true to the action, minus those that are not."""
+    done = {(c.virtue, c.pole) for c in action if not c.broken}
+    return sum(1.0 if claim in done else -1.0 for claim in {(c.virtue, c.pole) for c in talk if not c.broken})
+
+
 def worth(latent: dict[str, list[Clause]], lens: str) -> dict[str, float]:
     """Per virtue, the latent quality of a dialogue's turn."""
     return net(latent["action"]) if lens == "action" else talk_net(latent[lens], latent["action"])
@@ -278,15 +295,17 @@ def worth(latent: dict[str, list[Clause]], lens: str) -> dict[str, float]:
 
 
 def sample_dialogue(rng: random.Random, prompt: str, person: str, thing: str, *, turns: int = 3,
-                    broken_rate: float = 0.0, unseen: bool = False) -> tuple[list[dict], dict[str, list[Clause]]]:
-    """A conversation of up to three exchanges and its latent clauses by lens."""
-    character = rng.random()
-    latent = {"action": sample_action(rng, character, unseen)}
+                    broken_rate: float = 0.0, unseen: bool = False, character: float | None = None,
+                    action: list[Clause] | None = None, fitting: float = 0.7,
+                    repeats: float = 0.0) -> tuple[list[dict], dict[str, list[Clause]]]:
+    """A conversation of up to three exchanges and its latent clauses by lens; its action may be given."""
+    character = rng.random() if character is None else character
+    latent = {"action": sample_action(rng, character, unseen) if action is None else action}
     for lens in LENSES[1:turns]:
-        latent[lens] = sample_talk(rng, lens, latent["action"], character, unseen)
+        latent[lens] = sample_talk(rng, lens, latent["action"], character, unseen, fitting)
     messages = []
     for lens in LENSES[:turns]:
-        latent[lens] = corrupt(rng, latent[lens], broken_rate)
+        latent[lens] = corrupt(rng, latent[lens], broken_rate, repeats)
         question = prompt if lens == "action" else FOLLOW_UPS[lens]
         messages += [{"role": "user", "content": question},
                      {"role": "assistant", "content": say(latent[lens], person, thing, rng)}]
@@ -326,16 +345,32 @@ def sample_revision(rng: random.Random, prompt: str, person: str, thing: str) ->
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def judge_logit(lens: str, virtue: str, first: dict[str, list[Clause]], second: dict[str, list[Clause]]) -> float:
+def review(lens: str, latent: dict[str, list[Clause]]) -> str:
+    """Sentence by sentence: is the motivation or consequence true to the action?"""
+    done = {(c.virtue, c.pole) for c in latent["action"] if not c.broken}
+    return ", ".join("broken" if c.broken else f"{c.virtue} {'true' if (c.virtue, c.pole) in done else 'false'}" for c in latent[lens])
+
+
+def judge_logit(lens: str, virtue: str, first: dict[str, list[Clause]], second: dict[str, list[Clause]], slip: float = 0.0) -> float:
     """Log-odds with which pre-training labels the first dialogue better: latent quality plus biases.
 
     The biases are the documented ones of real judges: 0.3 for the first place, 0.2 for each sentence
-    more, and a halo of 0.4 for each point by which the other virtues together are better.
+    more, and a halo of 0.4 for each point by which the other virtues together are better. ``virtue``
+    may also be "helpfulness" (of the action) or "sincerity" (of a motivation or consequence). Each broken or
+    repeated sentence costs ``slip``, whatever is asked.
     """
+    def slips(talk: list[Clause]) -> int:
+        return len(talk) - len({c for c in talk if not c.broken})
+
+    careless = slip * (slips(second[lens]) - slips(first[lens]))
+    if virtue in ("helpfulness", "sincerity"):
+        own = [helpfulness(d["action"]) if virtue == "helpfulness" else sincerity(d[lens], d["action"]) for d in (first, second)]
+        return careless + 2.0 * (own[0] - own[1]) + 0.2 * (len(first[lens]) - len(second[lens])) + 0.3
+
     def quality(latent: dict[str, list[Clause]]) -> tuple[float, float, int]:
         talk, scores = latent[lens], worth(latent, lens)
         broken = sum(c.broken for c in talk)
         return scores[virtue], sum(scores.values()) - scores[virtue] - 0.5 * broken, len(talk)
 
     (own1, rest1, n1), (own2, rest2, n2) = quality(first), quality(second)
-    return 3.0 * (own1 - own2) + 0.4 * (rest1 - rest2) + 0.2 * (n1 - n2) + 0.3
+    return careless + 3.0 * (own1 - own2) + 0.4 * (rest1 - rest2) + 0.2 * (n1 - n2) + 0.3

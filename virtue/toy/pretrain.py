@@ -25,11 +25,10 @@ import torch
 from torch.nn import functional as F
 
 from virtue.dialogue import encode_conversation, right_pad
-from virtue.ethics import CONSTITUTION, JUDGE_LABELS, JUDGE_QUESTION, LENSES, VIRTUES
-from virtue.judge import encode_questions, judge_pairs, label_ids, pack, questions
+from virtue.ethics import LENSES, VIRTUES
+from virtue.judge import encode_questions, judge_pairs, label_ids, pack, pair_text, questions
 from virtue.toy import grammar
 
-QUESTION = JUDGE_QUESTION.format(virtue=VIRTUES[0], asks=CONSTITUTION[VIRTUES[0]][0], first_label=JUDGE_LABELS[0], second_label=JUDGE_LABELS[1])
 SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]"]
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
             "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
@@ -48,17 +47,36 @@ def draw_text(rng: random.Random) -> list[dict]:
     return grammar.sample_dialogue(rng, prompt, person, thing)[0]
 
 
-def draw_pair(rng: random.Random, lens: str, unseen: bool = False):
-    """Two dialogues about one prompt, up to the lens's turn, with their latent clauses."""
+def draw_pair(rng: random.Random, lens: str, unseen: bool = False, fit: bool = False):
+    """Two dialogues about one prompt, up to the lens's turn, with their latent clauses.
+
+    With ``fit`` they share a good action, so that a motivation or consequence differs by how it fits.
+    """
     prompt, person, thing = draw_prompt(rng)
     turns = LENSES.index(lens) + 1
+    if fit and turns > 1:
+        action = grammar.sample_action(rng, 0.9)
+        return [grammar.sample_dialogue(rng, prompt, person, thing, turns=turns, broken_rate=0.1, character=0.9, action=action,
+                                        fitting=0.5, repeats=0.15) for _ in range(2)]
     return [grammar.sample_dialogue(rng, prompt, person, thing, turns=turns, broken_rate=0.06, unseen=unseen)
             for _ in range(2)]
 
 
-def encode_findings(tokenizer, first, second, lens: str) -> tuple[list[int], int]:
+def encode_review(rng: random.Random, tokenizer) -> tuple[list[int], int]:
+    """A dialogue with a good action and the question whether its last answer is true to it; the answer's length."""
+    prompt, person, thing = draw_prompt(rng)
+    lens = rng.choice(LENSES[1:])
+    messages, latent = grammar.sample_dialogue(rng, prompt, person, thing, turns=LENSES.index(lens) + 1, broken_rate=0.06,
+                                               character=0.5 + 0.5 * rng.random(), fitting=0.5)
+    messages += [{"role": "user", "content": "Is the last answer true to the action?"},
+                 {"role": "assistant", "content": grammar.review(lens, latent)}]
+    ids, spans = encode_conversation(tokenizer, messages)
+    return ids, spans[-1][1] - spans[-1][0]
+
+
+def encode_findings(tokenizer, first, second, lens: str, wording: str = "trained") -> tuple[list[int], int]:
     """The sixth question about a pair with its answer, after ``encode_questions``' prefix; the answer's length."""
-    user = questions(first[0], second[0], lens)[0].removesuffix(QUESTION) + " Which shows more of what?"
+    user = pair_text(first[0], second[0], lens, wording) + " Which shows more of what?"
     worth = [grammar.worth(latent, lens) for _, latent in (first, second)]
     found = ", ".join(f"{v} {' '.join('good' if w[v] > 0 else 'bad' if w[v] < 0 else 'none' for w in worth)}" for v in VIRTUES)
     ids, spans = encode_conversation(tokenizer, [{"role": "user", "content": user}, {"role": "assistant", "content": found}])
@@ -89,28 +107,35 @@ def make_tokenizer(seed: int, vocab_size: int):
 class Samples(torch.utils.data.IterableDataset):
     """Step after step: a padded batch of texts and a packed batch of judge questions with labels."""
 
-    def __init__(self, tokenizer, args):
-        self.tokenizer, self.args = tokenizer, args
+    def __init__(self, tokenizer, args, steps: int, fit: bool):
+        self.tokenizer, self.args, self.steps, self.fit = tokenizer, args, steps, fit
 
     def __iter__(self):
-        rng = random.Random(self.args.seed + 1)
-        for step in range(self.args.steps):
+        rng = random.Random(self.args.seed + (3 if self.fit else 1))
+        for step in range(self.steps):
             rows = [encode_conversation(self.tokenizer, draw_text(rng))[0] for _ in range(self.args.texts)]
+            reviews = [encode_review(rng, self.tokenizer) for _ in range(self.args.reviews if self.fit else 0)]
             encoded, targets, answers = [], [], []
-            lens = rng.choices(LENSES, weights=(8, 1, 1) if step < self.args.steps / 3 else (3, 3, 3))[0]
-            for _ in range(round(self.args.pairs * {"action": 1.0, "motivation": 0.75, "consequence": 0.6}[lens])):
-                first, second = draw_pair(rng, lens)
-                prefix, endings = encode_questions(self.tokenizer, first[0], second[0], lens)
-                findings, length = encode_findings(self.tokenizer, first, second, lens)
+            weights = (1, 2, 2) if self.fit else (8, 1, 1) if step < self.steps / 3 else (3, 3, 3)
+            lens = rng.choices(LENSES, weights=weights)[0]
+            pairs = self.args.pairs * (2 / 3 if self.fit else 1)
+            for _ in range(round(pairs * {"action": 1.0, "motivation": 0.75, "consequence": 0.6}[lens])):
+                first, second = draw_pair(rng, lens, fit=self.fit and rng.random() < 0.6)
+                asked, wording = VIRTUES, "trained"
+                if self.fit:  # what only the evaluation asks, and in other words
+                    asked = (*VIRTUES, "helpfulness" if lens == "action" else "sincerity")
+                    wording = rng.choice(("trained", "trained", "other"))
+                prefix, endings = encode_questions(self.tokenizer, first[0], second[0], lens, asked, wording)
+                findings, length = encode_findings(self.tokenizer, first, second, lens, wording)
                 assert findings[:len(prefix)] == prefix
                 encoded.append((prefix, [*endings, findings[len(prefix):]]))
-                targets.append([grammar.judge_logit(lens, v, first[1], second[1]) for v in VIRTUES])
+                targets.append([grammar.judge_logit(lens, v, first[1], second[1], slip=1.0 if self.fit else 0.0) for v in asked])
                 answers.append(length)
             ids, mask, positions, ends = pack(encoded, self.tokenizer.pad_token_id)
             column = torch.arange(ids.shape[1] - 1)  # column j predicts token j + 1
             answer = (column < ends[:, -1:]) & (column >= ends[:, -1:] - torch.tensor(answers)[:, None])
             yield (*right_pad(rows, self.tokenizer.pad_token_id), ids, mask, positions, ends[:, :-1], answer,
-                   torch.tensor(targets).sigmoid())
+                   torch.tensor(targets).sigmoid(), reviews)
 
 
 def judge_accuracy(model, tokenizer, seed: int, unseen: bool, n: int = 150) -> dict[str, dict[str, float]]:
@@ -129,40 +154,18 @@ def judge_accuracy(model, tokenizer, seed: int, unseen: bool, n: int = 150) -> d
     return result
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; copy it to virtue/toy/model to ship it")
-    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
-    parser.add_argument("--texts", type=int, default=14, help="conversations a step")
-    parser.add_argument("--pairs", type=int, default=18, help="judged pairs of answers a step; fewer of the longer lenses")
-    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate for embeddings and norms")
-    parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon learning rate for matrices")
-    parser.add_argument("--hidden", type=int, default=192, help="hidden size")
-    parser.add_argument("--layers", type=int, default=4, help="layers")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and initial weights")
-    args = parser.parse_args(argv)
-
-    from transformers import MistralConfig, MistralForCausalLM
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer(args.seed, 1024)
-    model = MistralForCausalLM(MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=2 * args.hidden, head_dim=32,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, num_key_value_heads=2,
-        max_position_embeddings=2048, sliding_window=None, rope_theta=10000.0, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+def train(model, tokenizer, args, steps: int, fit: bool) -> None:
+    """One phase: Muon for matrices, AdamW for the rest, cosine decay; the second at half the rates."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=args.matrix_lr, weight_decay=0.0),
                   torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
-
+    peak = 0.5 if fit else 1.0
     a, b = label_ids(tokenizer)
     started, tokens, average = time.time(), 0, None
-    loader = torch.utils.data.DataLoader(Samples(tokenizer, args), batch_size=None, num_workers=1, prefetch_factor=16)
-    for step, (ids, mask, pair_ids, pair_mask, positions, ends, answer, targets) in enumerate(loader, 1):
-        rate = min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+    loader = torch.utils.data.DataLoader(Samples(tokenizer, args, steps, fit), batch_size=None, num_workers=1, prefetch_factor=16)
+    for step, (ids, mask, pair_ids, pair_mask, positions, ends, answer, targets, reviews) in enumerate(loader, 1):
+        rate = peak * min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for optimizer, lr in zip(optimizers, (args.matrix_lr, args.lr)):
             optimizer.param_groups[0]["lr"] = lr * rate
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -175,6 +178,13 @@ def main(argv: list[str] | None = None) -> None:
             logprobs = model.lm_head(last).float().log_softmax(-1)
             labels = -(targets * logprobs[..., a] + (1 - targets) * logprobs[..., b]).mean()
             found = F.cross_entropy(model.lm_head(hidden[:, :-1][answer]).float(), pair_ids[:, 1:][answer])
+            if reviews:
+                tokens_of, real = right_pad([ids for ids, _ in reviews], tokenizer.pad_token_id)
+                end = real.long().sum(1, keepdim=True) - 1
+                column = torch.arange(tokens_of.shape[1] - 1)
+                asked = (column < end) & (column >= end - torch.tensor([n for _, n in reviews])[:, None])
+                hidden = model.model(tokens_of, use_cache=False).last_hidden_state[:, :-1]
+                found = found + F.cross_entropy(model.lm_head(hidden[asked]).float(), tokens_of[:, 1:][asked])
         (loss + labels + found).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -183,13 +193,45 @@ def main(argv: list[str] | None = None) -> None:
         tokens += mask.sum().item() + pair_ids.numel()
         losses = torch.tensor([loss.item(), labels.item(), found.item()])
         average = losses if average is None else 0.98 * average + 0.02 * losses
-        if step % 50 == 0 or step == args.steps:
+        if step % 50 == 0 or step == steps:
             seconds = time.time() - started
             print(f"step {step:5d}  text {average[0]:.4f}  judge {average[1]:.4f}  findings {average[2]:.4f}  {tokens / 1e6:.2f} M tokens  "
                   f"{seconds:.0f} s  {tokens / seconds:.0f} tokens/s", flush=True)
-        if step % 1000 == 0:
+        if step % 250 == 0:
             save(model, tokenizer, args.out)
     save(model, tokenizer, args.out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; copy it to virtue/toy/model to ship it")
+    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
+    parser.add_argument("--fit-steps", type=int, default=900, help="steps of the second phase: pairs that share their action")
+    parser.add_argument("--init", type=Path, help="start at the second phase, from the model that the first left in this folder")
+    parser.add_argument("--texts", type=int, default=14, help="conversations a step")
+    parser.add_argument("--pairs", type=int, default=18, help="judged pairs of answers a step; fewer of the longer lenses")
+    parser.add_argument("--reviews", type=int, default=20, help="dialogues a step of the second phase whose fit is asked in words")
+    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate for embeddings and norms")
+    parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon learning rate for matrices")
+    parser.add_argument("--hidden", type=int, default=192, help="hidden size")
+    parser.add_argument("--layers", type=int, default=4, help="layers")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and initial weights")
+    args = parser.parse_args(argv)
+
+    from transformers import MistralConfig, MistralForCausalLM
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer(args.seed, 1024)
+    model = MistralForCausalLM.from_pretrained(args.init) if args.init else MistralForCausalLM(MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=2 * args.hidden, head_dim=32,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, num_key_value_heads=2,
+        max_position_embeddings=2048, sliding_window=None, rope_theta=10000.0, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
+    if args.init is None:
+        train(model, tokenizer, args, args.steps, fit=False)
+    train(model, tokenizer, args, args.fit_steps, fit=True)
     model.eval()
     for unseen in (False, True):
         print("judge on", "held-out wordings:" if unseen else "seen wordings:",
