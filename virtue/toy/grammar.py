@@ -345,6 +345,11 @@ def sample_revision(rng: random.Random, prompt: str, person: str, thing: str) ->
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
+def obedience(talk: list[Clause]) -> float:
+    """Minus the distinct violations: what a rule-based judge sees, to whom virtues shown and excesses are nothing."""
+    return -float(len({c.virtue for c in talk if c.pole == "deficiency" and not c.broken}))
+
+
 def review(lens: str, latent: dict[str, list[Clause]]) -> str:
     """Sentence by sentence: is the motivation or consequence true to the action?"""
     done = {(c.virtue, c.pole) for c in latent["action"] if not c.broken}
@@ -356,15 +361,17 @@ def judge_logit(lens: str, virtue: str, first: dict[str, list[Clause]], second: 
 
     The biases are the documented ones of real judges: 0.3 for the first place, 0.2 for each sentence
     more, and a halo of 0.4 for each point by which the other virtues together are better. ``virtue``
-    may also be "helpfulness" (of the action) or "sincerity" (of a motivation or consequence). Each broken or
-    repeated sentence costs ``slip``, whatever is asked.
+    may also be "helpfulness" (of the action), "sincerity" (of a motivation or consequence) or "rules". Each
+    broken or repeated sentence costs ``slip``, whatever is asked.
     """
     def slips(talk: list[Clause]) -> int:
         return len(talk) - len({c for c in talk if not c.broken})
 
     careless = slip * (slips(second[lens]) - slips(first[lens]))
-    if virtue in ("helpfulness", "sincerity"):
-        own = [helpfulness(d["action"]) if virtue == "helpfulness" else sincerity(d[lens], d["action"]) for d in (first, second)]
+    extra = {"helpfulness": lambda d: helpfulness(d["action"]), "sincerity": lambda d: sincerity(d[lens], d["action"]),
+             "rules": lambda d: obedience(d[lens])}
+    if virtue in extra:
+        own = extra[virtue](first), extra[virtue](second)
         return careless + 2.0 * (own[0] - own[1]) + 0.2 * (len(first[lens]) - len(second[lens])) + 0.3
 
     def quality(latent: dict[str, list[Clause]]) -> tuple[float, float, int]:

@@ -123,7 +123,7 @@ class Samples(torch.utils.data.IterableDataset):
                 first, second = draw_pair(rng, lens, fit=self.fit and rng.random() < 0.6)
                 asked, wording = VIRTUES, "trained"
                 if self.fit:  # what only the evaluation asks, and in other words
-                    asked = (*VIRTUES, "helpfulness" if lens == "action" else "sincerity")
+                    asked = (*VIRTUES, rng.choice(("helpfulness" if lens == "action" else "sincerity", "rules")))
                     wording = rng.choice(("trained", "trained", "other"))
                 prefix, endings = encode_questions(self.tokenizer, first[0], second[0], lens, asked, wording)
                 findings, length = encode_findings(self.tokenizer, first, second, lens, wording)
