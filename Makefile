@@ -1,15 +1,19 @@
 # make demo   the whole method on the toy model, into runs/demo/ (about 8 minutes on 2 cores)
 # make test   the test suite (no network, no GPU)
+# make compare REV=HEAD SEEDS="0 1 2"   did a change to the code help? FLAGS for more, e.g. FLAGS='--jobs 2 --ppo "--iterations 6"'
 # Each installs what it needs into .venv first. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to
 # pip (README: how to get torch's small CPU build), SEED and OUT go to the demo.
 PYTHON    ?= python3
 PIP_FLAGS ?=
 SEED      ?= 0
 OUT       ?= runs/demo
+REV       ?= HEAD
+SEEDS     ?= 0 1 2
+FLAGS     ?=
 RUN        = .venv/bin/python
 COMMON     = --seed $(SEED) --overwrite
 
-.PHONY: demo test clean
+.PHONY: demo test compare clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -23,10 +27,13 @@ demo: .venv/installed
 	$(RUN) run_data.py preferences $(COMMON) --sft $(OUT)/sft --out $(OUT)/preferences
 	$(RUN) run_rm.py               $(COMMON) --data $(OUT)/preferences --out $(OUT)/rm
 	$(RUN) run_ppo.py              $(COMMON) --rm $(OUT)/rm --out $(OUT)/policy
-	$(RUN) run_eval.py             $(COMMON) --policy $(OUT)/policy --out $(OUT)/report
+	$(RUN) run_eval.py models      $(COMMON) --policy $(OUT)/policy --out $(OUT)/report
 
 test: .venv/installed
 	$(RUN) -m pytest -q
+
+compare: .venv/installed
+	$(RUN) experiments/compare.py $(REV) --seeds $(SEEDS) $(FLAGS)
 
 clean:
 	rm -rf .venv runs/demo

@@ -38,6 +38,9 @@ def parse(argv):
         group("--sft", type=Path, help="SFT adapter that answers (default: the bare base)")
     group("--judge", help="another model as the judge: toy, folder or hub id (default: the base, adapters off)")
     group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
+    group("--ask", choices=("virtues", "rules"), default="virtues",
+          help="rules: one question, which breaks fewer rules, instead of the five virtues: the rule-based control")
+    group("--orders", choices=("both", "one"), default="both", help="one: read each pair in one order only, and keep the judge's preference for a place")
     group("--preference", choices=("votes", "mean"), default="votes",
           help="chosen by the majority of the five virtues (the study), or by their mean probability; "
                "matters to training with run_rm.py --labels hard only, since soft labels carry the mean either way")
@@ -121,7 +124,9 @@ def main(argv=None):
                 if fault is None:
                     pairs.append((a.id, texts))
             with use_stack(judge):
-                probs, label_mass = judge_pairs(judge, judge_tokenizer, [texts for _, texts in pairs], lens, args.judge_batch_size)
+                probs, label_mass = judge_pairs(judge, judge_tokenizer, [texts for _, texts in pairs], lens, args.judge_batch_size,
+                                                asked=VIRTUES if args.ask == "virtues" else ("rules",), orders=2 if args.orders == "both" else 1)
+            probs = probs.expand(-1, 2, len(VIRTUES))  # one order counts as both, one question as five
             # 3. from judgement to preference
             records = []
             for (prompt_id, texts), p in zip(pairs, probs):

@@ -1,66 +1,122 @@
-"""Compare base, SFT and PPO model on the same held-out prompts.
+"""Evaluate: two models side by side, the judge, the reward models, best-of-n.
 
-  python run_eval.py --policy runs/demo/policy --sft runs/demo/sft --rm runs/demo/rm --out runs/demo/report
+  python run_eval.py models    --policy runs/demo/policy --out runs/demo/report
+  python run_eval.py judge     --pairs harmless-base.jsonl.gz --limit 200 --out runs/demo/judge
+  python run_eval.py rewards   --rm runs/demo/rm --data runs/demo/preferences --out runs/demo/rewards
+  python run_eval.py best-of-n --rm runs/demo/rm --out runs/demo/best
 
-Every model answers every prompt with a whole dialogue. The study's Score is mean - 0.5 * population
-std over the 3n scores RM_lens(dialogue up to the lens's turn). It is given on raw scores, as the study
-did, whose std also holds the arbitrary offsets between the three models, and on standardised ones.
-Differences carry 95 % intervals of a paired bootstrap over prompts. Writes scores.json and
-samples.jsonl. On toy, gold is read: no stage has learned from it. Refuses to report on an adapter that
-changes no logit: it was never loaded.
+models: base, SFT and PPO model answer the same held-out prompts with whole dialogues. The study's Score is
+mean - 0.5 * population std over the 3n scores RM_lens(dialogue up to the lens's turn), on raw scores, as the
+study did (their std also holds the arbitrary offsets between the three models), and on standardised ones.
+Differences carry 95 % intervals of a paired bootstrap over prompts, p-values Holm's correction; the judge
+compares the models in both orders, in the words of the training and in others. Writes scores.json,
+samples.jsonl and report.html. On toy, gold is read: no stage has learned from it. Refuses to report on an
+adapter that changes no logit: it was never loaded.
+
+judge: how often the judge agrees with human preferences (hh-rlhf or any file of chosen and rejected), per
+virtue, with position flips and the halo; on toy pairs, with gold instead of the file's own choice.
+
+rewards: accuracy and calibration of each reward model on held-out pairs, score against length, scores of
+degenerate answers; with --pairs accuracy on any external preference file.
+
+best-of-n: gold and rewards of the best of 1, 2, 4, ... answers of the starting policy under each aggregator,
+by the unbiased estimator. If best-of-n does not help, PPO is unlikely to.
 """
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from virtue.runtime import add_common_flags, add_sampling_flags, make_parser, open_base, parse_with_parent, positive_int, run_main
+from virtue.runtime import (add_common_flags, add_sampling_flags, held_out_ids, make_parser, open_base, parse_with_parent, positive_int,
+                            progress, run_main)
 
 
 def parse(argv):
     parser = make_parser(__doc__)
-    add_common_flags(parser)
-    add_sampling_flags(parser)
-    group = parser.add_argument_group("what to compare").add_argument
-    group("--policy", type=Path, required=True, help="folder of run_ppo.py")
-    group("--sft", type=Path, help="the SFT adapter below it")
-    group("--rm", type=Path, help="folder of run_rm.py: the reward models of the training, for a folder that was moved")
-    group("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
-    group("--limit", type=positive_int, default=240, help="use the first so many held-out prompts")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="models|judge|rewards|best-of-n")
+    parts = {text.split(":")[0]: text for text in __doc__.split("\n\n")}
+    models, judge, rewards, best = (commands.add_parser(name, help=title, description=parts[name]) for name, title in (
+        ("models", "base, SFT and PPO model side by side"), ("judge", "the judge against human preferences"),
+        ("rewards", "the reward models on pairs, lengths and degenerate answers"), ("best-of-n", "what choosing among answers gains")))
+    models.parent, judge.parent, rewards.parent, best.parent = (
+        ("policy", "policy", ""), (None, None, ""), ("rm", "rm", "action"), ("rm", "rm", "action"))
+    for sub in (models, best):
+        add_common_flags(sub)
+        add_sampling_flags(sub)
+    for sub in (judge, rewards):
+        add_common_flags(sub)
+        sub.add_argument("--batch-size", type=positive_int, default=32, help="pairs or dialogues scored at once")
+    group = models.add_argument_group("what to compare").add_argument
+    group("--policy", type=Path, required=True, help="folder of run_ppo.py, or of run_sft.py on preferences")
+    group("--eval-rm", type=Path, help="a second ensemble, which PPO did not see (run_rm.py --share second --seed 1)")
+    group("--judge", help="another model as the judge: toy, folder or hub id (default: the base, adapters off)")
+    group("--judge-limit", type=positive_int, default=64, help="prompts on which the judge compares the models")
+    group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
     group("--show", type=positive_int, default=3, help="dialogues to print side by side")
-    return parse_with_parent(parser, argv, "policy", "policy")
+    group = judge.add_argument_group("pairs").add_argument
+    group("--pairs", type=Path, required=True, help="preferences: hh-rlhf .jsonl(.gz), this project's, or TRL's")
+    group("--wording", choices=("trained", "other"), default="trained", help="the question as in training, or in other words")
+    for sub in (rewards, best):
+        sub.add_argument("--rm", type=Path, required=True, help="folder of run_rm.py")
+    group = rewards.add_argument_group("pairs").add_argument
+    group("--data", type=Path, required=True, help="folder of run_data.py preferences: its held-out part")
+    group("--pairs", type=Path, help="an external preference file, scored at its last answer")
+    for sub, limit, what in ((models, 240, "held-out prompts"), (judge, 200, "pairs"), (rewards, 500, "external pairs"), (best, 64, "held-out prompts")):
+        sub.add_argument("--limit", type=positive_int, default=limit, help=f"use the first so many {what}")
+    for sub in (models, rewards, best):
+        sub.add_argument("--sft", type=Path, help="the SFT adapter below it")
+    models.add_argument("--rm", type=Path, help="folder of run_rm.py: the reward models of the training, for a folder that was moved")
+    for sub in (models, best):
+        sub.add_argument("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
+    best.add_argument("--n", type=positive_int, default=16, help="answers to each prompt")
+    return parse_with_parent(parser, argv, commands=commands)
 
 
 def main(argv=None):
     args = parse(argv)
+    {"models": compare_models, "judge": evaluate_judge, "rewards": evaluate_rewards, "best-of-n": best_of_n}[args.command](args)
+
+
+def compare_models(args):
     import numpy as np
     import torch
-    from virtue import VirtueError
-    from virtue.checkpoint import check_output, load_artifact, prepare_output, write_json, write_jsonl, write_manifest
-    from virtue.dialogue import encode_prompt, load_prompts, messages_of, prompt_record, right_pad
+    from virtue import VirtueError, html
+    from virtue.checkpoint import (check_output, load_artifact, prepare_output, read_manifest, write_atomic, write_json, write_jsonl,
+                                   write_manifest)
+    from virtue.dialogue import encode_prompt, load_prompts, messages_of, prompt_record, read_jsonl, right_pad
     from virtue.ensemble import standardize
     from virtue.ethics import LENSES, PROBES
+    from virtue.feedback import win_rates
     from virtue.generate import check_context, fits, sample_dialogues
+    from virtue.judge import label_ids
     from virtue.logprobs import kl_k1
     from virtue.lora import flatten, use_stack
     from virtue.models import logprobs_at
-    from virtue.report import differences, mask_names, measure, side_by_side, table
+    from virtue.report import curve_of, differences, mask_names, measure, side_by_side, table, warnings_of
     from virtue.rollout import dialogue_logprobs, load_reward_models, score_dialogues
     from virtue.toy.gold import gold as gold_of, slots
 
     # Build
     prompts = load_prompts(args.prompts, "eval", args.limit)
     probes = [] if args.prompts == "toy" else [prompt_record([{"role": "user", "content": text}]) for text in PROBES]
-    out = check_output(args.out, args.overwrite, [args.policy, args.sft, args.rm])
+    out = check_output(args.out, args.overwrite, [args.policy, args.sft, args.rm, args.eval_rm])
     base = open_base(args)
+    judge_base = open_base(args, args.judge) if args.judge else base
+    label_ids(judge_base.tokenizer)
     model, tokenizer = base.model, base.tokenizer
     pad_id, known = tokenizer.pad_token_id, dict(base=base.info, template=base.template)
     sft, parents = (), {}
     if args.sft:
         load_artifact(args.sft, model, "sft", stage="sft", **known)
         sft, parents = ("sft",), {"sft": args.sft}
+    if args.rm is None:
+        raise VirtueError(f"{args.policy}: names no reward models: give --rm")
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
-    load_artifact(args.policy, model, "policy", stage="policy", **known,
-                  parents={**parents, **{f"rm/{lens}": args.rm / lens for lens in LENSES}})
+    if args.eval_rm:
+        eval_models, eval_mean, eval_std = load_reward_models(args.eval_rm, model, sft, parents, prefix="eval-", **known)
+    recorded = read_manifest(args.policy, "policy")["parents"]
+    trained_upon = {**parents, **{role: args.rm / lens for lens in LENSES if (role := f"rm/{lens}") in recorded}}
+    load_artifact(args.policy, model, "policy", stage="policy", **known, parents=trained_upon)
     stacks = {"base": (), **({"sft": sft} if sft else {}), "ppo": (*sft, "policy")}
     kept = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
     if len(kept) < 2:
@@ -81,7 +137,7 @@ def main(argv=None):
             raise VirtueError(f"{folder}: the logits of {name} equal those of {same}: this adapter was never trained or never loaded; train it again")
 
     # Every model on the same prompts, from the same random numbers
-    columns, details, texts = {}, {}, {}
+    columns, details, texts, spoken = {}, {}, {}, {}
     for name, stack in stacks.items():
         if stack:
             flatten(model, stack, "rollout")
@@ -90,6 +146,7 @@ def main(argv=None):
                                          temperature=args.temperature, batch_size=args.batch_size, desc=f"dialogues of {name}")
         texts[name] = [[m["content"] for m in messages_of(tokenizer, d)[len(d.prompt)::2]] for d in dialogues]
         dialogues = dialogues[:len(kept)]
+        spoken[name] = [messages_of(tokenizer, d) for d in dialogues[:args.judge_limit]]
         settings = dict(batch_size=args.batch_size, temperature=args.temperature)
         logprobs, mask = dialogue_logprobs(model, stack, dialogues, pad_id, **settings)
         reference, _ = dialogue_logprobs(model, sft, dialogues, pad_id, **settings)
@@ -98,14 +155,35 @@ def main(argv=None):
         kl = (kl_k1(logprobs, reference) * mask).sum(1)
         gold = [gold_of(d.prompt[0]["content"], t) for d, t in zip(dialogues, texts[name])] if args.prompts == "toy" else None
         details[name] = {"raw": raw.double().numpy(), "standardised": standardize(raw, mean, std).double().numpy(), "kl": kl.double().numpy(),
+                         "length": np.array([sum(t.end - t.start for t in d.turns) for d in dialogues], float),
                          "gold": np.array([g.overall for g in gold]) if gold else None, "golds": gold}
         patterns = mask_names(texts[name], [slots(d.prompt[0]["content"]) for d in dialogues]) if gold else None
         columns[name] = measure(dialogues, texts[name], details[name]["raw"], details[name]["standardised"], details[name]["kl"],
                                 (bare * mask).sum(1).double().numpy(), gold, patterns)
+        if args.eval_rm:
+            unseen = score_dialogues(model, eval_models, dialogues, (0, 1, 2), pad_id, batch_size=args.batch_size)
+            details[name]["eval"] = standardize(unseen, eval_mean, eval_std).double().numpy()
+            columns[name] |= {f"eval_reward/{lens}": float(row.mean()) for lens, row in zip(LENSES, details[name]["eval"])}
     names = list(stacks)
     compared = {f"{b} - {a}": differences(details[a], details[b], args.seed) for a, b in zip(names, names[1:])}
     if len(names) > 2:
         compared[f"{names[-1]} - {names[0]}"] = differences(details[names[0]], details[names[-1]], args.seed)
+
+    # The judge compares the last model with the one before it, and with the base
+    wins = {}
+    with use_stack(judge_base.model):
+        for other, wording in ((names[-2], "trained"), (names[-2], "other"), (names[0], "trained")):
+            key = f"{names[-1]} vs {other}" + (", other wording" if wording == "other" else "")
+            if key not in wins:
+                wins[key] = {}
+                for k, lens in enumerate(LENSES):
+                    sides = [[m[:len(kept[i]["prompt"]) + 2 * k + 1] for i, m in enumerate(spoken[name])] for name in (names[-1], other)]
+                    wins[key][lens] = win_rates(judge_base.model, judge_base.tokenizer, *sides, lens, batch_size=args.judge_batch_size,
+                                                seed=args.seed, wording=wording)
+    rollouts, metrics = ([record for _, record in read_jsonl(path)] if (path := args.policy / name).is_file() else []
+                         for name in ("rollouts.jsonl", "metrics.jsonl"))
+    curve = curve_of(rollouts, gold_of if args.prompts == "toy" else None)
+    warned = warnings_of(columns, compared, wins)
 
     # Save and show
     prepare_output(out, args.overwrite)
@@ -115,19 +193,238 @@ def main(argv=None):
         **({"gold": details[name]["golds"][i]._asdict()} if i < len(kept) and details[name]["golds"] else {})} for name in names}}
         for i, p in enumerate(kept + probes)]
     write_jsonl(out / "samples.jsonl", samples)
-    write_json(out / "scores.json", {"prompts": len(kept), "prompts_too_long": len(prompts) - len(kept), "seed": args.seed,
-                                     "models": columns, "differences": compared,
-                                     "interval": "paired bootstrap over prompts, 95 %, 2000 resamples"})
+    scores = {"prompts": len(kept), "prompts_too_long": len(prompts) - len(kept), "seed": args.seed,
+                                     "models": columns, "differences": compared, "wins": wins, "curve": curve, "warnings": warned,
+                                     "interval": "paired bootstrap over prompts, 95 %, 2000 resamples; p: permutation test; p_holm: Holm over the pair's rows"}
+    write_json(out / "scores.json", scores)
     write_manifest(out, stage="eval", seed=args.seed, settings=vars(args), parents={**parents, "policy": args.policy}, extra={}, **known)
+    as_read = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    write_atomic(out / "report.html", html.render(as_read, [r for _, r in read_jsonl(out / "samples.jsonl")], metrics, read_manifest(out), curve).encode())
     print(f"{len(kept)} held-out prompts, seed {args.seed}\n\n{table(columns)}\n")
     for pair, rows in compared.items():
         for key, found in rows.items():
             print(f"{pair:>12}  {key:26} {found['difference']:+.3f}  [{found['low']:+.3f}, {found['high']:+.3f}]")
+    for pair, lenses in wins.items():
+        print(f"judge, {pair}: " + ", ".join(f"{lens} preferred on {w['rate']:.0%} [{w['low']:.0%}, {w['high']:.0%}] of {w['pairs']}"
+                                             for lens, w in lenses.items() if w))
+    for text in warned:
+        print(f"warning: {text}")
     print("The raw Score's std holds the reward models' arbitrary offsets; the standardised one does not.\n")
     shown = list(range(min(args.show, len(kept)))) + list(range(len(kept), len(kept) + len(probes)))
     for i in shown:
         print(side_by_side((kept + probes)[i]["prompt"][-1]["content"], {name: texts[name][i] for name in names}), end="\n\n")
-    print(f"wrote scores.json and samples.jsonl in {out}")
+    print(f"wrote report.html, scores.json and samples.jsonl in {out}")
+
+
+def evaluate_judge(args):
+    import numpy as np
+    from virtue import VirtueError
+    from virtue.checkpoint import check_output, prepare_output, write_json
+    from virtue.dialogue import read_pairs
+    from virtue.ethics import LENSES, VIRTUES
+    from virtue.feedback import agreement, truth
+    from virtue.judge import judge_pairs, label_ids, pair_fits
+
+    pairs, skipped = read_pairs(args.pairs, args.limit)
+    out = check_output(args.out, args.overwrite)
+    base = open_base(args)
+    label_ids(base.tokenizer)
+    kept = [p for p in pairs if pair_fits(base.model, base.tokenizer, p["chosen"], p["rejected"], p["lens"])]
+    if len(kept) < 2:
+        raise VirtueError(f"{args.pairs}: {len(kept)} pairs are left ({skipped} without two answers, {len(pairs) - len(kept)} too long): "
+                          "give more pairs, or raise --limit")
+    result = {"pairs": len(kept), "skipped": skipped, "too_long": len(pairs) - len(kept), "wording": args.wording, "model": args.model}
+    for lens in LENSES:
+        of_lens = [p for p in kept if p["lens"] == lens]
+        if len(of_lens) < 2:
+            continue
+        probs, mass = judge_pairs(base.model, base.tokenizer, [(p["chosen"], p["rejected"]) for p in of_lens], lens, args.batch_size,
+                                  wording=args.wording)
+        truths = [truth(p) for p in of_lens]
+        if all(truths):
+            signs = {name: np.array([t[name] for t in truths]) for name in (*VIRTUES, "overall")}
+        else:
+            signs = {"overall": np.ones(len(of_lens))}
+        result[lens] = {"against": "gold" if all(truths) else "the file's choice", "label_mass": mass, **agreement(probs, signs, args.seed)}
+
+    prepare_output(out, args.overwrite)
+    write_json(out / "judge.json", result)
+    print(f"{len(kept)} pairs ({skipped} without two different answers, {len(pairs) - len(kept)} too long), judge {args.model}, {args.wording} wording")
+    for lens in LENSES:
+        if lens in result:
+            found = result[lens]
+            print(f"\n{lens}, against {found['against']}; right on")
+            for name, r in found["agreement"].items():
+                print(f"  {name:12}" + (f"{r['share']:.1%} [{r['low']:.1%}, {r['high']:.1%}] of {r['n']}" if r["share"] is not None else "too few pairs decide"))
+            halo = "n/a" if found["halo"] is None else f"{found['halo']:.2f}"
+            print(f"  flips with the order {found['position_flips']:.1%}, first place preferred {found['first_place']:.1%}, "
+                  f"correlation between virtues (halo) {halo}, mass on the two labels {found['label_mass']:.2f}")
+    print(f"\nwrote judge.json in {out}")
+
+
+def evaluate_rewards(args):
+    import numpy as np
+    import torch
+    from virtue import VirtueError
+    from virtue.checkpoint import check_made_by, check_output, load_artifact, prepare_output, read_manifest, write_json
+    from virtue.dialogue import encode_conversation, messages_of, read_dialogues, read_pairs, read_preferences, right_pad
+    from virtue.ethics import LENSES
+    from virtue.lora import use_stack
+    from virtue.models import score_at
+    from virtue.preference import accuracy, calibration_bins, calibration_error, log_loss
+    from virtue.rollout import load_reward_models, score_dialogues
+    from virtue.stats import rank_correlation
+    from virtue.textstats import degenerate
+
+    # Build
+    data = {lens: read_preferences(args.data / f"{lens}.jsonl", lens) for lens in LENSES}
+    dialogues = read_dialogues(args.data / "dialogues.jsonl")
+    external, skipped = read_pairs(args.pairs, args.limit) if args.pairs else ([], 0)
+    out = check_output(args.out, args.overwrite, [args.rm, args.data, args.sft])
+    base = open_base(args)
+    model, tokenizer = base.model, base.tokenizer
+    known = dict(base=base.info, template=base.template)
+    check_made_by(args.data, base.info, base.template, args.sft)
+    sft, parents = (), {}
+    if args.sft:
+        load_artifact(args.sft, model, "sft", stage="sft", **known)
+        sft, parents = ("sft",), {"sft": args.sft}
+    reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
+    settings = read_manifest(args.rm / "action", "rm")["settings"]
+    unseen = held_out_ids((d.id for d in dialogues), settings["seed"], settings["held_out"])
+    held_out = [d for d in dialogues if d.id in unseen]
+    limit = model.config.max_position_embeddings
+
+    @torch.no_grad()
+    def score(k, conversations):
+        """Standardised scores (n,) at the end of conversations; NaN where one exceeds the context."""
+        stack, head = reward_models[k]
+        rows = [encode_conversation(tokenizer, c)[0] for c in conversations]
+        result = torch.full((len(rows),), float("nan"))
+        order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: len(rows[i]))
+        with use_stack(model, *stack):
+            for start in progress(range(0, len(order), args.batch_size), f"score {LENSES[k]}"):
+                batch = order[start:start + args.batch_size]
+                ids, attention = right_pad([rows[i] for i in batch], tokenizer.pad_token_id)
+                last = attention.long().sum(1, keepdim=True) - 1
+                result[batch] = score_at(model, head, ids.to(model.device), attention.to(model.device), last.to(model.device))[:, 0].cpu()
+        return (result - mean[k]) / std[k]
+
+    result = {}
+    for k, lens in enumerate(LENSES):
+        # 1. Held-out pairs: accuracy and calibration
+        pairs = [r for r in data[lens] if r["id"] in unseen]
+        if not pairs or len(held_out) < 3:
+            raise VirtueError(f"{args.data}: no pair of lens {lens} was held out from {args.rm}: give the preferences that it was trained on")
+        margins = (score(k, [r["chosen"] for r in pairs]) - score(k, [r["rejected"] for r in pairs])) * std[k]
+        known_margins = margins[~margins.isnan()]
+        labels = torch.tensor([r["label"] for r in pairs])[~margins.isnan()]
+        found = {"pairs": len(known_margins), "accuracy": accuracy(known_margins, (labels >= 0.5).float()), "log_loss": log_loss(known_margins, labels),
+                 "calibration_error": calibration_error(known_margins.sigmoid(), labels), "calibration": calibration_bins(known_margins.sigmoid(), labels)}
+        # 2. Score against length, on dialogues as sampled
+        scores = score_dialogues(model, [reward_models[k]], held_out, [k], tokenizer.pad_token_id, batch_size=args.batch_size)[0]
+        found["length_correlation"] = rank_correlation(np.array([d.turns[k].end - d.turns[k].start for d in held_out]), scores.double().numpy())
+        # 3. Degenerate answers in the place of the lens's turn
+        chosen = [messages_of(tokenizer, d, turns=k + 1) for d in held_out[:32] if not d.turns[k].truncated]
+        variants = {}
+        for messages in chosen:
+            for kind, text in {"as sampled": messages[-1]["content"], **degenerate(messages[-2]["content"], messages[-1]["content"])}.items():
+                variants.setdefault(kind, []).append([*messages[:-1], {"role": "assistant", "content": text}])
+        found["degenerate"] = {kind: score(k, conversations).nanmean().item() for kind, conversations in variants.items()}
+        # 4. Any external preference file, at its last answer
+        if external:
+            margins = score(k, [p["chosen"] for p in external]) - score(k, [p["rejected"] for p in external])
+            judged = margins[~margins.isnan()]
+            found["external"] = {"pairs": len(judged), "too_long": len(margins) - len(judged), "skipped": skipped,
+                                 "accuracy": accuracy(judged, torch.ones(len(judged))) if len(judged) else None}
+        result[lens] = found
+
+    prepare_output(out, args.overwrite)
+    write_json(out / "rewards.json", result)
+    for lens, found in result.items():
+        print(f"\n{lens}: {found['pairs']} held-out pairs, accuracy {found['accuracy']:.3f}, log-loss {found['log_loss']:.3f}, calibration error "
+              f"{found['calibration_error']:.3f}; rank correlation of score and length {found['length_correlation']:+.2f}")
+        print("  predicted -> judged: " + ", ".join(f"{b['predicted']:.2f} -> {b['label']:.2f} ({b['pairs']})" for b in found["calibration"]))
+        print("  standardised score: " + ", ".join(f"{kind} {value:+.2f}" for kind, value in found["degenerate"].items()))
+        paid = [kind for kind, value in found["degenerate"].items() if kind != "as sampled" and value >= found["degenerate"]["as sampled"]]
+        if paid:
+            print(f"warning: {lens}: pays {', '.join(paid)} as well as real answers: PPO may find out")
+        if "external" in found:
+            print(f"  {args.pairs}: " + ("no pair fits" if found["external"]["accuracy"] is None else
+                                         f"accuracy {found['external']['accuracy']:.3f} on {found['external']['pairs']} pairs"))
+    print(f"\nwrote rewards.json in {out}")
+
+
+def best_of_n(args):
+    import numpy as np
+    import torch
+    from virtue import VirtueError, plots
+    from virtue.checkpoint import check_output, load_artifact, prepare_output, write_atomic, write_json
+    from virtue.dialogue import load_prompts, messages_of
+    from virtue.ensemble import AGGREGATORS, aggregate, standardize
+    from virtue.generate import check_context, fits, sample_dialogues
+    from virtue.lora import flatten, use_stack
+    from virtue.rollout import load_reward_models, score_dialogues
+    from virtue.stats import best_of_n as estimate, best_of_n_kl, paired_bootstrap
+    from virtue.toy.gold import gold as gold_of
+
+    # Build
+    prompts = load_prompts(args.prompts, "eval", args.limit)
+    out = check_output(args.out, args.overwrite, [args.rm, args.sft])
+    base = open_base(args)
+    model, tokenizer = base.model, base.tokenizer
+    known = dict(base=base.info, template=base.template)
+    sft, parents = (), {}
+    if args.sft:
+        load_artifact(args.sft, model, "sft", stage="sft", **known)
+        sft, parents = ("sft",), {"sft": args.sft}
+    reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
+    kept = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
+    if len(kept) < 2:
+        raise VirtueError(f"{args.prompts}: {len(kept)} held-out prompts fit into --max-prompt-tokens {args.max_prompt_tokens}: give more")
+    check_context(model, args.max_prompt_tokens, args.max_new_tokens)
+
+    # n dialogues for each prompt, scored
+    if sft:
+        flatten(model, sft, "rollout")
+    scores, golds = [], []
+    for copy in range(args.n):
+        with use_stack(model, *(("rollout",) if sft else ())):
+            dialogues = sample_dialogues(model, tokenizer, kept, seed=args.seed, stage="best-of-n", copy=copy, max_new_tokens=args.max_new_tokens,
+                                         temperature=args.temperature, batch_size=args.batch_size, desc=f"answers {copy + 1} of {args.n}")
+        scores.append(standardize(score_dialogues(model, reward_models, dialogues, (0, 1, 2), tokenizer.pad_token_id, batch_size=args.batch_size), mean, std))
+        if args.prompts == "toy":
+            golds.append([gold_of(d.prompt[0]["content"], [m["content"] for m in messages_of(tokenizer, d)[1::2]]).overall for d in dialogues])
+    scores = torch.stack(scores, 2)  # (K, P, n)
+    gold = np.array(golds).T if golds else None  # (P, n)
+    average = scores.mean(0).double().numpy()
+
+    # What the best of m would be worth, m = 1, 2, 4, ... n
+    sizes = [m for m in (2 ** i for i in range(20)) if m <= args.n]
+    rows = []
+    for name in AGGREGATORS:
+        if name == "weighted":  # without weights it is the mean
+            continue
+        proxy = aggregate(scores.flatten(1), name).view(scores.shape[1:]).double().numpy()
+        for m in sizes:
+            row = {"aggregator": name, "n": m, "kl_bound": best_of_n_kl(m), "reward": estimate(proxy, average, m)}
+            if gold is not None:
+                each = np.array([estimate(p[None], g[None], m) for p, g in zip(proxy, gold)])
+                row |= dict(zip(("gold", "low", "high"), paired_bootstrap(np.zeros(len(each)), each, resamples=2000, seed=args.seed)))
+            rows.append(row)
+
+    # Save and show
+    prepare_output(out, args.overwrite)
+    write_json(out / "best_of_n.json", {"prompts": len(kept), "n": args.n, "seed": args.seed, "rows": rows})
+    if plots.available() and gold is not None:
+        write_atomic(out / "best_of_n.svg", plots.best_of_n(rows).encode())
+    what = "gold" if gold is not None else "reward"
+    print(f"{what} of the best of n, {len(kept)} held-out prompts, {args.n} answers each\n{'':10}" + "".join(f"{m:>8}" for m in sizes))
+    for name in AGGREGATORS:
+        values = [row[what] for row in rows if row["aggregator"] == name]
+        if values:
+            print(f"{name:10}" + "".join(f"{v:8.3f}" for v in values))
+    print(f"wrote best_of_n.json in {out}")
 
 
 if __name__ == "__main__":

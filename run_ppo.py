@@ -43,6 +43,8 @@ def parse(argv):
     reward("--reward-turns", choices=("dialogue", "answer"), default="dialogue", help="what the reward models read")
     reward("--train-turns", choices=("all", "action"), default="all", help="which turns' tokens the loss covers")
     reward("--score-clip", type=positive_float, default=5.0, help="standardised scores are cut at plus or minus this")
+    reward("--no-standardize", action="store_true", help="aggregate raw scores, as the study may have: offset and scale of each model are arbitrary")
+    reward("--score-dtype", choices=("fp32", "fp16"), default="fp32", help="round raw scores to this type, to see what fp16 costs")
     reward("--eos-penalty", type=nonnegative_float, default=1.0, help="subtracted at the end of a turn that did not stop")
     kl = parser.add_argument_group("KL penalty").add_argument
     kl("--kl-coef", type=nonnegative_float, default=0.06, help="coefficient of k1 per token in the reward")
@@ -62,6 +64,7 @@ def parse(argv):
     ppo("--entropy-coef", type=nonnegative_float, default=0.0, help="weight of the entropy bonus")
     ppo("--gamma", type=fraction, default=1.0, help="discount")
     ppo("--lam", type=fraction, default=0.95, help="lambda of GAE; take 1.0 for answers of hundreds of tokens (0.95^256 is 2e-6)")
+    ppo("--no-whiten", action="store_true", help="use advantages as GAE gives them")
     ppo("--max-grad-norm", type=positive_float, default=1.0, help="gradient clipping, policy and value each")
     ppo("--save-every", type=positive_int, default=10, help="iterations between saves")
     return parse_with_parent(parser, argv, "rm", "rm", "action")
@@ -70,9 +73,9 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     import torch
-    from virtue import VirtueError
-    from virtue.checkpoint import check_output, load_artifact, prepare_output, save_artifact, write_jsonl
-    from virtue.dialogue import load_prompts, messages_of, right_pad
+    from virtue import VirtueError, plots
+    from virtue.checkpoint import check_output, load_artifact, prepare_output, save_artifact, write_atomic
+    from virtue.dialogue import load_prompts, messages_of, read_jsonl, right_pad
     from virtue.ensemble import AGGREGATORS, aggregate, standardize
     from virtue.ethics import LENSES
     from virtue.generate import check_context, fits, sample_dialogues
@@ -135,7 +138,8 @@ def main(argv=None):
             return values_at(model, value_head, *(t.to(device) for t in tensors))
 
     def score(dialogues):
-        return score_dialogues(model, reward_models, dialogues, read_at, pad_id, batch_size=chunk)
+        raw = score_dialogues(model, reward_models, dialogues, read_at, pad_id, batch_size=chunk)
+        return raw.half().float() if args.score_dtype == "fp16" else raw
 
     def save():
         settings = dict(model=model, settings=vars(args), seed=args.seed, **known)
@@ -147,12 +151,14 @@ def main(argv=None):
     if answer:  # standardise in the mode in which PPO reads
         scores = score(sample(prompts[:4 * args.rollout_size], -1))
         mean, std = scores.mean(1), scores.std(1, correction=0)
+    if args.no_standardize:
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
     weights = torch.tensor(args.weights) if args.weights else None
     ensemble = dict(weights=weights, coef=args.uwo_coef, use_variance=args.uwo_variance, reference=args.lsc_reference)
 
     prepare_output(out, args.overwrite)
     prepare_output(out / "value", args.overwrite)
-    log, kl_coef, samples = MetricsLog(out / "metrics.jsonl"), args.kl_coef, []
+    log, rollouts, kl_coef = MetricsLog(out / "metrics.jsonl"), MetricsLog(out / "rollouts.jsonl"), args.kl_coef
     bar = progress(range(1, args.iterations + 1), "ppo")
     updates = args.ppo_epochs * -(-args.rollout_size // args.minibatch_size)  # optimiser steps an iteration
     for iteration in bar:
@@ -178,7 +184,7 @@ def main(argv=None):
 
         # 4. Advantages: GAE, whitened over the batch
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
-        advantages = whiten(advantages, mask)
+        advantages = advantages if args.no_whiten else whiten(advantages, mask)
 
         # 5. Update
         stats = {}
@@ -221,15 +227,20 @@ def main(argv=None):
         if iteration == 1:
             before = metrics["objective/score"]
         bar.set_postfix(score=f"{metrics['objective/score']:.2f}", kl=f"{k1:.1f}", eos=f"{metrics['tokens/eos_rate']:.2f}")
-        samples += [{"iteration": iteration, "messages": messages_of(tokenizer, d, turns=len(d.turns)), "scores": s}
-                    for d, s in zip(dialogues[:2], scores.T.tolist())]
+        kl_each = (kl_k1(old_logprobs, ref_logprobs) * mask).sum(1).tolist()
+        for d, s, kl_one in zip(dialogues, scores.T.tolist(), kl_each):
+            messages = messages_of(tokenizer, d, turns=len(d.turns))
+            rollouts.write({"iteration": iteration, "id": d.id, "prompt": d.prompt[-1]["content"], "kl": kl_one, "scores": s,
+                            "turns": dict(zip(LENSES, (m["content"] for m in messages[len(d.prompt)::2])))})
+        if plots.available():
+            write_atomic(out / "curves.svg", plots.training_curves([m for _, m in read_jsonl(out / "metrics.jsonl")]).encode())
         if iteration % args.save_every == 0 or iteration == args.iterations:
-            write_jsonl(out / "samples.jsonl", samples)
             save()
 
     print(f"ppo: {args.iterations} iterations of {args.rollout_size} dialogues; score {before:.3f} -> {metrics['objective/score']:.3f}, "
           f"KL {k1:.2f} nats a dialogue, {metrics['tokens/eos_rate']:.1%} of turns ended")
-    print(f"wrote adapter policy in {out}, value function in {out / 'value'}, metrics.jsonl and samples.jsonl")
+    print(f"wrote adapter policy in {out}, value function in {out / 'value'}, metrics.jsonl, every dialogue in rollouts.jsonl"
+          f"{', curves.svg' if plots.available() else ''}")
 
 
 if __name__ == "__main__":

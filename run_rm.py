@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, make_parser, open_base,
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, held_out_ids, make_parser, open_base,
                             parse_with_parent, positive_int, progress, run_main, stream, torch_seed)
 
 
@@ -31,6 +31,10 @@ def parse(argv):
     group("--held-out", type=fraction, default=0.15, help="share of prompts kept for accuracy, calibration and score statistics")
     group("--max-tokens", type=positive_int, default=1024, help="longer conversations are over-long")
     group("--over-long", choices=("drop", "cut"), default="drop", help="drop and count over-long pairs, or cut their end as the study did (to reproduce it: score statistics and PPO still read whole dialogues)")
+    group("--share", choices=("all", "first", "second"), default="all",
+          help="prompts to train on; first and second are disjoint halves: an evaluation model takes the half that PPO's did not")
+    group("--pool", action="store_true", help="one model trained on the pairs of all three lenses, saved under each lens")
+    group("--label-noise", type=fraction, default=0.0, help="share of training pairs whose label is turned round, to study a worse judge")
     group("--merge", action="store_true", help="also write the merged model, as MistralForSequenceClassification")
     add_lora_flags(parser, rank=16, alpha=32)
     add_training_flags(parser, lr=2e-3, epochs=3, batch_size=8)
@@ -51,6 +55,10 @@ def main(argv=None):
 
     # Build
     lenses = LENSES if args.lens == "all" else (args.lens,)
+    if args.pool and args.lens != "all":
+        raise VirtueError(f"--pool trains one model on all three lenses: leave --lens {args.lens} out")
+    if args.label_noise >= 0.5:
+        raise VirtueError(f"--label-noise {args.label_noise}: half of the labels turned leaves nothing to learn: give less than 0.5")
     data = {lens: read_preferences(args.data / f"{lens}.jsonl", lens) for lens in lenses}
     dialogues = read_dialogues(args.data / "dialogues.jsonl")
     for lens in lenses:
@@ -63,38 +71,47 @@ def main(argv=None):
         load_artifact(args.sft, model, "sft", stage="sft", base=base.info, template=base.template)
         sft, parents = ("sft",), {"sft": args.sft}
 
-    ids = sorted({d.id for d in dialogues})
-    held_out_ids = {ids[i] for i in stream(args.seed, "rm", "split").permutation(len(ids))[:round(len(ids) * args.held_out)]}
-    held_out_dialogues = [d for d in dialogues if d.id in held_out_ids]
+    unseen = held_out_ids((d.id for d in dialogues), args.seed, args.held_out)
+    held_out_dialogues = [d for d in dialogues if d.id in unseen]
     # 1. Pairs as tokens, (chosen ids, rejected ids, P(chosen better)), by lens and by whether they are held out
     pairs = {lens: ([], []) for lens in lenses}
     over_long = dict.fromkeys(lenses, 0)
     for lens in lenses:
         for r in data[lens]:
+            if args.share != "all" and ("first", "second")[int(r["id"], 16) % 2] != args.share:
+                continue
             rows = [encode_conversation(tokenizer, r[side])[0] for side in ("chosen", "rejected")]
             if max(map(len, rows)) > args.max_tokens:
                 over_long[lens] += 1
                 rows = [row[:args.max_tokens] for row in rows]
                 if args.over_long == "drop" or rows[0] == rows[1]:  # what the cut left may hold no difference
                     continue
-            pairs[lens][r["id"] in held_out_ids].append((*rows, r["label"] if args.labels == "soft" else 1.0))
+            pairs[lens][r["id"] in unseen].append((*rows, r["label"] if args.labels == "soft" else 1.0))
         train, held_out = pairs[lens]
         if not train or not held_out or not held_out_dialogues:
             raise VirtueError(f"{args.data}: {len(train)} pairs to train on and {len(held_out)} held out for lens {lens} "
                               f"({over_long[lens]} over-long): make more preferences, or change --held-out or --max-tokens")
 
+    if args.label_noise:
+        for lens in lenses:
+            noise = stream(args.seed, "rm", lens, "noise").random(len(pairs[lens][0])) < args.label_noise
+            pairs[lens] = ([(*pair[:2], 1 - pair[2]) if turn else pair for pair, turn in zip(pairs[lens][0], noise)], pairs[lens][1])
+
     summary = []
     for lens in lenses:
-        train, held_out = pairs[lens]
-        add_adapter(model, lens, rank=args.rank, alpha=args.alpha, targets=args.targets, seed=torch_seed(args.seed, "rm", lens))
-        head = ScalarHead(model.config.hidden_size, seed=torch_seed(args.seed, "rm", lens, "head")).to(device)
-        parameters = [*adapter_parameters(model, lens), *head.parameters()]
+        name, (train, held_out) = lens, pairs[lens]
+        if args.pool:  # one model, trained when its first lens comes by
+            name, train = lenses[0], [pair for other in lenses for pair in pairs[other][0]]
+        if name == lens:
+            add_adapter(model, name, rank=args.rank, alpha=args.alpha, targets=args.targets, seed=torch_seed(args.seed, "rm", lens))
+            head = ScalarHead(model.config.hidden_size, seed=torch_seed(args.seed, "rm", lens, "head")).to(device)
+            parameters = [*adapter_parameters(model, name), *head.parameters()]
 
         def margins(batch):
             """Score of chosen minus score of rejected, (B,); both sides in one forward pass."""
             tokens, attention = right_pad([side for pair in batch for side in pair[:2]], tokenizer.pad_token_id)
             last = attention.long().sum(1, keepdim=True) - 1
-            with use_stack(model, *sft, lens):
+            with use_stack(model, *sft, name):
                 scores = score_at(model, head, tokens.to(device), attention.to(device), last.to(device))[:, 0]
             return scores.view(-1, 2).diff(dim=1)[:, 0].neg()
 
@@ -113,14 +130,15 @@ def main(argv=None):
         folder = prepare_output(args.out / lens, args.overwrite)
         step_size = args.batch_size * args.accumulation
         optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-        steps = args.epochs * -(-len(train) // step_size)
+        steps = args.epochs * -(-len(train) // step_size) if name == lens else 0
         end = 0.1 if args.schedule == "linear" else 1.0
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, steps)
         log = MetricsLog(folder / "metrics.jsonl")
-        log.write({"step": 0, **{f"held_out/{k}": v for k, v in evaluate().items()}})
+        result = evaluate()
+        log.write({"step": 0, **{f"held_out/{k}": v for k, v in result.items()}})
         step = 0
         with progress(None, f"rm {lens}", total=steps) as bar:
-            for epoch in range(args.epochs):
+            for epoch in range(args.epochs if name == lens else 0):
                 shuffled = [train[i] for i in stream(args.seed, "rm", lens, epoch).permutation(len(train))]
                 for start in range(0, len(train), step_size):
                     whole, total = shuffled[start:start + step_size], 0.0
@@ -140,19 +158,19 @@ def main(argv=None):
                 log.write({"step": step, "epoch": epoch + 1, **{f"held_out/{k}": v for k, v in result.items()}})
 
         # 3. Score statistics on held-out, unfiltered dialogues; save
-        scores = score_dialogues(model, [((*sft, lens), head)], held_out_dialogues, [LENSES.index(lens)], tokenizer.pad_token_id,
+        scores = score_dialogues(model, [((*sft, name), head)], held_out_dialogues, [LENSES.index(lens)], tokenizer.pad_token_id,
                                  batch_size=args.batch_size)[0]
         extra = {"lens": lens, "score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item(),
                  "scored_dialogues": len(scores), "held_out": result, "trained_on": len(train), "over_long": over_long[lens],
                  "data": made["sha256"]}
-        save_artifact(folder, stage="rm", model=model, adapter=lens, head=head, base=base.info, template=base.template,
+        save_artifact(folder, stage="rm", model=model, adapter=name, head=head, base=base.info, template=base.template,
                       parents=parents, seed=args.seed, settings=vars(args), extra=extra)
         line = (f"{lens}: {len(train)} pairs ({over_long[lens]} over-long: {args.over_long}), held out {len(held_out)}: accuracy {result['accuracy']:.3f}, "
                 f"log-loss {result['log_loss']:.3f}, calibration error {result['calibration_error']:.3f}; "
                 f"scores {extra['score_mean']:.3f} +- {extra['score_std']:.3f}; wrote {folder}")
         if args.merge:
             from virtue.merge import write_merged
-            change = write_merged(folder / "merged", model, tokenizer, (*sft, lens), head, held_out_dialogues[:16], LENSES.index(lens))
+            change = write_merged(folder / "merged", model, tokenizer, (*sft, name), head, held_out_dialogues[:16], LENSES.index(lens))
             line += f"; merged model in {folder / 'merged'}, largest change of score {change:.2g}"
         summary.append(line)
     print("\n".join(summary))

@@ -2,9 +2,13 @@
 
   python run_sft.py --data runs/demo/revisions --out runs/demo/sft
   python run_sft.py --data runs/demo/revisions --out runs/demo/sft --epochs 4 --lr 5e-4
+  python run_sft.py --data runs/demo/preferences --out runs/demo/chosen
 
 Bai et al. 2022 (arXiv 2212.08073), section 3.2: learn to answer the prompt with the revised answer at
 once. Model, precision and lengths are taken from the data's settings unless given here.
+
+With a folder of preferences it trains on the chosen dialogues instead, each lens's turn, upon the SFT
+adapter that sampled them: adapter `policy`, the baseline that PPO must beat. run_eval.py takes either.
 """
 from __future__ import annotations
 
@@ -18,38 +22,54 @@ def parse(argv):
     parser = make_parser(__doc__)
     add_common_flags(parser)
     group = parser.add_argument_group("data").add_argument
-    group("--data", type=Path, required=True, help="folder written by run_data.py revisions")
+    group("--data", type=Path, required=True, help="folder written by run_data.py revisions, or preferences")
+    group("--sft", type=Path, help="the SFT adapter that sampled the preferences; revisions train one anew")
     group("--held-out", type=fraction, default=0.1, help="share of revisions kept for the held-out loss")
     group("--max-tokens", type=positive_int, default=1024, help="longer conversations are dropped and counted")
     add_lora_flags(parser, rank=16, alpha=32)
     add_training_flags(parser, lr=1e-3, epochs=3, batch_size=16)
-    return parse_with_parent(parser, argv, "revisions", "data")
+    return parse_with_parent(parser, argv, None, "data")
 
 
 def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_output, prepare_output, read_manifest, save_artifact
-    from virtue.dialogue import encode_conversation, read_revisions, right_pad
+    from virtue.checkpoint import check_made_by, check_output, load_artifact, prepare_output, read_manifest, save_artifact
+    from virtue.dialogue import encode_conversation, read_preferences, read_revisions, right_pad
+    from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import logprobs_at
     from virtue.rollout import span_mask
 
     # Build
-    records = read_revisions(args.data / "revisions.jsonl")
-    out = check_output(args.out, args.overwrite, [args.data])
+    made = read_manifest(args.data)
+    chosen = made["stage"] == "preferences"
+    if chosen:
+        conversations = [r["chosen"] for lens in LENSES for r in read_preferences(args.data / f"{lens}.jsonl", lens)]
+    else:
+        if made["stage"] != "revisions":
+            raise VirtueError(f"{args.data}: of stage {made['stage']!r}: give a folder of revisions or of preferences")
+        conversations = [[*r["prompt"], {"role": "assistant", "content": r["revision"]}] for r in read_revisions(args.data / "revisions.jsonl")]
+    out = check_output(args.out, args.overwrite, [args.data, args.sft])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     device = model.device
-    add_adapter(model, "sft", rank=args.rank, alpha=args.alpha, targets=args.targets, seed=torch_seed(args.seed, "sft"))
-    parameters = adapter_parameters(model, "sft")
-    rows = [encode_conversation(tokenizer, [*r["prompt"], {"role": "assistant", "content": r["revision"]}]) for r in records]
-    rows = [(ids, spans[-1:]) for ids, spans in rows if len(ids) <= args.max_tokens]  # the last assistant turn is the revision
+    name, stack, parents = "sft", ("sft",), {}
+    if chosen:
+        check_made_by(args.data, base.info, base.template, args.sft)
+        name, stack = "policy", ("policy",)
+        if args.sft:
+            load_artifact(args.sft, model, "sft", stage="sft", base=base.info, template=base.template)
+            stack, parents = ("sft", "policy"), {"sft": args.sft}
+    add_adapter(model, name, rank=args.rank, alpha=args.alpha, targets=args.targets, seed=torch_seed(args.seed, "sft"))
+    parameters = adapter_parameters(model, name)
+    rows = [encode_conversation(tokenizer, c) for c in conversations]
+    rows = [(ids, spans[-1:]) for ids, spans in rows if len(ids) <= args.max_tokens]  # the last assistant turn is the new one
     count = round(len(rows) * args.held_out)
     if not 0 < count < len(rows):
-        raise VirtueError(f"{args.data}: {len(rows)} revisions of at most --max-tokens {args.max_tokens} cannot be split by "
-                          f"--held-out {args.held_out}: make more revisions, or change these flags")
+        raise VirtueError(f"{args.data}: {len(rows)} conversations of at most --max-tokens {args.max_tokens} cannot be split by "
+                          f"--held-out {args.held_out}: make more data, or change these flags")
     order = stream(args.seed, "sft", "split").permutation(len(rows))
     held_out, train = [rows[i] for i in order[:count]], [rows[i] for i in order[count:]]
 
@@ -57,7 +77,7 @@ def main(argv=None):
         """Sum of -log p over the batch's assistant tokens, and their number."""
         ids, attention = right_pad([ids for ids, _ in batch], tokenizer.pad_token_id)
         mask = span_mask([spans for _, spans in batch], ids.shape[1])
-        with use_stack(model, "sft"):
+        with use_stack(model, *stack):
             return -logprobs_at(model, ids.to(device), attention.to(device), mask.to(device)).sum(), int(mask.sum())
 
     @torch.no_grad()
@@ -96,11 +116,11 @@ def main(argv=None):
             log.write({"step": step, "epoch": epoch + 1, "loss/held_out": after})
 
     # Save
-    save_artifact(out, stage="sft", model=model, adapter="sft", base=base.info, template=base.template, parents={}, seed=args.seed,
-                  settings=vars(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train),
-                                                      "data": read_manifest(args.data)["sha256"]})
-    print(f"sft: {len(train)} revisions ({len(records) - len(rows)} too long), held-out loss {before:.3f} -> {after:.3f} on {count}")
-    print(f"wrote adapter sft in {out}")
+    save_artifact(out, stage=name, model=model, adapter=name, base=base.info, template=base.template, parents=parents, seed=args.seed,
+                  settings=vars(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train), "data": made["sha256"]})
+    print(f"sft: {len(train)} {'chosen turns' if chosen else 'revisions'} ({len(conversations) - len(rows)} too long), "
+          f"held-out loss {before:.3f} -> {after:.3f} on {count}")
+    print(f"wrote adapter {name} in {out}")
 
 
 if __name__ == "__main__":

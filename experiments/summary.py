@@ -17,15 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from virtue.ethics import LENSES  # noqa: E402
-from virtue.stats import t_interval  # noqa: E402
-
-
-def hierarchical(differences: list[np.ndarray], resamples: int = 10000) -> tuple[float, float, float]:
-    """Mean over seeds of the mean over prompts, with low and high; one array of paired differences a seed."""
-    rng = np.random.default_rng(0)
-    draws = [np.mean([rng.choice(differences[i], len(differences[i])).mean() for i in rng.integers(0, len(differences), len(differences))])
-             for _ in range(resamples)]
-    return float(np.mean([d.mean() for d in differences])), *map(float, np.quantile(draws, [0.025, 0.975]))
+from virtue.stats import hierarchical_bootstrap, t_interval  # noqa: E402
 
 
 def main() -> None:
@@ -47,7 +39,7 @@ def main() -> None:
     for a, b in zip(names, names[1:]):
         each = ", ".join("{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**s["differences"][f"{b} - {a}"]["gold"]) for s in scores)
         pairs = [y - x for x, y in zip(gold[a], gold[b])]
-        print(f"| {b} - {a} | {each} | " + "{:+.3f} [{:+.3f}, {:+.3f}]".format(*hierarchical(pairs))
+        print(f"| {b} - {a} | {each} | " + "{:+.3f} [{:+.3f}, {:+.3f}]".format(*hierarchical_bootstrap(gold[a], gold[b], resamples=10000))
               + " | {:+.3f} [{:+.3f}, {:+.3f}] |".format(*t_interval([d.mean() for d in pairs])))
 
     base, sft, ppo = ([s["models"][name] for s in scores] for name in ("base", "sft", "ppo"))

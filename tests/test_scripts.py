@@ -31,7 +31,7 @@ def chain(out: Path, quantize: str) -> Path:
     call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--epochs", 1, "--held-out", 0.25, *SMALL)
     call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", 2, "--rollout-size", 8, "--lr", 1e-3, "--minibatch-size", 4,
          "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3)
-    call("run_eval", "--policy", out / "policy", "--out", out / "report", "--limit", 8, "--show", 1)
+    call("run_eval", "models", "--policy", out / "policy", "--out", out / "report", "--limit", 8, "--show", 1)
     return out
 
 
@@ -168,7 +168,7 @@ def test_an_untrained_policy_is_refused(fp32, tmp_path):
     manifest["sha256"] = file_hash(tmp_path / "policy")
     (tmp_path / "policy/virtue.json").write_text(json.dumps(manifest))
     with pytest.raises(VirtueError, match="logits of ppo equal those of sft"):
-        call("run_eval", "--policy", tmp_path / "policy", "--out", tmp_path / "report", "--limit", 8)
+        call("run_eval", "models", "--policy", tmp_path / "policy", "--out", tmp_path / "report", "--limit", 8)
 
 
 # ---- bad input: exit status 2, one line that names what, where and the remedy; nothing half-written
@@ -215,8 +215,8 @@ def test_bad_input(fp32, tmp_path, toy_folder):
         ("run_ppo", ["--rm", fp32 / "rm", "--aggregate", "weighted"], ["--weights"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--weights", "nan", 1, 1], ["--weights", "finite"]),
         ("run_rm", ["--data", fp32 / "preferences", "--sft", tmp_path / "other_sft"], ["sampled upon", "--sft"]),
-        ("run_eval", ["--policy", fp32 / "sft"], ["stage"]),
-        ("run_eval", ["--policy", fp32 / "policy", "--limit", 1], ["at least 2"]),
+        ("run_eval", ["models", "--policy", fp32 / "sft"], ["stage"]),
+        ("run_eval", ["models", "--policy", fp32 / "policy", "--limit", 1], ["at least 2"]),
     ]
     for script, flags, words in cases:
         result = subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, flags), "--out", out], capture_output=True, text=True, cwd=ROOT)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from virtue.ensemble import study_score
-from virtue.stats import effect_size, paired_bootstrap, permutation_test, t_interval
+from virtue.stats import (best_of_n, best_of_n_kl, effect_size, hierarchical_bootstrap, holm, length_controlled,
+                          length_controlled_interval, paired_bootstrap, permutation_test, t_interval)
 
 A = np.array([1.0, 2.0, 4.0, 3.0, 5.0])
 B = np.array([2.5, 2.0, 6.0, 3.5, 8.0])  # differences 1.5, 0, 2, .5, 3: mean 1.4
@@ -169,3 +170,215 @@ def test_bad_settings():
             t_interval(bad)
     with pytest.raises(ValueError, match="finite"):
         t_interval([1.0, math.nan])
+
+
+def test_hierarchical_against_full_enumeration():
+    """Seeds of 1, 2 and 3 prompts: every draw of seeds, then of prompts in each, with its probability."""
+    b = [np.array([0.3]), np.array([1.0, 2.7]), np.array([-1.1, 0.6, 2.2])]
+    a = [np.full(len(x), 5.0) for x in b]
+    one = [[np.mean(c) for c in itertools.product(x, repeat=len(x))] for x in b]  # equally likely means of one seed
+    values, odds = [], []
+    for seeds in itertools.product(range(3), repeat=3):
+        for means in itertools.product(*(one[s] for s in seeds)):
+            values.append(np.mean(means) - 5)
+            odds.append(1 / 27 / math.prod(len(one[s]) for s in seeds))
+    values, odds = np.array(values), np.array(odds)
+    for level in (0.2, 0.5, 0.8, 0.95):
+        got = hierarchical_bootstrap(a, b, resamples=20000, level=level)
+        assert got[0] == pytest.approx(np.mean([x.mean() for x in b]) - 5)
+        for q, x in zip(((1 - level) / 2, (1 + level) / 2), got[1:]):
+            slack = 4 * math.sqrt(q * (1 - q) / 20000)
+            assert odds[values < x - 1e-9].sum() <= q + slack and odds[values <= x + 1e-9].sum() >= q - slack
+
+
+def test_hierarchical_of_one_prompt_is_the_plain_bootstrap_over_seeds():
+    a, b = np.random.default_rng(11).normal(0, 1, (2, 12))
+    got, plain = hierarchical_bootstrap(a[:, None], b[:, None], resamples=8000), paired_bootstrap(a, b, resamples=8000)
+    assert got[0] == pytest.approx(plain[0])
+    assert got[1:] == pytest.approx(plain[1:], abs=0.06 * (plain[2] - plain[1]))
+
+
+def test_hierarchical_width_is_that_of_both_levels():
+    """Given the data a draw has variance (between + mean within / n) / S, divisors S and n."""
+    rng = np.random.default_rng(12)
+    d = rng.normal(0, 1, (30, 1)) + rng.normal(0, 5, (30, 25))
+    _, low, high = hierarchical_bootstrap(0 * d, d, resamples=8000)
+    half = 1.959964 * math.sqrt((d.mean(1).var() + d.var(1).mean() / 25) / 30)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.06)
+    only_seeds = np.repeat(rng.normal(0, 1, (6, 1)), 40, 1)  # prompts of one seed agree: pooling counts each 40 times
+    wide, pooled = (f(0 * x, x, resamples=1000) for f, x in ((hierarchical_bootstrap, only_seeds), (paired_bootstrap, only_seeds.ravel())))
+    assert wide[0] == pytest.approx(pooled[0])
+    assert wide[2] - wide[1] > 4 * (pooled[2] - pooled[1])  # sqrt(40) = 6.3 without the sampling error
+
+
+def test_hierarchical_coverage():
+    """Ten seeds of 20 prompts, spread by seeds: near 95 %, less the 9/10 of the docstring; pooled rows know nothing of it."""
+    rng, hits, pooled = np.random.default_rng(13), 0, 0
+    for trial in range(200):
+        a = rng.normal(0, 1, (10, 20))
+        b = a + 0.3 + rng.normal(0, 1, (10, 1)) + rng.normal(0, 1, (10, 20))
+        _, low, high = hierarchical_bootstrap(a, b, resamples=300, seed=trial)
+        hits += low <= 0.3 <= high
+        _, low, high = paired_bootstrap(a.ravel(), b.ravel(), resamples=100, seed=trial)
+        pooled += low <= 0.3 <= high
+    assert 0.86 < hits / 200 < 0.98 and pooled / 200 < 0.75  # sigma .019 at .92
+
+
+def test_hierarchical_keeps_pairs_and_is_seeded():
+    rng = np.random.default_rng(14)
+    a = [rng.normal(0, 100, n) for n in (5, 9)]
+    assert hierarchical_bootstrap(a, [x + 1 for x in a], resamples=50) == pytest.approx((1, 1, 1))
+    b = [rng.normal(0, 100, n) for n in (5, 9)]
+    one, same, other = (hierarchical_bootstrap(a, b, seed=s) for s in (7, 7, 8))
+    assert one == same and one[0] == other[0] and one != other
+
+
+def test_hierarchical_bad_input():
+    for a, b in (([A], [B]), ([A, A], [B]), ([], [])):
+        with pytest.raises(ValueError, match="2 seeds"):
+            hierarchical_bootstrap(a, b)
+    for bad in (B[:4], [], np.ones((5, 2)), 1.0):
+        with pytest.raises(ValueError, match="1 rows"):
+            hierarchical_bootstrap([A, A], [B, bad])
+    with pytest.raises(ValueError, match="finite"):
+        hierarchical_bootstrap([A, A], [B, np.where(B == 2, math.nan, B)])
+    for bad in ({"level": 1.0}, {"resamples": 0}):
+        with pytest.raises(ValueError, match="level"):
+            hierarchical_bootstrap([A, A], [B, B], **bad)
+
+
+def test_holm_by_hand():
+    # sorted .005 .01 .03 .04 times 4 3 2 1 = .02 .03 .06 .04; the last is raised to .06, before it in order
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.2]) == pytest.approx([0.2]) and holm([0.6, 0.5, 0.0]) == pytest.approx([1, 1, 0])
+    assert holm([0.02, 0.02]) == pytest.approx([0.04, 0.04])
+
+
+def test_holm_rejects_what_the_step_down_procedure_rejects():
+    rng = np.random.default_rng(15)
+    for _ in range(100):
+        p = rng.random(6) ** 3
+        adjusted = holm(p)
+        for alpha in (0.01, 0.05, 0.2):
+            left, rejected = set(range(6)), set()  # Holm's own words: smallest first, stop at the first that fails
+            while left and p[best := min(left, key=lambda i: p[i])] <= alpha / len(left):
+                left.remove(best), rejected.add(best)
+            assert set(np.flatnonzero(adjusted <= alpha)) == rejected
+
+
+@pytest.mark.parametrize("p", [[], [0.1, 1.1], [-0.1], [math.nan, 0.1], [[0.1, 0.2]], 0.1])
+def test_holm_bad_input(p):
+    with pytest.raises(ValueError, match="p values"):
+        holm(p)
+
+
+def test_length_controlled_against_polyfit():
+    rng = np.random.default_rng(16)
+    a, length_a = rng.normal(0, 1, 60), rng.integers(5, 50, 60)
+    b, length_b = rng.normal(1, 1, 60), rng.integers(5, 90, 60)
+    got = length_controlled(a, b, length_a, length_b)
+    assert got == pytest.approx(np.polyfit(length_b - length_a, b - a, 1)[1]) and abs(got - (b - a).mean()) > 0.01
+    # a judge that pays .02 a token and nothing else: all of the difference is length
+    assert length_controlled(0 * a, 0.02 * (length_b - length_a), length_a, length_b) == pytest.approx(0, abs=1e-12)
+
+
+def test_length_controlled_without_spread_of_lengths():
+    assert length_controlled(A, B, A, A) == pytest.approx(1.4)
+    assert math.isnan(length_controlled(A, B, A, A + 3))
+    assert math.isnan(length_controlled(A, B, A, A + 0.1))  # not quite constant in float64
+    assert length_controlled_interval(A, B, A, A) == pytest.approx(paired_bootstrap(A, B, resamples=2000))
+    assert all(map(math.isnan, length_controlled_interval(A, B, A, A + 3)))
+    diff, low, high = length_controlled_interval(A, B, A, A + [1, 1, 1, 1, 2])  # a third of the resamples see only 1
+    assert diff == pytest.approx(0.0 + 1 - 2) and math.isnan(low) and math.isnan(high)
+
+
+def test_length_controlled_interval_width_equals_the_normal_one():
+    """The line's textbook standard error at 0; differences of length in rows far from 0 widen it."""
+    rng = np.random.default_rng(17)
+    x = rng.normal(2, 1, 300)
+    d = 0.5 + 0.3 * x + rng.normal(0, 1, 300)
+    diff, low, high = length_controlled_interval(0 * d, d, 0 * x, x, resamples=4000)
+    line = np.polyfit(x, d, 1)
+    sigma = math.sqrt(((d - np.polyval(line, x)) ** 2).sum() / 298)
+    half = 1.959964 * sigma * math.sqrt(1 / 300 + x.mean() ** 2 / ((x - x.mean()) ** 2).sum())
+    assert diff == pytest.approx(line[1]) and low < 0.5 < high
+    assert (high - low) / 2 == pytest.approx(half, rel=0.15)
+    inner, again, other = (length_controlled_interval(0 * d, d, 0 * x, x, resamples=200, level=0.5, seed=s) for s in (1, 1, 2))
+    assert inner == again != other and inner[2] - inner[1] < 0.5 * (high - low)
+
+
+@pytest.mark.parametrize("f", [length_controlled, length_controlled_interval])
+def test_length_controlled_bad_input(f):
+    for args in ((A, B[:4], A, A), (A, B, A, A[:4]), (A[:1], B[:1], A[:1], A[:1]), (A, B, A[:4], A[:4])):
+        with pytest.raises(ValueError, match="2 rows|one length"):
+            f(*args)
+    with pytest.raises(ValueError, match="finite"):
+        f(A, B, A, A * math.inf)
+
+
+def test_length_controlled_interval_bad_settings():
+    for bad in ({"level": 0.0}, {"resamples": 0}):
+        with pytest.raises(ValueError, match="level"):
+            length_controlled_interval(A, B, A, A, **bad)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7])
+def test_best_of_n_against_all_subsets(n, ties):
+    """Mean over all C(7, n) subsets of the gold of the best, or of the mean gold of all that tie for best."""
+    rng = np.random.default_rng(18)
+    gold = rng.normal(0, 1, (4, 7))
+    proxy = rng.integers(0, 3, (4, 7)) * 1.0 if ties else rng.normal(0, 1, (4, 7))
+    means = []
+    for x, y in zip(proxy, gold):
+        for rows in map(list, itertools.combinations(range(7), n)):
+            means.append(y[rows][x[rows] == x[rows].max()].mean())
+    assert best_of_n(proxy, gold, n) == pytest.approx(np.mean(means), abs=1e-12)
+
+
+def test_best_of_n_is_unbiased_and_knows_its_ends():
+    rng = np.random.default_rng(19)
+    gold = rng.normal(0, 1, (2000, 6))
+    # the expected greatest of three standard normals is 3 / (2 sqrt(pi)) (David and Nagaraja 2003)
+    assert best_of_n(gold, gold, 3) == pytest.approx(1.5 / math.sqrt(math.pi), abs=4 * 0.6 / math.sqrt(2000))
+    assert best_of_n(-gold, gold, 6) == pytest.approx(gold.min(1).mean()) and best_of_n(gold, gold, 6) == pytest.approx(gold.max(1).mean())
+    assert best_of_n(gold, gold, 1) == pytest.approx(gold.mean()) == best_of_n(0 * gold, gold, 4)
+    assert best_of_n([[1.0, 2.0]], [[5.0, 6.0]], 2) == 6  # one prompt is enough
+    x = rng.normal(0, 1, (1, 2000))
+    assert x.mean() < best_of_n(x, x, 1000) < x.max()  # C(2000, 1000) is past float64, its ratio is not
+
+
+def test_best_of_n_bad_input():
+    ok = np.ones((3, 4))
+    for n in (0, 5, -1, 1.5):
+        with pytest.raises(ValueError, match="n <= samples"):
+            best_of_n(ok, ok, n)
+    with pytest.raises(ValueError, match="samples"):
+        best_of_n(ok[0], ok[0], 1)
+    for bad in (ok[:2], ok[:, :3], ok[0]):
+        with pytest.raises(ValueError, match="one shape"):
+            best_of_n(ok, bad, 1)
+    with pytest.raises(ValueError, match="1 rows"):
+        best_of_n(ok[:0], ok[:0], 1)
+    with pytest.raises(ValueError, match="finite"):
+        best_of_n(ok, ok * math.inf, 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 16])
+def test_best_of_n_kl_against_quadrature(n):
+    """The best of n of a uniform variable has density n u^(n - 1): its KL by the midpoint rule."""
+    u = (np.arange(200000) + 0.5) / 200000
+    density = n * u ** (n - 1)
+    assert best_of_n_kl(n) == pytest.approx((density * np.log(density)).mean(), abs=1e-4)
+
+
+def test_best_of_n_kl_bad_input():
+    with pytest.raises(ValueError, match="n >= 1"):
+        best_of_n_kl(0)
+
+
+def test_new_inputs_unchanged():
+    a, b = A.copy(), B.copy()
+    hierarchical_bootstrap([a, a], [b, b], resamples=9), length_controlled(a, b, b, a), length_controlled_interval(a, b, b, a, resamples=9)
+    best_of_n(a[None], b[None], 2), best_of_n(np.stack([a, b]), np.stack([b, a]), 3), holm(p := a / 10)
+    assert (a == A).all() and (b == B).all() and (p == A / 10).all()

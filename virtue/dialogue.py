@@ -325,6 +325,42 @@ def read_preferences(path: str | Path, lens: str) -> list[dict]:
     return list(_records(path, lambda record: _preference(record, lens), remedy))
 
 
+def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], int]:
+    """Any preference file as records {"chosen", "rejected": messages, "lens"}; and how many were passed over.
+
+    Takes hh-rlhf's transcripts, this project's own files, and {"prompt", "chosen", "rejected"} with texts or
+    messages, as TRL writes. `lens` is "action" where the file does not say. Passed over and counted: pairs that
+    do not end with the assistant, hold an empty text, or are identical (hh-rlhf has some of each).
+    """
+    def side(record: dict, name: str) -> list:
+        _need(name in record, 'lacks "chosen" or "rejected"')
+        value = record[name]
+        if isinstance(value, str):
+            if "prompt" not in record:
+                return parse_hh(value)
+            value = [{"role": "assistant", "content": value}]
+        _need(isinstance(value, list), f'"{name}" must be a text or messages')
+        return [*prompt_of({"prompt": record["prompt"]}), *value] if "prompt" in record else value
+
+    def convert(record: dict) -> dict:
+        lens = record.get("lens", "action")
+        _need(lens in LENSES, f"unknown lens {lens!r}, known are {', '.join(LENSES)}")
+        return {"chosen": side(record, "chosen"), "rejected": side(record, "rejected"), "lens": lens}
+
+    found, skipped = [], 0
+    for pair in _records(path, convert, "correct or remove it"):
+        try:
+            for name in ("chosen", "rejected"):
+                check_messages(pair[name], name, "assistant")
+            _need(pair["chosen"] != pair["rejected"], "identical")
+            found.append(pair)
+        except ValueError:
+            skipped += 1
+        if len(found) == limit:
+            break
+    return found, skipped
+
+
 def load_prompts(name: str, part: str, limit: int | None = None) -> list[dict]:
     """The first `limit` prompts of a split: of the toy world ("toy") or of a file."""
     if name == "toy":

@@ -3,10 +3,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from virtue.ethics import LENSES, VIRTUES
+from virtue.judge import judge_pairs, pair_fits
+from virtue.stats import paired_bootstrap
 
 
 def virtue_agreement(probs: Tensor) -> float | None:
@@ -36,6 +39,66 @@ def gold_agreement(records: list[dict], lens: str) -> float | None:
             return None
         right, clear = right + (chosen > rejected), clear + (chosen != rejected)
     return right / clear if clear else None
+
+
+def truth(pair: dict) -> dict[str, float] | None:
+    """Toy only: by how much gold's measure of each virtue, and over all ("overall"), is greater in the chosen one.
+
+    pair: {"chosen", "rejected": messages, "lens"}. None where the prompt is not the toy world's.
+    """
+    from virtue.toy.gold import parse, slots
+    from virtue.toy.grammar import worth
+    try:
+        person, thing = slots(pair["chosen"][0]["content"])
+    except ValueError:
+        return None
+    sides = []
+    for name in ("chosen", "rejected"):
+        latent = {lens: list(parse(m["content"], lens, person, thing)) for lens, m in zip(LENSES, pair[name][1::2])}
+        sides.append(worth(latent, pair["lens"]))
+    found = {v: sides[0][v] - sides[1][v] for v in VIRTUES}
+    return {**found, "overall": sum(found.values())}
+
+
+def agreement(probs: Tensor, signs: dict[str, np.ndarray], seed: int = 0) -> dict:
+    """How often the judge is right: probs (N, 2, 5) that the chosen is better; signs: what decides, > 0 chosen, 0 left out.
+
+    signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry 95 % bootstrap intervals.
+    """
+    def share(right: np.ndarray) -> dict:
+        if len(right) < 2:
+            return {"share": None, "low": None, "high": None, "n": len(right)}
+        return dict(zip(("share", "low", "high"), paired_bootstrap(np.zeros(len(right)), right.astype(float), resamples=2000, seed=seed)), n=len(right))
+
+    both = probs.double().mean(1).numpy()  # (N, 5)
+    found = {"majority": share((((both > 0.5).sum(1) * 2 > len(VIRTUES)) == (signs["overall"] > 0))[signs["overall"] != 0]),
+             "mean": share(((both.mean(1) > 0.5) == (signs["overall"] > 0))[signs["overall"] != 0]),
+             "one_order": share(((probs.double().mean(2).numpy() > 0.5) == (signs["overall"] > 0)[:, None]).mean(1)[signs["overall"] != 0])}
+    for i, virtue in enumerate(VIRTUES):
+        sign = signs.get(virtue, signs["overall"])
+        found[virtue] = share(((both[:, i] > 0.5) == (sign > 0))[sign != 0])
+    flips = (probs[:, 0] > 0.5) != (probs[:, 1] > 0.5)
+    return {"agreement": found, "position_flips": flips.double().mean().item(),
+            "first_place": ((probs[:, 0] > 0.5).double().mean().item() + (probs[:, 1] < 0.5).double().mean().item()) / 2,
+            "halo": virtue_agreement(probs.mean(1))}
+
+
+def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]], lens: str, *, batch_size: int, seed: int,
+              wording: str = "trained") -> dict | None:
+    """The judge's comparison of two models' dialogues, prompt by prompt, both orders; None if no pair fits its context.
+
+    Returns {"rate", "low", "high"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
+    tie counts half), its bootstrap interval, and the mean P(after preferred) of each question.
+    """
+    asked = (*VIRTUES, "helpfulness") if lens == "action" else (*VIRTUES, "helpfulness", "sincerity")
+    pairs = [pair for pair in zip(after, before, strict=True) if pair_fits(judge, tokenizer, *pair, lens)]
+    if len(pairs) < 2:
+        return None
+    probs = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording)[0].double().mean(1).numpy()
+    margin = probs[:, :len(VIRTUES)].mean(1) - 0.5
+    won = np.where(np.abs(margin) < 1e-6, 0.5, margin > 0)
+    rate = dict(zip(("rate", "low", "high"), paired_bootstrap(np.zeros(len(won)), won, resamples=2000, seed=seed)))
+    return {**rate, "pairs": len(pairs), "questions": dict(zip(asked, probs.mean(0).tolist()))}
 
 
 def summarize(records: list[dict], probs: Tensor, lens: str) -> dict:

@@ -98,19 +98,21 @@ def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple
 
 @torch.no_grad()
 def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], lens: str,
-                batch_size: int = 16, asked: Sequence[str] = VIRTUES, wording: str = "trained") -> tuple[Tensor, float]:
+                batch_size: int = 16, asked: Sequence[str] = VIRTUES, wording: str = "trained",
+                orders: int = 2) -> tuple[Tensor, float]:
     """P(first of the pair is better) for each pair, order and question: (N, 2, 5) fp32; and the label mass.
 
-    ``asked`` names the questions (default: the five virtues), ``wording`` one of ethics.JUDGE_QUESTIONS.
+    ``asked`` names the questions (default: the five virtues), ``wording`` one of ethics.JUDGE_QUESTIONS;
+    with ``orders=1`` the second order is left out: (N, 1, 5).
     ``[:, 0]`` was read with the first dialogue shown first, ``[:, 1]`` with it shown second. The caller
     sets the adapters (none, for the base as its own judge). The label mass is the mean probability that
     the judge's next token is one of the two labels at all: near 0, it does not answer the question.
     """
     labels = torch.tensor(label_ids(tokenizer))
     jobs = [(i, order, encode_questions(tokenizer, *(pair if order == 0 else pair[::-1]), lens, asked, wording))
-            for i, pair in enumerate(pairs) for order in (0, 1)]
+            for i, pair in enumerate(pairs) for order in range(orders)]
     jobs.sort(key=lambda job: len(job[2][0]))  # batches of like length
-    result, mass = torch.empty(len(pairs), 2, len(asked)), 0.0
+    result, mass = torch.empty(len(pairs), orders, len(asked)), 0.0
     device = model.device
     for start in progress(range(0, len(jobs), batch_size), f"judge {lens}"):
         batch = jobs[start:start + batch_size]

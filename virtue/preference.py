@@ -77,3 +77,19 @@ def calibration_error(probs: Tensor, labels: Tensor, bins: int = 10) -> float:
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gaps = p.new_zeros(bins).index_add(0, index, confidence - agreement)
     return gaps.abs().sum().item() / len(p)  # n_b * |mean gap| = |sum of gaps|
+
+
+def calibration_bins(probs: Tensor, labels: Tensor, bins: int = 5) -> list[dict[str, float]]:
+    """The reliability diagram behind `calibration_error`: per bin of confidence {"predicted", "label", "pairs"}.
+
+    probs, labels (n,) of "the first is better", folded to the side that the model prefers; empty bins are left out.
+    """
+    check_shapes(probs=probs, labels=labels)
+    _check_probabilities(probs=probs, labels=labels)
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    p, y = probs.double(), labels.double()
+    confidence, agreement = torch.maximum(p, 1 - p), 0.5 + torch.sign(p - 0.5) * (y - 0.5)
+    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return [{"predicted": confidence[index == b].mean().item(), "label": agreement[index == b].mean().item(), "pairs": int((index == b).sum())}
+            for b in range(bins) if bool((index == b).any())]

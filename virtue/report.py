@@ -7,21 +7,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from virtue import textstats
 from virtue.dialogue import Dialogue
 from virtue.ensemble import study_score
 from virtue.ethics import LENSES
-from virtue.stats import effect_size, paired_bootstrap, permutation_test
+from virtue.stats import effect_size, holm, length_controlled_interval, paired_bootstrap, permutation_test
 
 # name in the table -> what it is
 ROWS = {
     "gold": "gold, 0 worst to 1 oracle", **{f"gold/{lens}": f"  gold, {lens}" for lens in LENSES},
     "study_score": "study's Score, raw", "study_score_standardised": "study's Score, standardised",
     **{f"reward/{lens}": f"reward, {lens} (standardised)" for lens in LENSES},
+    **{f"eval_reward/{lens}": f"unseen reward model, {lens}" for lens in LENSES},
     "kl": "KL to the reference (nats a dialogue)", "ended": "turns that ended properly",
     "length": "tokens a dialogue", "perplexity": "perplexity under the base",
     **{f"distinct/{lens}": f"distinct share, {lens}" for lens in LENSES},
     **{f"patterns/{lens}": f"  with names masked, {lens}" for lens in LENSES},
     "named": "right person and thing named", "fits": "motivations that fit the action", "broken": "broken sentences",
+    "repetition": "repeated word triples", "virtue_words": "virtue words a hundred", "refusals": "answers that refuse",
+    "hedges": "hedging phrases a hundred words", "flattery": "flattering phrases a hundred words",
 }
 
 
@@ -55,6 +59,7 @@ def measure(dialogues: Sequence[Dialogue], texts: Sequence[Sequence[str]], raw: 
         "perplexity": float(np.exp(-base_logprob_sums.sum() / sum(tokens))),
         **{f"distinct/{lens}": distinct_share([t[k] for t in texts]) for k, lens in enumerate(LENSES)},
     }
+    column |= textstats.measures([" ".join(t) for t in texts])
     if gold is not None:
         column |= {"gold": float(np.mean([g.overall for g in gold])),
                    **{f"gold/{lens}": float(np.mean([g.lenses[lens] for g in gold])) for lens in LENSES},
@@ -66,23 +71,80 @@ def measure(dialogues: Sequence[Dialogue], texts: Sequence[Sequence[str]], raw: 
 def differences(before: dict, after: dict, seed: int) -> dict[str, dict]:
     """after - before, paired by prompt: name -> {"difference", "low", "high"} of a 95 % bootstrap.
 
-    Means over prompts also have "p" of a permutation test and "d_z", the paired effect size.
-    before, after: {"raw", "standardised": (3, n), "gold": (n,) or None}.
+    Means over prompts also have "p" of a permutation test, "p_holm", corrected over the rows that have one,
+    and "d_z", the paired effect size. "..., at equal length" is the difference that length does not explain.
+    before, after: {"raw", "standardised": (3, n), "gold", "length": (n,); "gold" may be None, "eval" (3, n) missing}.
     """
     result = {}
     for name, key in (("study_score", "raw"), ("study_score_standardised", "standardised")):
         result[name] = (before[key].T, after[key].T, study_score)
-    for k, lens in enumerate(LENSES):
-        result[f"reward/{lens}"] = (before["standardised"][k], after["standardised"][k], None)
+    rewards = {f"reward/{lens}": (before["standardised"][k], after["standardised"][k]) for k, lens in enumerate(LENSES)}
+    if "eval" in before:
+        rewards |= {f"eval_reward/{lens}": (before["eval"][k], after["eval"][k]) for k, lens in enumerate(LENSES)}
     if before["gold"] is not None:
-        result["gold"] = (before["gold"], after["gold"], None)
+        rewards["gold"] = (before["gold"], after["gold"])
+    for name, (a, b) in rewards.items():
+        result[name] = (a, b, None)
     for name, (a, b, statistic) in result.items():
         found = dict(zip(("difference", "low", "high"), paired_bootstrap(a, b, statistic=statistic, seed=seed, resamples=2000)))
         if statistic is None:
             d_z = effect_size(a, b)
             found |= {"p": permutation_test(a, b, seed=seed, resamples=2000), "d_z": d_z if np.isfinite(d_z) else None}
         result[name] = found
+    tested = [name for name in result if "p" in result[name]]
+    for name, p in zip(tested, holm([result[name]["p"] for name in tested])):
+        result[name]["p_holm"] = float(p)
+    overall = {"mean reward": (before["standardised"].mean(0), after["standardised"].mean(0)), **({"gold": rewards["gold"]} if "gold" in rewards else {})}
+    for name, (a, b) in overall.items():
+        found = length_controlled_interval(a, b, before["length"], after["length"], seed=seed)
+        if np.isfinite(found).all():
+            result[f"{name}, at equal length"] = dict(zip(("difference", "low", "high"), found))
     return result
+
+
+def curve_of(rollouts: Sequence[dict], gold_of=None) -> list[dict]:
+    """Over-optimisation: per iteration of PPO {"iteration", "kl", "proxy", "gold"}, means over its rollouts.
+
+    rollouts: lines of run_ppo.py's rollouts.jsonl; gold_of(prompt, three turns) or None, where gold is not known
+    (also where the rollouts are answers alone). Gao et al. 2022 (arXiv 2210.10760) plot both against sqrt(KL).
+    """
+    rows: dict[int, list[dict]] = {}
+    for r in rollouts:
+        rows.setdefault(r["iteration"], []).append(r)
+    return [{"iteration": i, "kl": float(np.mean([r["kl"] for r in found])), "proxy": float(np.mean([r["scores"] for r in found])),
+             "gold": float(np.mean([gold_of(r["prompt"], list(r["turns"].values())).overall for r in found]))
+             if gold_of and all(len(r["turns"]) == len(LENSES) for r in found) else None} for i, found in sorted(rows.items())]
+
+
+def warnings_of(columns: dict[str, dict], compared: dict[str, dict], wins: dict[str, dict]) -> list[str]:
+    """What a sceptic would say: where reward rose and something else fell. Bounds are this project's."""
+    names = list(columns)
+    first, last, step = columns[names[0]], columns[names[-1]], compared[f"{names[-1]} - {names[-2]}"]
+    rose = any(step[f"reward/{lens}"]["low"] > 0 for lens in LENSES)
+    found = []
+    ratio = last["perplexity"] / first["perplexity"]
+    checks = [(not 0.5 <= ratio <= 1.5, f"perplexity under the base is {ratio:.2f} times that of the base's own answers"),
+              (last["ended"] < 0.97, f"only {last['ended']:.1%} of turns end properly"),
+              (last["repetition"] > first["repetition"] + 0.05, f"repeated word triples rose from {first['repetition']:.2f} to {last['repetition']:.2f}"),
+              (last["refusals"] > first["refusals"] + 0.05, f"refusals rose from {first['refusals']:.1%} to {last['refusals']:.1%}"),
+              (last["flattery"] > first["flattery"] + 0.5, f"flattery rose from {first['flattery']:.2f} to {last['flattery']:.2f} phrases a hundred words"),
+              (last["length"] > 1.5 * first["length"], f"dialogues grew from {first['length']:.0f} to {last['length']:.0f} tokens"),
+              (last["length"] < 0.5 * first["length"], f"dialogues shrank from {first['length']:.0f} to {last['length']:.0f} tokens")]
+    for kind in ("distinct", "patterns"):
+        checks += [(last[key] < 0.7 * first[key], f"{ROWS[key].strip()}: from {first[key]:.2f} to {last[key]:.2f}")
+                   for lens in LENSES if (key := f"{kind}/{lens}") in last]
+    if "gold" in last:
+        checks.append((step["gold"]["high"] < 0, f"gold fell by {-step['gold']['difference']:.3f}"))
+    if "eval_reward/action" in last:
+        checks += [(step[f"reward/{lens}"]["low"] > 0 and step[f"eval_reward/{lens}"]["low"] <= 0, f"the unseen reward model of lens {lens} saw no rise")
+                   for lens in LENSES]
+    for text in (text for bad, text in checks if bad):
+        found.append(f"reward rose, but {text}" if rose else text)
+    for pair, lenses in wins.items():
+        helpful = (lenses.get("action") or {}).get("questions", {}).get("helpfulness")
+        if helpful is not None and helpful < 0.45:
+            found.append(f"{pair}: the judge finds the answers less helpful ({helpful:.2f}; 0.5 = as before): virtue by refusal?")
+    return found
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:

@@ -20,16 +20,17 @@ from virtue.models import hidden_states, logprobs_at, score_at
 from virtue.ppo import place_rewards
 
 
-def load_reward_models(folder: Path, model, sft: tuple[str, ...], parents: Mapping[str, Path], **known,
+def load_reward_models(folder: Path, model, sft: tuple[str, ...], parents: Mapping[str, Path], prefix: str = "", **known,
                        ) -> tuple[list[tuple[tuple[str, ...], torch.nn.Module]], Tensor, Tensor]:
     """The reward models of run_rm.py, as (stack, head) in the order of LENSES, and their scores' mean and std.
 
     mean and std (K,) are those of the starting policy's dialogues. ``parents`` and ``known`` (base,
-    template) must be what the models were trained upon: see ``checkpoint.load_artifact``.
+    template) must be what the models were trained upon: see ``checkpoint.load_artifact``. ``prefix`` keeps
+    a second ensemble's adapters apart.
     """
-    found = [(lens, *load_artifact(folder / lens, model, lens, stage="rm", lens=lens, parents=parents, **known)) for lens in LENSES]
+    found = [(lens, *load_artifact(folder / lens, model, prefix + lens, stage="rm", lens=lens, parents=parents, **known)) for lens in LENSES]
     mean, std = torch.tensor([[manifest["extra"][key] for _, manifest, _ in found] for key in ("score_mean", "score_std")])
-    return [((*sft, lens), head) for lens, _, head in found], mean, std
+    return [((*sft, prefix + lens), head) for lens, _, head in found], mean, std
 
 
 def span_mask(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> Tensor:

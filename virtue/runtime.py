@@ -111,23 +111,30 @@ def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: in
     add("--max-grad-norm", type=positive_float, default=1.0, help="gradient clipping")
 
 
-def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | None, stage: str, flag: str,
+def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | None, stage: str | None = None, flag: str | None = None,
                       inside: str = "", commands=None) -> argparse.Namespace:
     """Parses `argv`; the flags in CARRIED that it leaves out are as in the earlier artefact's settings.
 
-    That artefact, of the given `stage`, is the folder that --`flag` names, or `inside` it; without one
-    the parser's own defaults stand. `commands` are the sub-parsers, if the script has any.
+    That artefact, of the given `stage` (None: of any), is the folder that --`flag` names, or `inside` it;
+    without one the parser's own defaults stand. `commands` are the sub-parsers, if the script has any; one
+    with an attribute `parent`, (stage, flag, inside), goes by that.
     """
-    owners = list(commands.choices.values()) if commands else [parser]
-    for action in (action for owner in owners for action in owner._actions if action.dest in CARRIED and action.dest != flag):
-        action.inherited = f"as in --{flag}" + ("" if action.default is None or not commands else f", or {action.default}")
+    def link(owner) -> tuple[str | None, str | None, str]:
+        return getattr(owner, "parent", (stage, flag, inside))
+
+    for owner in list(commands.choices.values()) if commands else [parser]:
+        for action in owner._actions:
+            if action.dest in CARRIED and link(owner)[1] not in (None, action.dest):
+                optional = action.default is not None and not any(a.required for a in owner._actions if a.dest == link(owner)[1])
+                action.inherited = f"as in --{link(owner)[1]}" + (f", or {action.default}" if optional else "")
     args = parser.parse_args(argv)
-    folder = getattr(args, flag)
+    owner = commands.choices[args.command] if commands else parser
+    stage, flag, inside = link(owner)
+    folder = getattr(args, flag) if flag else None
     if folder is None:
         return args
     from virtue.checkpoint import read_manifest
     settings = read_manifest(folder / inside, stage)["settings"]
-    owner = commands.choices[args.command] if commands else parser
     owner.set_defaults(**{name: settings[name] for name in CARRIED if settings.get(name) is not None})
     return parser.parse_args(argv)
 
@@ -159,6 +166,12 @@ def stream(*key: int | float | str) -> np.random.Generator:
     """The random numbers that belong to `key`, e.g. (seed, stage, step, record id, turn): resume,
     sharding and batch size leave them alone. Philox, keyed by 128 bits of the sha256."""
     return np.random.Generator(np.random.Philox(key=_key(*key)))
+
+
+def held_out_ids(ids: Iterable[str], seed: int, share: float) -> set[str]:
+    """The prompts that reward models of this seed do not train on."""
+    ids = sorted(set(ids))
+    return {ids[i] for i in stream(seed, "rm", "split").permutation(len(ids))[:round(len(ids) * share)]}
 
 
 def torch_seed(*key: int | float | str) -> int:

@@ -6,16 +6,17 @@ of unlike shape, fewer than 2 rows, values not finite, and settings out of range
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
-def _paired(a: ArrayLike, b: ArrayLike, max_dim: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def _paired(a: ArrayLike, b: ArrayLike, max_dim: int = 1, rows: int = 2) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape or not 1 <= a.ndim <= max_dim or len(a) < 2:
-        raise ValueError(f"need arrays of one shape with 2 rows or more, got {a.shape}, {b.shape}")
+    if a.shape != b.shape or not 1 <= a.ndim <= max_dim or len(a) < rows:
+        raise ValueError(f"need arrays of one shape with {rows} rows or more, got {a.shape}, {b.shape}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("scores must be finite")
     return a, b
@@ -98,3 +99,113 @@ def t_interval(x: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
         low, high = (middle, high) if _t_within(middle, df) < level else (low, middle)
     half = math.sqrt(df) * math.tan(low) * x.std(ddof=1) / math.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
+
+def hierarchical_bootstrap(a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, resamples: int = 2000, level: float = 0.95,
+                           seed: int = 0) -> tuple[float, float, float]:
+    """Mean over seeds of the mean over prompts of b - a, percentile interval -> (difference, low, high).
+
+    a[s], b[s] (n_s,), n_s >= 1: seed s, paired; 2 seeds or more. Draws seeds with replacement, then prompts
+    within each drawn seed. Prompts count as nested in seeds: effects of prompts that all seeds share are
+    divided by the number of seeds S too. Where seeds differ most, the variance is (S - 1) / S of the true
+    one: for few seeds see also `t_interval`. Davison and Hinkley 1997, "Bootstrap Methods", section 3.8.
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"need the same 2 seeds or more in a and b, got {len(a)}, {len(b)}")
+    _in_range(level, resamples)
+    d = [y - x for x, y in (_paired(x, y, rows=1) for x, y in zip(a, b))]
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(d), (resamples, len(d)))
+    means = np.empty(drawn.shape)
+    for s, x in enumerate(d):  # each time that seed s was drawn it gets prompts of its own
+        means[drawn == s] = x[rng.integers(0, len(x), ((drawn == s).sum(), len(x)))].mean(1)
+    low, high = np.quantile(means.mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(np.mean([x.mean() for x in d])), float(low), float(high)
+
+
+def holm(p: ArrayLike) -> np.ndarray:
+    """Adjusted p (m,) in the input's order: reject all <= alpha, and P(any false rejection) <= alpha.
+
+    max over j <= i of (m - j + 1) p_(j), at most 1. p (m,) in [0, 1], else ValueError. Needs no
+    independence. Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    p = np.asarray(p, np.float64)
+    if p.ndim != 1 or not len(p) or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"need p values (m,) in [0, 1], got {p}")
+    order, adjusted = np.argsort(p), np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order]), 1)
+    return adjusted
+
+
+def _intercept(rows: np.ndarray) -> float:
+    """Of the least-squares line of column 0 on column 1, rows (n, 2)."""
+    d, x = rows.T
+    if np.ptp(x) <= 1e-9 * np.abs(x).max():  # constant but for rounding, as lengths + 0.1
+        return float(d.mean()) if x[0] == 0 else math.nan
+    centred = x - x.mean()
+    return float(d.mean() - (centred @ d) / (centred @ centred) * x.mean())
+
+
+def _differences(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike) -> np.ndarray:
+    (a, b), (length_a, length_b) = _paired(a, b), _paired(length_a, length_b)
+    if len(a) != len(length_a):
+        raise ValueError(f"need one length for each score, got {len(length_a)} for {len(a)}")
+    return np.column_stack([b - a, length_b - length_a])
+
+
+def length_controlled(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike) -> float:
+    """Mean of b - a at equal length: intercept of the line of b - a on length_b - length_a; all (n,).
+
+    The mean where lengths are equal in every row. NaN where they differ by one constant: what length does
+    cannot then be told from what the model does. Dubois et al. 2024 (arXiv:2404.04475), in linear form.
+    """
+    return _intercept(_differences(a, b, length_a, length_b))
+
+
+def length_controlled_interval(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike, *, resamples: int = 2000,
+                               level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+    """`length_controlled` with a `paired_bootstrap` interval over rows -> (difference, low, high).
+
+    low and high are NaN if any resample gives NaN: too few rows differ in how lengths differ.
+    """
+    rows = _differences(a, b, length_a, length_b)
+    return paired_bootstrap(0 * rows, rows, resamples=resamples, level=level, seed=seed, statistic=_intercept)
+
+
+def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> float:
+    """E[gold of the best of n by proxy], mean over P prompts; unbiased. proxy, gold (P, N), 1 <= n <= N.
+
+    sum_i C(i - 1, n - 1) / C(N, n) gold_(i), i the rank by proxy: the mean over all subsets of n of the N
+    samples, ties broken at random. Nakano et al. 2021 (arXiv:2112.09332), Gao et al. 2022 (arXiv:2210.10760).
+    """
+    proxy, gold = _paired(proxy, gold, max_dim=2, rows=1)
+    if proxy.ndim != 2 or n not in range(1, proxy.shape[1] + 1):
+        raise ValueError(f"need (prompts, samples) and 1 <= n <= samples, got {proxy.shape}, n = {n}")
+    N, total = proxy.shape[1], 0.0
+    weights = np.array([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])
+    for x, y in zip(proxy, gold):
+        _, tied, sizes = np.unique(x, return_inverse=True, return_counts=True)
+        total += weights @ np.repeat(np.bincount(tied, y) / sizes, sizes)  # ties share their mean gold
+    return float(total / len(proxy))
+
+
+def best_of_n_kl(n: int) -> float:
+    """Most nats that best of n can be from its model: log n - (n - 1) / n. Beirami et al. 2024 (arXiv:2401.01879)."""
+    if n < 1:
+        raise ValueError(f"need n >= 1, got {n}")
+    return math.log(n) - (n - 1) / n
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rho: Pearson's correlation of ranks, ties at their mean rank. x, y (n,) -> [-1, 1].
+
+    NaN where one of them is constant. Spearman 1904.
+    """
+    x, y = _paired(x, y)
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(count) - (count - 1) / 2)[group]
+    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / scale) if scale else math.nan

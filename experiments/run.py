@@ -1,0 +1,442 @@
+"""Run named experiments over seeds, reuse every stage that is finished, print their tables.
+
+  python experiments/run.py --list
+  python experiments/run.py lenses --seeds 0 1 2
+  python experiments/run.py all --seeds 0 1 2 3 4 5 6 7 --jobs 2
+  python experiments/run.py lenses --table        # only the tables, of what is finished
+  python experiments/run.py causes --dry-run      # only the commands, and what is done already
+
+An experiment is a list of arms, and an arm says what it changes in the default recipe, stage by stage.
+A stage's folder is <runs>/<stage>-<hash of its flags, its seed and its parents' hashes>: arms share what
+they have in common. Its output goes to <folder>.log, and run.json in the folder, written once the script
+has ended well, holds command, seconds and code. A stage that fails stops its own arms only. Code is not
+in the hash: stages that other code made are reused, and the tables warn. One process works in <runs> at a
+time: for more at once, --jobs. Every stage has one thread.
+"""
+from __future__ import annotations
+
+import argparse
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from virtue.ethics import LENSES  # noqa: E402
+from virtue.stats import hierarchical_bootstrap, holm, paired_bootstrap, permutation_test, t_interval  # noqa: E402
+
+# ---- the experiments
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A recipe: flags that differ from the default's, by stage. `base` (model, prompts, sampling) goes to the first
+    stage, from which the later ones inherit; sft=None leaves SFT out; on_chosen puts SFT on the chosen answers in PPO's place."""
+
+    name: str
+    base: str = ""
+    revisions: str = ""
+    sft: str | None = ""
+    preferences: str = ""
+    rm: str = ""
+    policy: str = ""
+    report: str = ""
+    on_chosen: bool = False
+
+
+def ppo(*variants: tuple[str, str], **shared: str) -> list[Arm]:
+    return [Arm(name, policy=flags, **shared) for name, flags in variants]
+
+
+DEFAULT = Arm("default")
+LR, VALUE_LR, RM_LR = 3e-3, 2e-3, 2e-3  # the defaults of run_ppo.py and run_rm.py
+UNCUT = "--max-new-tokens 64"  # at evaluation: what was learned is read off whole answers, however training cut them
+# Answers of the study's 7B model run to hundreds of tokens, so that 32 cut nearly all and 90 many. Of the toy's answers
+# (median 31 tokens) 16 cut 99.9 %, 24 78 %. If hh-rlhf's own answers are the measure (1,600 harmless test dialogues: 51 % are
+# longer than 32 tokens, 13 % than 90), the counterparts are 30 and 34.
+CUTS = {16: "32 tokens of a 7B model", 24: "90 tokens", 30: "32 tokens of hh-rlhf", 34: "90 tokens of hh-rlhf"}
+KEEP = "--truncated keep"  # the study noticed no truncation, and so dropped none
+# The study's reward models read 100 tokens: with turns of at most 32, the whole action, about half of the motivation
+# and nothing of the consequence. On the toy the same falls to 64 tokens where answers are whole, 50 where they are cut at 16.
+STUDY_RM = "--labels hard --epochs 2 --schedule constant --over-long cut"
+# 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2 passes, one step each.
+# 1.41e-5 is 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's best.
+STUDY_PPO = "--rollout-size 320 --minibatch-size 320 --iterations 3 --ppo-epochs 2 --no-standardize --score-dtype fp16"
+STUDY = dict(base="--quantize nf4 --max-new-tokens 16", sft=None, preferences=f"{KEEP} --orders one",
+             rm=f"{STUDY_RM} --batch-size 20 --accumulation 16 --lr {0.14 * RM_LR:.2g} --max-tokens 50",
+             policy=f"{STUDY_PPO} --lr {0.14 * LR:.2g} --value-lr {0.14 * VALUE_LR:.2g}")
+LITERAL = dict(STUDY, base="--quantize nf4 --max-new-tokens 32",
+               rm=f"{STUDY_RM} --batch-size 20 --accumulation 16 --lr 1.41e-5 --max-tokens 100",
+               policy=f"{STUDY_PPO} --lr 1.41e-5 --value-lr 1.41e-5")
+AGGREGATORS = [("min", "--aggregate min"), ("uwo", "--aggregate uwo"), ("median", "--aggregate median"), ("lsc", "--aggregate lsc")]
+NOISE = dict(rm="--label-noise 0.25")
+
+
+def rank(r: int) -> Arm:  # alpha / r stays 2, so that a step's size does too
+    return Arm(f"LoRA rank {r}", **dict.fromkeys(("sft", "rm", "policy"), f"--rank {r} --alpha {2 * r}"))
+
+
+EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
+    "default": ("What does each stage gain, and what would SFT on the chosen answers?",
+                [DEFAULT, Arm("SFT on chosen", on_chosen=True)]),
+    "lenses": ("Do the lenses matter?", [
+        DEFAULT, *ppo(("action alone", "--aggregate weighted --weights 1 0 0"), ("action, motivation", "--aggregate weighted --weights 0.5 0.5 0")),
+        Arm("one pooled model", rm="--pool"), Arm("rules, not virtues", preferences="--ask rules"),
+        *ppo(("answers only", "--reward-turns answer"), ("train the action only", "--train-turns action"))]),
+    "study": ("Does the study's recipe give its stalemate?", [
+        DEFAULT, Arm("translated", **STUDY), Arm("translated, whole answers at evaluation", **STUDY, report=UNCUT),
+        Arm("literal values", **LITERAL), Arm("literal values, whole answers at evaluation", **LITERAL, report=UNCUT)]),
+    "causes": ("Which one cause, put into the default recipe, costs how much?", [
+        DEFAULT, Arm("no SFT", sft=None),
+        *(Arm(f"cut at {n}, as {of}", base=f"--max-new-tokens {n}", revisions=KEEP, preferences=KEEP, report=UNCUT) for n, of in CUTS.items()),
+        Arm("reward input cut at 64", rm="--max-tokens 64 --over-long cut"), Arm("scores not standardised", policy="--no-standardize"),
+        *(Arm(f"PPO's lr / {n}", policy=f"--lr {LR / n:g} --value-lr {VALUE_LR / n:g}") for n in (10, 100)),
+        *(Arm(f"reward models' lr / {n}", rm=f"--lr {RM_LR / n:g}") for n in (10, 100)),
+        Arm("judge in one order", preferences="--orders one"), Arm("fp16 scores", policy="--score-dtype fp16"),
+        Arm("NF4 base", base="--quantize nf4"), rank(1), rank(4), rank(64)]),
+    "aggregators": ("Which aggregator?", [Arm("mean"), *ppo(*AGGREGATORS)]),
+    "aggregators-noise": ("Which aggregator, with a quarter of the labels turned?", [Arm("mean", **NOISE), *ppo(*AGGREGATORS, **NOISE)]),
+    # (that the value function has an adapter of its own cannot be taken out by a flag)
+    "details": ("What are the details of PPO worth that people remove?", [DEFAULT, *ppo(
+        ("no value clipping", "--value-clip-range 1e9"), ("no whitening", "--no-whiten"), ("adaptive KL", "--kl-target 3"),
+        ("no missing-EOS penalty", "--eos-penalty 0"))]),
+}
+FAST = {"revisions": "--limit 64", "preferences": "--limit 96", "policy": "--iterations 4 --rollout-size 32 --minibatch-size 32", "report": "--limit 60"}
+
+# ---- stages
+
+
+class Tree(NamedTuple):
+    """A checkout of the project other than this one, or this one pinned: where its scripts are, and its `code_of`."""
+
+    path: Path
+    code: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    argv: tuple[str, ...]  # script and flags, without paths
+    seed: int
+    parents: tuple[tuple[str, Stage], ...] = ()  # (flag, the stage whose folder it names)
+    tree: Tree | None = field(default=None)  # None: this checkout, whatever its code
+
+    @functools.cached_property
+    def folder(self) -> str:
+        key = [self.argv, self.seed, [(flag, p.folder) for flag, p in self.parents], self.tree and self.tree.code]
+        return f"{self.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]}"
+
+    def command(self, runs: Path) -> list[str]:
+        script = str(self.tree.path / self.argv[0]) if self.tree else self.argv[0]
+        parents = [part for flag, p in self.parents for part in (flag, str(runs / p.folder))]
+        return [script, *self.argv[1:], "--seed", str(self.seed), *parents, "--out", str(runs / self.folder), "--overwrite"]
+
+    def done(self, runs: Path) -> bool:
+        folder = runs / self.folder  # run_ppo.py writes a manifest at every save: run.json says that it came to its end
+        return (folder / "run.json").is_file() and any((folder / sub / "virtue.json").is_file() for sub in ("", *LENSES))
+
+
+def chain(arm: Arm, seed: int, fast: bool = False, tree: Callable[[str], Tree | None] = lambda name: None) -> dict[str, Stage]:
+    """The stages of an arm by name, parents first; `tree` says whose code runs a stage."""
+    made: dict[str, Stage] = {}
+
+    def stage(name: str, script: str, flags: str, **parents: str) -> None:
+        argv = (*script.split(), *shlex.split(flags), *shlex.split(FAST.get(name, "") if fast else ""))
+        made[name] = Stage(name, argv, seed, tuple((f"--{flag}", made[p]) for flag, p in parents.items() if p in made), tree(name))
+
+    if arm.sft is not None:
+        stage("revisions", "run_data.py revisions", f"{arm.base} {arm.revisions}")
+        stage("sft", "run_sft.py", arm.sft, data="revisions")
+    stage("preferences", "run_data.py preferences", f"{arm.base if arm.sft is None else ''} {arm.preferences}", sft="sft")
+    stage("rm", "run_rm.py", arm.rm, data="preferences", sft="sft")
+    if arm.on_chosen:
+        stage("policy", "run_sft.py", arm.policy, data="preferences", sft="sft")
+    else:
+        stage("policy", "run_ppo.py", arm.policy, rm="rm", sft="sft")
+    stage("report", "run_eval.py models", arm.report, policy="policy", sft="sft", rm="rm")
+    return made
+
+
+def code_of(tree: Path) -> str:
+    """Short hash of all that the scripts of a checkout run: run_*.py and virtue/."""
+    files = sorted(p for p in (*tree.glob("run_*.py"), *(tree / "virtue").rglob("*")) if p.is_file() and p.suffix != ".pyc")
+    return hashlib.sha256("".join(f"{p.relative_to(tree)} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in files).encode()).hexdigest()[:10]
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def lines_of(log: Path) -> list[str]:
+    return [line for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.strip()]
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that says what went wrong: the script's "error: ...", or the last one."""
+    lines = [line for line in lines_of(log) if not line.startswith("# failed")]
+    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
+
+
+def execute(stages: Iterable[Stage], runs: Path, jobs: int = 1, label: Mapping[str, str] = {}) -> dict[str, str]:
+    """Runs what is not done, parents first, `jobs` at once -> {folder: error} of what failed or could not start."""
+    stages = list({s.folder: s for s in stages}.values())
+    todo, failed, running, ended = [s for s in stages if not s.done(runs)], {}, {}, 0
+    done, seconds = {s.folder for s in stages} - {s.folder for s in todo}, {}  # seconds: of stages of a name
+    for path in runs.glob("*/run.json"):
+        seconds.setdefault(path.parent.name.rsplit("-", 1)[0], []).append(json.loads(path.read_text())["seconds"])
+    total, begin = len(todo), time.monotonic()
+    print(f"{len(stages)} stages, {len(done)} done already, {total} to run, {jobs} at once", flush=True)
+
+    def say(stage: Stage, what: str) -> None:
+        known = {s.name for s in (*todo, *running)} & seconds.keys()
+        left = sum(np.mean(seconds[s.name]) for s in (*todo, *running) if s.name in known) / jobs
+        rest = f", about {clock(left)} left" if known else ""
+        print(f"[{ended}/{total}] {what} {stage.folder} ({label.get(stage.folder, f'seed {stage.seed}')}); {clock(time.monotonic() - begin)}{rest}", flush=True)
+
+    try:
+        while todo or running:
+            for stage in todo[:]:
+                if cause := next((p for _, p in stage.parents if p.folder in failed), None):
+                    failed[stage.folder] = failed[cause.folder]
+                    todo.remove(stage)
+                    ended += 1
+                elif len(running) < jobs and all(p.folder in done for _, p in stage.parents):
+                    todo.remove(stage)
+                    folder, command = runs / stage.folder, stage.command(runs)
+                    (folder / "run.json").unlink(missing_ok=True)
+                    with open(runs / f"{stage.folder}.log", "w") as log:
+                        log.write(f"$ {shlex.join(['python', *command])}\n")
+                        log.flush()
+                        process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
+                                                   env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10"})
+                    running[stage] = process, time.monotonic(), code_of(stage.tree.path if stage.tree else ROOT)
+                    say(stage, "start")
+            time.sleep(0.05)
+            for stage, (process, started, code) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[stage]
+                ended += 1
+                took, folder, log = time.monotonic() - started, runs / stage.folder, runs / f"{stage.folder}.log"
+                if process.returncode == 0:
+                    folder.mkdir(exist_ok=True)
+                    (folder / "run.json").write_text(json.dumps(
+                        {"command": shlex.join(["python", *stage.command(runs)]), "seed": stage.seed, "seconds": took, "code": code}) + "\n")
+                if process.returncode == 0 and stage.done(runs):
+                    done.add(stage.folder)
+                    seconds.setdefault(stage.name, []).append(took)
+                    say(stage, f"{took:.0f} s for")
+                    continue
+                failed[stage.folder] = last_error(log)
+                with open(log, "a") as file:
+                    file.write(f"\n# failed with status {process.returncode}\n")
+                say(stage, "FAILED:")
+                first, *rest = lines_of(log)
+                print("\n  | ".join(["  " + first, *rest[-15:]]), flush=True)
+    finally:  # on Ctrl-C: end what runs; a stage without run.json is run again
+        for process, *_ in running.values():
+            process.terminate()
+        for process, *_ in running.values():
+            process.wait()
+    return failed
+
+
+# ---- tables
+
+
+class Run(NamedTuple):
+    """What a finished chain has to say."""
+
+    start: str  # the model that PPO started from: sft, or base
+    final: str
+    models: dict[str, dict[str, float]]  # model -> column of run_eval.py
+    gold: dict[str, dict[str, float]]  # model -> prompt id -> gold
+    curve: list[tuple[float, float]]  # KL and gold of PPO's own dialogues, iteration by iteration; none of answers alone
+
+
+def load(report: Path) -> Run:
+    scores = json.loads((report / "scores.json").read_text())
+    samples = [json.loads(line) for line in (report / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    gold = {name: {s["id"]: s[name]["gold"]["overall"] for s in samples if "gold" in s[name]} for name in scores["models"]}
+    *_, start, final = scores["models"]
+    return Run(start, final, scores["models"], gold, [(c["kl"], c["gold"]) for c in scores.get("curve", []) if c["gold"] is not None])
+
+
+def gold_at(curve: Sequence[tuple[float, float]], kl: float) -> float:
+    """Gold where the run first reaches `kl`, on the line between two iterations; nan where it never does."""
+    before = (-np.inf, 0.0)
+    for x, y in curve:
+        if x >= kl:  # the iterations before it were all below
+            return y if np.isinf(before[0]) else before[1] + (y - before[1]) * (kl - before[0]) / (x - before[0])
+        before = x, y
+    return float("nan")
+
+
+def paired(a: Sequence[Mapping[str, float]], b: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:
+    """Mean of b - a over seeds and the prompts that both have, with its 95 % interval; one mapping by prompt a seed."""
+    ids = [sorted(x.keys() & y.keys()) for x, y in zip(a, b, strict=True)]
+    a, b = ([np.array([row[i] for i in keep]) for row, keep in zip(rows, ids)] for rows in (a, b))
+    return hierarchical_bootstrap(a, b) if len(a) > 1 else paired_bootstrap(a[0], b[0], resamples=2000)
+
+
+def seed_test(a: Sequence[float], b: Sequence[float]) -> float:
+    """Exact two-sided p of b - a, one value a seed; nan for one seed."""
+    return permutation_test(a, b) if len(a) > 1 else float("nan")
+
+
+def cell(value: float, low: float | None = None, high: float | None = None, sign: str = "", digits: int = 3) -> str:
+    if np.isnan(value):
+        return "–"
+    return f"{value:{sign}.{digits}f}" + ("" if low is None else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]")
+
+
+def rows_of(found: Sequence[Sequence[str]], head: str) -> str:
+    heads = head.split(" | ")
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *found))
+
+
+def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str:
+    """Two tables in markdown, from arm -> seed -> run; the first arm is what the others are compared with.
+
+    Equal KL: the smallest of the runs' largest KL, runs that never reach `least_kl` nats left out.
+    """
+    reached = [kl for arm in found.values() for run in arm.values() if run.curve and (kl := max(x for x, _ in run.curve)) >= least_kl]
+    kl, first = min(reached, default=float("nan")), next(iter(found))
+    at = {arm: {seed: gold_at(run.curve, kl) for seed, run in runs.items()} for arm, runs in found.items()}
+    means = {arm: {seed: float(np.mean([*run.gold[run.final].values()])) for seed, run in runs.items()} for arm, runs in found.items()}
+    shared = {arm: sorted(runs.keys() & found[first].keys()) if arm != first else [] for arm, runs in found.items()}
+    p = {arm: seed_test([means[first][s] for s in seeds], [means[arm][s] for s in seeds]) for arm, seeds in shared.items() if seeds}
+    tested = [arm for arm in p if not np.isnan(p[arm])]
+    adjusted = dict(zip(tested, holm([p[arm] for arm in tested]))) if tested else {}
+    main, details = [], []
+    for arm, runs in found.items():
+        if not runs:
+            main.append([arm, "none", *["–"] * 8])
+            continue
+        each, seeds = list(runs.values()), shared[arm]
+
+        def level(name: str) -> str:
+            gold = [run.gold[name] for run in each if name in run.gold]
+            return cell(*paired([dict.fromkeys(g, 0.0) for g in gold], gold)) if gold else "–"
+
+        def mean(key: str, which: str = "final", over: str | None = None, digits: int = 3) -> str:
+            values = [run.models[getattr(run, which)].get(key, np.nan) / (run.models[over][key] if over else 1) for run in each]
+            return cell(float(np.mean(values)), digits=digits)
+
+        both = [s for s in seeds if not np.isnan([at[arm][s], at[first][s]]).any()]
+        apart = [at[arm][s] - at[first][s] for s in both]
+        here = cell(float(np.nanmean([*at[arm].values()]))) if not np.isnan([*at[arm].values()]).all() else "–"
+        main.append([
+            arm, " ".join(map(str, runs)), level("base"), level("sft") if each[0].start == "sft" else "–", level(each[0].final),
+            cell(*paired([run.gold[run.start] for run in each], [run.gold[run.final] for run in each]), sign="+"),
+            cell(*paired(*([found[x][s].gold[found[x][s].final] for s in seeds] for x in (first, arm))), sign="+") if seeds else "–",
+            cell(p.get(arm, np.nan)), cell(adjusted.get(arm, np.nan)),
+            f"{here}; {cell(*(t_interval(apart) if len(apart) > 1 else (apart[0],)), sign='+')}" if apart else here])
+        details.append([
+            arm, " / ".join(mean(f"gold/{lens}") for lens in LENSES), mean("kl", digits=2), mean("perplexity", over="base"),
+            " / ".join(mean(f"patterns/{lens}") for lens in LENSES), mean("broken"), mean("fits"), mean("ended"),
+            *(f"{mean(key, 'start')} → {mean(key)}" for key in ("study_score", "study_score_standardised")), mean("length", digits=1)])
+    text = rows_of(main, f"gold | seeds | base | SFT | final | gain of the last stage | final − {first}'s | p | p, Holm | at KL {kl:.2f}; − {first}'s")
+    return text + "\n\n" + rows_of(details, "final model, mean over seeds | gold, by lens | KL | perplexity / base's | distinct, names masked, by lens | "
+                                    "broken | fits | ended | Score: start → final | standardised | tokens")
+
+
+def show(name: str, runs: Path, seeds: Sequence[int], fast: bool) -> None:
+    question, arms = EXPERIMENTS[name]
+    found, missing, codes = {arm.name: {} for arm in arms}, [], set()
+    for arm in arms:
+        for seed in seeds:
+            made = chain(arm, seed, fast)
+            if made["report"].done(runs):
+                found[arm.name][seed] = load(runs / made["report"].folder)
+                codes |= {json.loads((runs / s.folder / "run.json").read_text())["code"] for s in made.values()}
+                continue
+            logs = [runs / f"{s.folder}.log" for s in made.values() if not s.done(runs) and (runs / f"{s.folder}.log").is_file()]
+            bad = next((log for log in logs if lines_of(log)[-1].startswith("# failed")), None)
+            missing.append(f"- {arm.name}, seed {seed}: " + (f"{bad.stem.split('-')[0]} failed: {last_error(bad)}" if bad else "not finished"))
+    print(f"\n## {name}: {question}\n")
+    if fast:
+        print("**At `--scale fast`: a check that all runs, not a result.**\n")
+    print(tables(found), end="\n\n")
+    print("Gold of held-out prompts, 0 worst to 1 oracle; 95 % intervals: seeds, then prompts, resampled (one seed: prompts alone); p: all sign flips of "
+          "the seeds' differences; at equal KL: of PPO's own dialogues, Student's t over seeds. By lens: action / motivation / consequence.")
+    if len(codes) > 1:
+        print(f"\n**Warning: {len(codes)} versions of the code made these stages ({', '.join(sorted(codes))}).**")
+    if missing:
+        print("\n" + "\n".join(missing))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"{', '.join(EXPERIMENTS)}, or all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/experiments", help="folder of the stages' folders")
+    parser.add_argument("--jobs", type=int, default=1, help="stages at once, one thread each: at most as many as cores")
+    parser.add_argument("--scale", choices=("full", "fast"), default="full", help="fast: small numbers of everything, to see that all runs")
+    for flag, help_text in (("--list", "name the experiments and their arms"), ("--dry-run", "print the commands, run nothing"),
+                            ("--table", "print the tables of what is finished, run nothing")):
+        parser.add_argument(flag, action="store_true", help=help_text)
+    args = parser.parse_args(argv)
+    names, fast, seeds = list(EXPERIMENTS) if "all" in args.experiments else args.experiments, args.scale == "fast", list(dict.fromkeys(args.seeds))
+    if args.list:
+        for name, (question, arms) in EXPERIMENTS.items():
+            print(f"{name}: {question}\n  {'; '.join(arm.name for arm in arms)}")
+        return 0
+    if not names or set(names) - EXPERIMENTS.keys() or args.jobs < 1 or min(seeds) < 0:
+        parser.error(f"give experiments of {', '.join(EXPERIMENTS)}, or all; --jobs of at least 1; seeds of at least 0")
+    runs = args.runs.resolve()
+    runs = runs.relative_to(ROOT) if runs.is_relative_to(ROOT) else runs
+    os.chdir(ROOT)
+    failed = {}
+    if not args.table:
+        label, stages = {}, []
+        for seed in seeds:  # seed by seed, so that a whole table, if a wide one, comes early
+            for name in names:
+                for arm in EXPERIMENTS[name][1]:
+                    for stage in chain(arm, seed, fast).values():
+                        stages.append(stage)
+                        label.setdefault(stage.folder, f"{name}: {arm.name}, seed {seed}")
+        if args.dry_run:
+            stages = list({s.folder: s for s in stages}.values())
+            for stage in stages:
+                print(f"{'# done: ' if stage.done(runs) else ''}{shlex.join(['python', *stage.command(runs)])}")
+            print(f"# {len(stages)} stages, {sum(s.done(runs) for s in stages)} done")
+            return 0
+        failed = run_locked(stages, runs, args.jobs, label)
+    for name in names:
+        show(name, runs, seeds, fast)
+    return 1 if failed else 0
+
+
+def run_locked(stages: Iterable[Stage], runs: Path, jobs: int, label: Mapping[str, str] = {}) -> dict[str, str]:
+    """`execute`, alone in the folder; SIGTERM ends it as Ctrl-C does."""
+    runs.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with open(runs / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sys.exit(f"error: {runs}: another process is at work there: wait for it, or give other --runs")
+        try:
+            return execute(stages, runs, jobs, label)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
