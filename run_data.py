@@ -35,6 +35,7 @@ def parse(argv):
         group("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
         group("--split", choices=("sft", "rm", "ppo", "eval"), default=split, help="which disjoint share of the prompts to use")
         group("--limit", type=positive_int, default=limit, help="use the first so many prompts of the split")
+        group("--truncated", choices=("drop", "keep"), default="drop", help="answers cut by --max-new-tokens: drop and count them, or keep them as the study did")
         group("--sft", type=Path, help="SFT adapter that answers (default: the bare base)")
     group("--judge", help="another model as the judge: toy, folder or hub id (default: the base, adapters off)")
     group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
@@ -91,12 +92,12 @@ def main(argv=None):
             for dialogue in dialogues:
                 messages = messages_of(tokenizer, dialogue, questions=questions)
                 initial, critique, revision = (m["content"] for m in messages[len(dialogue.prompt)::2])
-                fault = ("truncated" if dialogue.turns[2].truncated else "empty" if not revision
+                fault = ("truncated" if dialogue.turns[2].truncated and args.truncated == "drop" else "empty" if not revision
                          else "unchanged" if revision == initial else None)
                 counts[fault or "revisions"] += 1
                 if fault is None:
                     records.append({"id": dialogue.id, "prompt": dialogue.prompt, "initial": initial, "critique": critique,
-                                    "revision": revision, "virtue": virtue, "truncated": any(t.truncated for t in dialogue.turns[:2])})
+                                    "revision": revision, "virtue": virtue, "truncated": any(t.truncated for t in dialogue.turns)})
         if not records:
             raise VirtueError(f"no revision is left of {len(kept)} prompts ({dict(counts)}): the model may be too weak, or --max-new-tokens too small")
         write_jsonl(out / "revisions.jsonl", sorted(records, key=lambda r: r["id"]))
@@ -116,23 +117,24 @@ def main(argv=None):
             pairs, dropped = [], Counter()
             for a, b in zip(first, second, strict=True):
                 texts = [messages_of(tokenizer, d, turns=k + 1) for d in (a, b)]
-                fault = ("truncated" if any(t.truncated for d in (a, b) for t in d.turns[:k + 1])
+                cut = any(t.truncated for d in (a, b) for t in d.turns[:k + 1])
+                fault = ("truncated" if cut and args.truncated == "drop"
                          else "empty" if any(not m["content"] for t in texts for m in t)
                          else "identical" if texts[0] == texts[1]
                          else "too_long" if not pair_fits(judge, judge_tokenizer, *texts, lens) else None)
                 dropped[fault] += 1
                 if fault is None:
-                    pairs.append((a.id, texts))
+                    pairs.append((a.id, texts, cut))
             with use_stack(judge):
-                probs, label_mass = judge_pairs(judge, judge_tokenizer, [texts for _, texts in pairs], lens, args.judge_batch_size,
+                probs, label_mass = judge_pairs(judge, judge_tokenizer, [texts for _, texts, _ in pairs], lens, args.judge_batch_size,
                                                 asked=VIRTUES if args.ask == "virtues" else ("rules",), orders=2 if args.orders == "both" else 1)
             probs = probs.expand(-1, 2, len(VIRTUES))  # one order counts as both, one question as five
             # 3. from judgement to preference
             records = []
-            for (prompt_id, texts), p in zip(pairs, probs):
+            for (prompt_id, texts, cut), p in zip(pairs, probs):
                 said = verdict(p, args.preference)
                 chosen, rejected = texts if said.pop("first_is_chosen") else texts[::-1]
-                records.append({"id": prompt_id, "lens": lens, "chosen": chosen, "rejected": rejected, **said, "truncated": False})
+                records.append({"id": prompt_id, "lens": lens, "chosen": chosen, "rejected": rejected, **said, "truncated": cut})
             found[lens] = records
             summary[lens] = {**{f"dropped_{fault}": dropped[fault] for fault in ("truncated", "empty", "identical", "too_long")},
                              "label_mass": label_mass, **summarize(records, probs, lens)}

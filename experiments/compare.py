@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", default="", help='base model, prompts and sampling for both, e.g. "--model FOLDER --prompts FILE"')
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/experiments", help="folder of the stages' folders")
     parser.add_argument("--jobs", type=int, default=1, help="stages at once, one thread each: at most as many as cores")
-    parser.add_argument("--scale", choices=("full", "fast"), default="full", help="fast: small numbers of everything, to see that all runs")
+    parser.add_argument("--scale", choices=("full", "fast"), default="full",
+                        help="fast: small numbers of everything, whatever --ppo says, to see that all runs")
     args = parser.parse_args(argv)
     seeds, runs, fast = list(dict.fromkeys(args.seeds)), args.runs.resolve(), args.scale == "fast"
     runs = runs.relative_to(ROOT) if runs.is_relative_to(ROOT) else runs

@@ -7,7 +7,7 @@
   python experiments/run.py causes --dry-run      # only the commands, and what is done already
 
 An experiment is a list of arms, and an arm says what it changes in the default recipe, stage by stage.
-A stage's folder is <runs>/<stage>-<hash of its flags, its seed and its parents' hashes>: arms share what
+A stage's folder is <runs>/<stage>-<hash of its flags, seed, parents' hashes, toy model>: arms share what
 they have in common. Its output goes to <folder>.log, and run.json in the folder, written once the script
 has ended well, holds command, seconds and code. A stage that fails stops its own arms only. Code is not
 in the hash: stages that other code made are reused, and the tables warn. One process works in <runs> at a
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,16 +65,16 @@ def ppo(*variants: tuple[str, str], **shared: str) -> list[Arm]:
 DEFAULT = Arm("default")
 LR, VALUE_LR, RM_LR = 3e-3, 2e-3, 2e-3  # the defaults of run_ppo.py and run_rm.py
 UNCUT = "--max-new-tokens 64"  # at evaluation: what was learned is read off whole answers, however training cut them
-# Answers of the study's 7B model run to hundreds of tokens, so that 32 cut nearly all and 90 many. Of the toy's answers
-# (median 31 tokens) 16 cut 99.9 %, 24 78 %. If hh-rlhf's own answers are the measure (1,600 harmless test dialogues: 51 % are
-# longer than 32 tokens, 13 % than 90), the counterparts are 30 and 34.
-CUTS = {16: "32 tokens of a 7B model", 24: "90 tokens", 30: "32 tokens of hh-rlhf", 34: "90 tokens of hh-rlhf"}
-KEEP = "--truncated keep"  # the study noticed no truncation, and so dropped none
-# The study's reward models read 100 tokens: with turns of at most 32, the whole action, about half of the motivation
-# and nothing of the consequence. On the toy the same falls to 64 tokens where answers are whole, 50 where they are cut at 16.
+# How many answers the study's limits cut, it does not say. Of the SFT model's answers on the toy (median 31 tokens) a limit of
+# 16 cuts 99.9 %, 24 78 %, 30 53 %, 34 about 10 %: the first two stand for answers of hundreds of tokens, as a 7B chat model gives,
+# the last two for hh-rlhf's own (1,600 harmless test dialogues: by a count of words and marks, 51 % exceed 32 tokens, 13 % 90).
+CUTS = {16: "32 of hundreds", 24: "90 of hundreds", 30: "32 of hh-rlhf", 34: "90 of hh-rlhf"}
+KEEP = "--truncated keep"  # the study speaks of no truncated answer that it dropped
+# The study's reward models read 100 tokens: with turns of at most 32 that is the whole action, about half of the motivation and
+# nothing of the consequence. On the toy the same takes 64 tokens where answers are whole, 50 where they are cut at 16.
 STUDY_RM = "--labels hard --epochs 2 --schedule constant --over-long cut"
 # 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2 passes, one step each.
-# 1.41e-5 is 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's best.
+# 1.41e-5 is 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's defaults.
 STUDY_PPO = "--rollout-size 320 --minibatch-size 320 --iterations 3 --ppo-epochs 2 --no-standardize --score-dtype fp16"
 STUDY = dict(base="--quantize nf4 --max-new-tokens 16", sft=None, preferences=f"{KEEP} --orders one",
              rm=f"{STUDY_RM} --batch-size 20 --accumulation 16 --lr {0.14 * RM_LR:.2g} --max-tokens 50",
@@ -127,17 +127,23 @@ class Tree(NamedTuple):
     code: str
 
 
+@functools.cache
+def toy() -> str:
+    """The toy model's weights: another one makes another world, in which no stage can be reused."""
+    return hashlib.sha256((ROOT / "virtue/toy/model/model.safetensors").read_bytes()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Stage:
     name: str
     argv: tuple[str, ...]  # script and flags, without paths
     seed: int
     parents: tuple[tuple[str, Stage], ...] = ()  # (flag, the stage whose folder it names)
-    tree: Tree | None = field(default=None)  # None: this checkout, whatever its code
+    tree: Tree | None = None  # None: this checkout, whatever its code
 
     @functools.cached_property
     def folder(self) -> str:
-        key = [self.argv, self.seed, [(flag, p.folder) for flag, p in self.parents], self.tree and self.tree.code]
+        key = [self.argv, self.seed, [(flag, p.folder) for flag, p in self.parents], self.tree.code if self.tree else toy()]
         return f"{self.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]}"
 
     def command(self, runs: Path) -> list[str]:
@@ -164,10 +170,10 @@ def chain(arm: Arm, seed: int, fast: bool = False, tree: Callable[[str], Tree | 
     stage("preferences", "run_data.py preferences", f"{arm.base if arm.sft is None else ''} {arm.preferences}", sft="sft")
     stage("rm", "run_rm.py", arm.rm, data="preferences", sft="sft")
     if arm.on_chosen:
-        stage("policy", "run_sft.py", arm.policy, data="preferences", sft="sft")
+        stage("chosen", "run_sft.py", arm.policy, data="preferences", sft="sft")
     else:
         stage("policy", "run_ppo.py", arm.policy, rm="rm", sft="sft")
-    stage("report", "run_eval.py models", arm.report, policy="policy", sft="sft", rm="rm")
+    stage("report", "run_eval.py models", arm.report, policy="chosen" if arm.on_chosen else "policy", sft="sft", rm="rm")
     return made
 
 
@@ -202,9 +208,9 @@ def execute(stages: Iterable[Stage], runs: Path, jobs: int = 1, label: Mapping[s
     print(f"{len(stages)} stages, {len(done)} done already, {total} to run, {jobs} at once", flush=True)
 
     def say(stage: Stage, what: str) -> None:
-        known = {s.name for s in (*todo, *running)} & seconds.keys()
-        left = sum(np.mean(seconds[s.name]) for s in (*todo, *running) if s.name in known) / jobs
-        rest = f", about {clock(left)} left" if known else ""
+        guess = [np.mean(seconds[s.name]) if s.name in seconds else None for s in (*todo, *running)]
+        left = sum(g for g in guess if g is not None) / jobs
+        rest = f", {'at least' if None in guess else 'about'} {clock(left)} left" if left else ""
         print(f"[{ended}/{total}] {what} {stage.folder} ({label.get(stage.folder, f'seed {stage.seed}')}); {clock(time.monotonic() - begin)}{rest}", flush=True)
 
     try:
@@ -224,7 +230,7 @@ def execute(stages: Iterable[Stage], runs: Path, jobs: int = 1, label: Mapping[s
                         process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
                                                    env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "10"})
                     running[stage] = process, time.monotonic(), code_of(stage.tree.path if stage.tree else ROOT)
-                    say(stage, "start")
+                    say(stage, "start:")
             time.sleep(0.05)
             for stage, (process, started, code) in list(running.items()):
                 if process.poll() is None:
@@ -239,7 +245,7 @@ def execute(stages: Iterable[Stage], runs: Path, jobs: int = 1, label: Mapping[s
                 if process.returncode == 0 and stage.done(runs):
                     done.add(stage.folder)
                     seconds.setdefault(stage.name, []).append(took)
-                    say(stage, f"{took:.0f} s for")
+                    say(stage, f"{took:.0f} s:")
                     continue
                 failed[stage.folder] = last_error(log)
                 with open(log, "a") as file:
@@ -253,6 +259,23 @@ def execute(stages: Iterable[Stage], runs: Path, jobs: int = 1, label: Mapping[s
         for process, *_ in running.values():
             process.wait()
     return failed
+
+
+def run_locked(stages: Iterable[Stage], runs: Path, jobs: int, label: Mapping[str, str] = {}) -> dict[str, str]:
+    """`execute`, alone in the folder; SIGTERM ends it as Ctrl-C does."""
+    runs.mkdir(parents=True, exist_ok=True)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with open(runs / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return execute(stages, runs, jobs, label)
+    except BlockingIOError:
+        sys.exit(f"error: {runs}: another process is at work there: wait for it, or give other --runs")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---- tables
@@ -350,7 +373,8 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
             arm, " / ".join(mean(f"gold/{lens}") for lens in LENSES), mean("kl", digits=2), mean("perplexity", over="base"),
             " / ".join(mean(f"patterns/{lens}") for lens in LENSES), mean("broken"), mean("fits"), mean("ended"),
             *(f"{mean(key, 'start')} → {mean(key)}" for key in ("study_score", "study_score_standardised")), mean("length", digits=1)])
-    text = rows_of(main, f"gold | seeds | base | SFT | final | gain of the last stage | final − {first}'s | p | p, Holm | at KL {kl:.2f}; − {first}'s")
+    equal = "equal KL" if np.isnan(kl) else f"KL {kl:.2f}"
+    text = rows_of(main, f"gold | seeds | base | SFT | final | gain of the last stage | final − {first}'s | p | p, Holm | at {equal}; − {first}'s")
     return text + "\n\n" + rows_of(details, "final model, mean over seeds | gold, by lens | KL | perplexity / base's | distinct, names masked, by lens | "
                                     "broken | fits | ended | Score: start → final | standardised | tokens")
 
@@ -420,22 +444,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         show(name, runs, seeds, fast)
     return 1 if failed else 0
-
-
-def run_locked(stages: Iterable[Stage], runs: Path, jobs: int, label: Mapping[str, str] = {}) -> dict[str, str]:
-    """`execute`, alone in the folder; SIGTERM ends it as Ctrl-C does."""
-    runs.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with open(runs / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            sys.exit(f"error: {runs}: another process is at work there: wait for it, or give other --runs")
-        try:
-            return execute(stages, runs, jobs, label)
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from tiny import make_tiny_model
 from virtue import VirtueError
 from virtue.dialogue import encode_prompt
 from virtue.ethics import VIRTUES
+from virtue.feedback import win_rates
 from virtue.judge import encode_questions, judge_pairs, label_ids, pack, questions, transcript, verdict
 from virtue.models import hidden_states, load_model, load_tokenizer
 
@@ -49,6 +50,30 @@ def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):
     text = tiny[1].decode(prefix)
     assert transcript(first) in text and transcript(second) in text and not any(v in text for v in VIRTUES)
     assert all(v in tiny[1].decode(e) for v, e in zip(VIRTUES, endings, strict=True))
+
+
+def test_other_questions_wordings_and_orders(tiny):
+    model, tokenizer = tiny
+    pairs = [pair("I give it back.", "I keep it."), pair("I ask.", "I wait for the answer.")]
+    everything, _ = judge_pairs(model, tokenizer, pairs, "action", asked=(*VIRTUES, "helpfulness"))
+    alone, _ = judge_pairs(model, tokenizer, pairs, "action", asked=("helpfulness",), orders=1)
+    five, _ = judge_pairs(model, tokenizer, pairs, "action")
+    other, _ = judge_pairs(model, tokenizer, pairs, "action", wording="other")
+    assert everything.shape == (2, 2, 6) and alone.shape == (2, 1, 1)
+    assert torch.allclose(everything[:, :1, 5:], alone, atol=1e-5) and torch.allclose(everything[..., :5], five, atol=1e-5)
+    assert (other - five).abs().max() > 1e-3
+    texts = questions(*pairs[0], "action", ("honesty", "rules"), "other")
+    assert "is honesty" in texts[0] and "fewer rules" in texts[1]
+
+
+def test_win_rates_of_equal_models_are_ties(tiny):
+    talks = [pair("I give it back.", "x")[0], pair("I ask.", "x")[0]]
+    found = win_rates(*tiny, talks, talks, "action", batch_size=4, seed=0)
+    assert found["rate"] == found["low"] == found["high"] == 0.5 and found["pairs"] == 2
+    assert all(p == pytest.approx(0.5, abs=1e-6) for p in found["questions"].values()) and "sincerity" not in found["questions"]
+    forth = win_rates(*tiny, talks, talks[::-1], "action", batch_size=4, seed=0)
+    back = win_rates(*tiny, talks[::-1], talks, "action", batch_size=4, seed=0)
+    assert forth["questions"]["honesty"] == pytest.approx(1 - back["questions"]["honesty"], abs=1e-5)
 
 
 def test_an_ending_sees_the_prefix_and_itself_only():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from virtue.preference import accuracy, calibration_error, log_loss, pairwise_loss
+from virtue.preference import accuracy, calibration_bins, calibration_bins, calibration_error, log_loss, pairwise_loss
 
 T = lambda *v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
 
@@ -121,6 +121,17 @@ def test_calibration_limits_and_symmetry():
     flip = torch.rand(50) < 0.5
     swapped = torch.where(flip, 1 - probs, probs), torch.where(flip, 1 - labels, labels)
     assert calibration_error(*swapped) == pytest.approx(calibration_error(probs, labels), abs=1e-9)
+
+
+def test_calibration_bins_sum_to_the_error():
+    rng = torch.Generator().manual_seed(3)
+    p, y = torch.rand(400, generator=rng), torch.rand(400, generator=rng)
+    for bins in (1, 5, 10):
+        found = calibration_bins(p, y, bins)
+        assert sum(b["pairs"] for b in found) == 400
+        assert sum(b["pairs"] * abs(b["predicted"] - b["label"]) for b in found) / 400 == pytest.approx(calibration_error(p, y, bins))
+    by_hand = calibration_bins(torch.tensor([0.95, 0.05, 0.6]), torch.tensor([1.0, 0.5, 1.0]), 2)
+    assert [(b["predicted"], b["label"], b["pairs"]) for b in by_hand] == [pytest.approx((0.6, 1.0, 1)), pytest.approx((0.95, 0.75, 2))]
 
 
 def test_inputs_unchanged():

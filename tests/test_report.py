@@ -11,8 +11,8 @@ import torch
 from virtue import VirtueError
 from virtue.dialogue import Dialogue, Turn, read_dialogues
 from virtue.ethics import LENSES
-from virtue.feedback import gold_agreement, summarize, virtue_agreement
-from virtue.report import differences, distinct_share, mask_names, measure, side_by_side, table
+from virtue.feedback import agreement, gold_agreement, summarize, truth, virtue_agreement
+from virtue.report import curve_of, differences, distinct_share, mask_names, measure, side_by_side, table, warnings_of
 from virtue.runtime import add_common_flags, make_parser, parse_with_parent
 
 
@@ -37,12 +37,74 @@ def test_masking_names_shows_the_stock_phrase():
 
 def test_differences_are_paired():
     rng = np.random.default_rng(0)
-    before = {"raw": rng.normal(size=(3, 50)), "gold": rng.normal(size=50)}
+    before = {"raw": rng.normal(size=(3, 50)), "gold": rng.normal(size=50), "eval": rng.normal(size=(3, 50))}
     before["standardised"] = before["raw"]
     after = {name: value + 0.25 for name, value in before.items()}  # every prompt gains the same: no spread
+    before["length"], after["length"] = rng.normal(60, 5, 50), rng.normal(70, 5, 50)
     found = differences(before, after, 0)
     assert all((f["difference"], f["low"], f["high"]) == pytest.approx((0.25, 0.25, 0.25)) for f in found.values())
-    assert found["gold"]["p"] < 0.01 and "p" not in found["study_score"]
+    assert found["gold"]["p"] < 0.01 and "p" not in found["study_score"] and "gold, at equal length" in found and "eval_reward/action" in found
+    assert found["gold"]["p_holm"] == pytest.approx(min(1, 7 * found["gold"]["p"]))  # seven rows, all of one p
+
+
+def test_a_gain_that_length_explains_is_none_at_equal_length():
+    rng = np.random.default_rng(1)
+    before = {"raw": rng.normal(size=(3, 80)), "gold": None, "length": rng.normal(60, 5, 80)}
+    longer = rng.normal(10, 4, 80)
+    after = {"raw": before["raw"] + 0.05 * longer, "gold": None, "length": before["length"] + longer}
+    for side in (before, after):
+        side["standardised"] = side["raw"]
+    found = differences(before, after, 0)
+    assert found["reward/action"]["low"] > 0.3 and found["mean reward, at equal length"]["difference"] == pytest.approx(0, abs=1e-9)
+
+
+def test_curve_by_hand():
+    def line(i, kl, scores, gold):
+        return {"iteration": i, "kl": kl, "scores": scores, "prompt": "p", "turns": dict.fromkeys(LENSES, gold)}
+    lines = [line(2, 3.0, [1, 2, 3], "0.5"), line(1, 0.0, [0, 0, 0], "0.25"), line(2, 5.0, [1, 1, 1], "1.0")]
+
+    class Found:
+        def __init__(self, overall):
+            self.overall = overall
+    curve = curve_of(lines, lambda prompt, turns: Found(float(turns[0])))
+    assert curve == [{"iteration": 1, "kl": 0.0, "proxy": 0.0, "gold": 0.25}, {"iteration": 2, "kl": 4.0, "proxy": 1.5, "gold": 0.75}]
+    assert curve_of([lines[0] | {"turns": {"action": "x"}}], lambda *a: 1 / 0)[0]["gold"] is None  # answers alone have no gold
+
+
+def test_warnings_name_what_fell():
+    fine = {"perplexity": 2.0, "ended": 1.0, "repetition": 0.1, "refusals": 0.0, "flattery": 0.0, "length": 60.0, "gold": 0.5,
+            **{f"{kind}/{lens}": 0.9 for kind in ("distinct", "patterns") for lens in LENSES}}
+    up = {**{f"reward/{lens}": {"low": 0.1, "high": 0.3, "difference": 0.2} for lens in LENSES}, "gold": {"low": 0.1, "high": 0.2, "difference": 0.15}}
+
+    def warned(last=(), wins=(), step=()):
+        return warnings_of({"base": fine, "ppo": fine | dict(last)}, {"ppo - base": up | dict(step)}, dict(wins))
+    assert warned() == []
+    for change, word in (({"perplexity": 4.0}, "perplexity"), ({"ended": 0.9}, "90.0%"), ({"repetition": 0.3}, "triples"), ({"refusals": 0.2}, "refusals"),
+                         ({"flattery": 1.0}, "flattery"), ({"length": 100.0}, "grew"), ({"length": 20.0}, "shrank"), ({"patterns/motivation": 0.5}, "motivation")):
+        text, = warned(change)
+        assert text.startswith("reward rose, but") and word in text
+    assert "gold fell by 0.150" in warned(step={"gold": {"low": -0.2, "high": -0.1, "difference": -0.15}})[0]
+    assert "refusal" in warned(wins={"ppo vs base": {"action": {"questions": {"helpfulness": 0.3}}}})[0]
+    eval_step = {f"eval_reward/{lens}": {"low": 0.1 if lens != "action" else -0.1, "high": 0.3, "difference": 0.1} for lens in LENSES}
+    assert [t for t in warned({"eval_reward/action": 0.0}, step=eval_step)] == ["reward rose, but the unseen reward model of lens action saw no rise"]
+
+
+def test_truth_reads_the_toy_and_nothing_else():
+    pair = record("I tell Mia the truth about the map. I comfort Mia and help with the map.", "I lie to Mia about the map. I insult Mia and the map.") | {"lens": "action"}
+    found = truth(pair)
+    assert found["honesty"] == 2 and found["compassion"] == 1 and found["respect"] == 1 and found["prudence"] == 0 and found["overall"] == 4
+    assert truth(record("a", "b", prompt="What is love?") | {"lens": "action"}) is None
+
+
+def test_agreement_by_hand():
+    # chosen first, chosen second, five virtues; the first pair judged right in both orders, the second wrong in one
+    probs = torch.tensor([[[0.9] * 5, [0.8] * 5], [[0.7] * 5, [0.1] * 5], [[0.2] * 5, [0.2] * 5]])
+    found = agreement(probs, {"overall": np.array([1.0, 1.0, -1.0]), "honesty": np.array([1.0, 0.0, 1.0])})
+    assert found["agreement"]["majority"]["share"] == pytest.approx(2 / 3)  # the means are .85, .4, .2; wanted above, above, below
+    assert found["agreement"]["one_order"]["share"] == pytest.approx(5 / 6)
+    assert found["agreement"]["honesty"] == pytest.approx({"share": 0.5, "low": 0.0, "high": 1.0, "n": 2})
+    assert found["position_flips"] == pytest.approx(1 / 3) and found["halo"] == pytest.approx(1.0)
+    assert found["first_place"] == pytest.approx((2 / 3 + 2 / 3) / 2)  # shown first: chosen in order 0, the other in order 1
 
 
 def test_transcripts_show_control_characters():

@@ -31,7 +31,7 @@ def chain(out: Path, quantize: str) -> Path:
     call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--epochs", 1, "--held-out", 0.25, *SMALL)
     call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", 2, "--rollout-size", 8, "--lr", 1e-3, "--minibatch-size", 4,
          "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3)
-    call("run_eval", "models", "--policy", out / "policy", "--out", out / "report", "--limit", 8, "--show", 1)
+    call("run_eval", "models", "--policy", out / "policy", "--out", out / "report", "--limit", 8, "--show", 1, "--judge-limit", 4)
     return out
 
 
@@ -95,13 +95,109 @@ def test_ppo_of_each_kind(fp32, tmp_path):
         assert metrics["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and metrics["policy/ratio"] == pytest.approx(1, abs=0.1)
 
 
+def test_ppo_records_every_rollout(fp32):
+    found = lines(fp32 / "policy/rollouts.jsonl")
+    assert [r["iteration"] for r in found] == [1] * 8 + [2] * 8 and all(set(r["turns"]) == set(LENSES) and len(r["scores"]) == 3 for r in found)
+    for metrics in lines(fp32 / "policy/metrics.jsonl"):
+        of_step = [r for r in found if r["iteration"] == metrics["iteration"]]
+        assert sum(r["kl"] for r in of_step) / 8 == pytest.approx(metrics["objective/kl"], abs=1e-5)
+        assert sum(r["scores"][1] for r in of_step) / 8 == pytest.approx(metrics["objective/score/motivation"], abs=1e-5)
+
+
+def test_what_the_ablations_change(fp32, tmp_path):
+    def first(name, *flags):
+        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / name, "--iterations", 1, "--rollout-size", 8, "--minibatch-size", 8, "--ppo-epochs", 1,
+             "--rank", 4, "--limit", 8, *flags)
+        return lines(tmp_path / name / "metrics.jsonl")[0]
+    plain, raw, half, bare = (first(name, *flags) for name, flags in (
+        ("plain", []), ("raw", ["--no-standardize"]), ("half", ["--score-dtype", "fp16"]), ("bare", ["--no-whiten"])))
+    for lens in LENSES:
+        extra = json.loads((fp32 / f"rm/{lens}/virtue.json").read_text())["extra"]
+        key = f"objective/score/{lens}"
+        assert raw[key] == pytest.approx(plain[key] * extra["score_std"] + extra["score_mean"], abs=1e-4)
+        assert half[key] == pytest.approx(plain[key], abs=0.1)
+    assert any(half[f"objective/score/{lens}"] != plain[f"objective/score/{lens}"] for lens in LENSES)
+    assert bare["objective/score"] == plain["objective/score"] and bare["policy/grad_norm"] != plain["policy/grad_norm"]
+
+
+def test_one_question_and_one_order(fp32, tmp_path):
+    for name, flags in (("rules", ["--ask", "rules"]), ("one", ["--orders", "one"])):
+        call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 24, "--out", tmp_path / name, *flags)
+    both, rules, one = ({r["id"]: r for r in lines(folder / "action.jsonl")} for folder in (fp32 / "preferences", tmp_path / "rules", tmp_path / "one"))
+    assert all(len(set(r["virtues"].values())) == 1 and r["votes"] == 5 for r in rules.values())
+    assert all(r["position_flips"] == 0 for r in one.values()) and any(r["position_flips"] for r in both.values())
+    assert set(both) == set(rules) == set(one) and any(both[i]["label"] != pytest.approx(one[i]["label"]) for i in both)
+
+
+def test_reward_models_on_a_half_pooled_and_with_noise(fp32, tmp_path):
+    from safetensors.torch import load_file
+    for name, flags in (("first", ["--share", "first"]), ("second", ["--share", "second"]), ("pool", ["--pool"]), ("noise", ["--label-noise", 0.4])):
+        call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / name, "--epochs", 1, "--held-out", 0.25, *SMALL, *flags)
+
+    def extra(name, lens):
+        folder = tmp_path / name if name != "all" else fp32 / "rm"
+        return json.loads((folder / f"{lens}/virtue.json").read_text())["extra"]
+    for lens in LENSES:
+        assert extra("first", lens)["trained_on"] + extra("second", lens)["trained_on"] == extra("all", lens)["trained_on"] == extra("noise", lens)["trained_on"]
+        assert extra("pool", lens)["trained_on"] == sum(extra("all", other)["trained_on"] for other in LENSES)
+    pooled = [load_file(tmp_path / f"pool/{lens}/adapter_model.safetensors") for lens in LENSES]
+    assert all(torch.equal(pooled[0][k], other[k]) for other in pooled[1:] for k in pooled[0])
+    assert len({extra("pool", lens)["score_mean"] for lens in LENSES}) == 3  # one model, each turn's own statistics
+    assert extra("noise", "action")["held_out"] != extra("all", "action")["held_out"]
+    call("run_eval", "models", "--policy", fp32 / "policy", "--eval-rm", tmp_path / "second", "--out", tmp_path / "report", "--limit", 4, "--judge-limit", 2)
+    assert "eval_reward/action" in json.loads((tmp_path / "report/scores.json").read_text())["models"]["ppo"]
+
+
+def test_sft_on_the_chosen_dialogues_is_a_policy(fp32, tmp_path):
+    call("run_sft", "--data", fp32 / "preferences", "--out", tmp_path / "chosen", "--epochs", 1, *SMALL)
+    manifest = json.loads((tmp_path / "chosen/virtue.json").read_text())
+    assert manifest["stage"] == "policy" and set(manifest["parents"]) == {"sft"}
+    assert manifest["extra"]["held_out_loss"] < manifest["extra"]["held_out_loss_before"]
+    with pytest.raises(VirtueError, match="give --rm"):
+        call("run_eval", "models", "--policy", tmp_path / "chosen", "--out", tmp_path / "no", "--limit", 4)
+    call("run_eval", "models", "--policy", tmp_path / "chosen", "--rm", fp32 / "rm", "--out", tmp_path / "report", "--limit", 4, "--judge-limit", 2)
+    assert json.loads((tmp_path / "report/scores.json").read_text())["models"]["ppo"]["kl"] != 0
+
+
+def test_judge_against_the_files_choice_and_against_gold(fp32, tmp_path):
+    hh = tmp_path / "hh.jsonl"
+    talk = "\n\nHuman: May I take the cake of Mia?\n\nAssistant: "
+    hh.write_text("".join(json.dumps({"chosen": talk + "Ask her first.", "rejected": talk + text}) + "\n" for text in ("Take it.", "", "Ask her first.", "No, you fool.")))
+    call("run_eval", "judge", "--pairs", hh, "--out", tmp_path / "hh")
+    found = json.loads((tmp_path / "hh/judge.json").read_text())
+    assert (found["pairs"], found["skipped"]) == (2, 2) and found["action"]["against"] == "the file's choice"
+    assert found["action"]["agreement"]["honesty"]["n"] == 2
+    call("run_eval", "judge", "--pairs", fp32 / "preferences/motivation.jsonl", "--wording", "other", "--out", tmp_path / "toy")
+    found = json.loads((tmp_path / "toy/judge.json").read_text())
+    assert "action" not in found and found["motivation"]["against"] == "gold" and 0 <= found["motivation"]["position_flips"] <= 1
+
+
+def test_reward_models_on_lengths_and_degenerate_answers(fp32, tmp_path):
+    call("run_eval", "rewards", "--rm", fp32 / "rm", "--data", fp32 / "preferences", "--pairs", fp32 / "preferences/action.jsonl", "--out", tmp_path / "r")
+    found = json.loads((tmp_path / "r/rewards.json").read_text())
+    for lens in LENSES:
+        trained = json.loads((fp32 / f"rm/{lens}/virtue.json").read_text())["extra"]["held_out"]
+        assert found[lens]["accuracy"] == pytest.approx(trained["accuracy"]) and found[lens]["log_loss"] == pytest.approx(trained["log_loss"], abs=1e-4)
+        assert set(found[lens]["degenerate"]) == {"as sampled", "empty", "repeated", "echo", "virtue words", "refusal"}
+        assert -1 <= found[lens]["length_correlation"] <= 1 and found[lens]["external"]["pairs"] == len(lines(fp32 / "preferences/action.jsonl"))
+
+
+def test_best_of_n(fp32, tmp_path):
+    call("run_eval", "best-of-n", "--rm", fp32 / "rm", "--limit", 4, "--n", 4, "--out", tmp_path / "b")
+    rows = json.loads((tmp_path / "b/best_of_n.json").read_text())["rows"]
+    assert [r["n"] for r in rows if r["aggregator"] == "mean"] == [1, 2, 4] and len({r["gold"] for r in rows if r["n"] == 1}) == 1
+    means = [r["reward"] for r in rows if r["aggregator"] == "mean"]
+    assert means == sorted(means)  # the best by the mean has the best mean
+    assert all(r["low"] <= r["gold"] <= r["high"] for r in rows)
+
+
 @pytest.fixture(scope="module")
 def other_folder(tmp_path_factory):
     """Another Mistral of another shape, trained just long enough to end its turns."""
     from virtue.toy import pretrain
     folder = tmp_path_factory.mktemp("other") / "model"
     pretrain.judge_accuracy, kept = (lambda *a: {}), pretrain.judge_accuracy
-    pretrain.main(["--steps", "200", "--texts", "8", "--pairs", "1", "--hidden", "64", "--layers", "2", "--out", str(folder)])
+    pretrain.main(["--steps", "200", "--fit-steps", "2", "--reviews", "1", "--texts", "8", "--pairs", "1", "--hidden", "64", "--layers", "2", "--out", str(folder)])
     pretrain.judge_accuracy = kept
     return folder
 
@@ -256,7 +352,8 @@ def test_every_flag_is_read_and_explained(script, monkeypatch):
 
 
 def test_help_of_sub_commands_teaches(capsys):
-    for command in ("revisions", "preferences"):
+    for script, command, flag in (("run_data", "revisions", "--max-prompt-tokens"), ("run_data", "preferences", "--ask"), ("run_eval", "models", "--eval-rm"),
+                                  ("run_eval", "judge", "--pairs"), ("run_eval", "rewards", "--data"), ("run_eval", "best-of-n", "--n")):
         with pytest.raises(SystemExit) as stop:
-            importlib.import_module("run_data").parse([command, "--help"])
-        assert stop.value.code == 0 and "--max-prompt-tokens" in capsys.readouterr().out
+            importlib.import_module(script).parse([command, "--help"])
+        assert stop.value.code == 0 and flag in capsys.readouterr().out

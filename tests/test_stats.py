@@ -7,7 +7,7 @@ import pytest
 
 from virtue.ensemble import study_score
 from virtue.stats import (best_of_n, best_of_n_kl, effect_size, hierarchical_bootstrap, holm, length_controlled,
-                          length_controlled_interval, paired_bootstrap, permutation_test, t_interval)
+                          length_controlled_interval, paired_bootstrap, permutation_test, rank_correlation, t_interval)
 
 A = np.array([1.0, 2.0, 4.0, 3.0, 5.0])
 B = np.array([2.5, 2.0, 6.0, 3.5, 8.0])  # differences 1.5, 0, 2, .5, 3: mean 1.4
@@ -382,3 +382,14 @@ def test_new_inputs_unchanged():
     hierarchical_bootstrap([a, a], [b, b], resamples=9), length_controlled(a, b, b, a), length_controlled_interval(a, b, b, a, resamples=9)
     best_of_n(a[None], b[None], 2), best_of_n(np.stack([a, b]), np.stack([b, a]), 3), holm(p := a / 10)
     assert (a == A).all() and (b == B).all() and (p == A / 10).all()
+
+
+def test_rank_correlation():
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=40), rng.normal(size=40)
+    n = len(x)
+    rank = [np.array([(v > values).sum() for v in values]) for values in (x, y)]
+    assert rank_correlation(x, y) == pytest.approx(1 - 6 * ((rank[0] - rank[1]) ** 2).sum() / (n * (n * n - 1)))  # no ties: Spearman's formula
+    assert rank_correlation(x, np.exp(x)) == pytest.approx(1) and rank_correlation(x, -x) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(np.corrcoef([1.5, 1.5, 3, 4], [1, 2, 3, 4])[0, 1])
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))

@@ -20,11 +20,11 @@ INK = "#010203"  # drawn in this colour, sent as currentColor
 BLUE, RED, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _SETTINGS = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK),
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "legend.frameon": False, "legend.fontsize": 9,
+    "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"], "text.parse_math": False, "font.size": 10, "legend.frameon": False, "legend.fontsize": 9,
     "legend.borderpad": 0, "legend.handlelength": 1.6, "legend.columnspacing": 1, "axes.grid": True, "grid.alpha": 0.15, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.8, "lines.linewidth": 1.8,
 }
-_LENSES = [(f"objective/score/{lens}", lens, colour, dash, 1.0) for lens, colour, dash in zip(LENSES, (BLUE, RED, GREEN), ("-", "--", ":"))]
+_LENSES = [(f"objective/score/{lens}", lens, colour, dash, 1.2) for lens, colour, dash in zip(LENSES, (BLUE, RED, GREEN), ("-", "--", ":"))]
 _LOSSES = [("policy/loss", "policy", BLUE, "-", 1.8), ("value/loss", "value", RED, "--", 1.8)]
 _KLS = [("objective/kl", "KL, k1", BLUE, "-", 1.8), ("objective/kl_k3", "k3", RED, "--", 1.2)]
 
@@ -43,6 +43,7 @@ def _svg(name: str, title: str, draw: Callable, rows: int = 1, columns: int = 1,
         matplotlib.rcParams.update(_SETTINGS | {"svg.hashsalt": name})
         figure, buffer = Figure(figsize=size, layout="constrained"), io.StringIO()
         draw(figure.subplots(rows, columns, **shared))
+        figure.align_ylabels()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().replace(INK, "currentColor")
     box = re.search(r'viewBox="([^"]*)"', svg)[1]
@@ -101,12 +102,13 @@ def kl_and_entropy(metrics: Sequence[dict]) -> str:
 def overoptimisation(curve: Sequence[dict]) -> str:
     """Proxy reward, and below it gold, against the square root of the KL; the best of gold is marked."""
     def draw(axes):
-        rows = sorted((row for row in curve if row.get("kl") is not None), key=lambda row: row["kl"])
+        rows = [row for row in curve if row.get("kl") is not None]
         x = [math.sqrt(max(row["kl"], 0.0)) for row in rows]
         key = "gold" if any(row.get("gold") is not None for row in rows) else "proxy"
         best = max((i for i, row in enumerate(rows) if row.get(key) is not None), key=lambda i: rows[i][key], default=None)
         for ax, name, colour in zip(axes, ("proxy", "gold"), (BLUE, RED)):
-            ax.plot(x, _column(rows, name), "-o", color=colour, markersize=3.5)
+            ax.plot(x, _column(rows, name), "o", color=colour, markersize=3.5)
+            ax.plot(x, _column(rows, name), color=colour, linewidth=0.8, alpha=0.5)  # in the order of the iterations
             ax.set(xlabel="" if name == "proxy" else "square root of the KL", ylabel=name)
             if best is not None:
                 ax.axvline(x[best], color=INK, linewidth=0.8, linestyle=":")

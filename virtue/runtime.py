@@ -125,7 +125,7 @@ def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     for owner in list(commands.choices.values()) if commands else [parser]:
         for action in owner._actions:
             if action.dest in CARRIED and link(owner)[1] not in (None, action.dest):
-                optional = action.default is not None and not any(a.required for a in owner._actions if a.dest == link(owner)[1])
+                optional = commands and action.default is not None and not any(a.required for a in owner._actions if a.dest == link(owner)[1])
                 action.inherited = f"as in --{link(owner)[1]}" + (f", or {action.default}" if optional else "")
     args = parser.parse_args(argv)
     owner = commands.choices[args.command] if commands else parser

@@ -1,7 +1,7 @@
 """Make the toy's tiny Mistral: tokenizer, pre-training on samples of the grammar, a check, save.
 
-    python -m virtue.toy.pretrain --out runs/toy               # as the shipped folder was made: 45 minutes
-    python -m virtue.toy.pretrain --out runs/quick --steps 50  # a quick look
+    python -m virtue.toy.pretrain --out runs/toy                          # both phases, as the shipped folder was made
+    python -m virtue.toy.pretrain --out runs/quick --steps 50 --fit-steps 20   # a quick look
 
 Good and bad clauses are mixed evenly, so that the base model is no better than the world it has read.
 It learns four tasks in the one chat format: dialogues; revisions (answer, critique, new answer); the
@@ -11,6 +11,12 @@ same pair, a sixth question: which virtues each shows. Without that one, the jud
 time only which dialogue is better overall. Labels come from the grammar's latent clauses, never from
 gold. Pairs of answers, the shortest, dominate the judge's first third: what is learned on them
 carries over to the longer lenses.
+
+After that phase the judge took any virtuous motive for a good one, also one that its action does not
+bear out, and so did the reward models. A second phase teaches the difference: most pairs of motivations and
+consequences share one good action and differ by how they fit it; broken and repeated sentences cost
+more; and a dialogue is followed by the question whether its last answer is true to the action, sentence by
+sentence. In it the model also meets the judge's other wording and the extra questions of virtue/ethics.py.
 """
 from __future__ import annotations
 
@@ -219,10 +225,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of data and initial weights")
     args = parser.parse_args(argv)
 
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer(args.seed, 1024)
+    tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else make_tokenizer(args.seed, 1024)
     model = MistralForCausalLM.from_pretrained(args.init) if args.init else MistralForCausalLM(MistralConfig(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=2 * args.hidden, head_dim=32,
         num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, num_key_value_heads=2,

@@ -1,0 +1,277 @@
+"""experiments/run.py and compare.py: what is shared, skipped and reported; the numbers of the tables; the verdict.
+
+Stages are fakes of a line or two of Python; tables are read from hand-made report folders.
+"""
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+import compare  # noqa: E402
+import run  # noqa: E402
+from virtue.ethics import LENSES  # noqa: E402
+
+FAKE = """import os, sys, pathlib, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = pathlib.Path(flags["--out"])
+assert all((pathlib.Path(parent) / "virtue.json").is_file() for flag, parent in flags.items() if flag.startswith("--p"))
+with open(out.parent / "order", "a") as f:
+    f.write(f"{out.name} {os.environ['OMP_NUM_THREADS']}\\n")
+time.sleep(float(flags.get("--sleep", 0)))
+if "--fail" in flags:
+    sys.exit("bar 1\\rbar 2\\nerror: no good: try again")
+out.mkdir(exist_ok=True)
+(out / "virtue.json").touch()
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """fake(name, *flags, parents=...) -> a Stage that runs FAKE."""
+    (tmp_path / "tree/virtue").mkdir(parents=True)
+    (tmp_path / "tree/run_fake.py").write_text(FAKE)
+    tree = run.Tree(tmp_path / "tree", "c0de")
+    return lambda name, *flags, parents=(): run.Stage(name, ("run_fake.py", *flags), 0, tuple((f"--p{i}", p) for i, p in enumerate(parents)), tree)
+
+
+# ---- stages
+
+
+def test_arms_share_what_they_have_in_common():
+    default, kl, pool, bare = (run.chain(arm, 3) for arm in (
+        run.DEFAULT, run.Arm("kl", policy="--kl-coef 0.12"), run.Arm("pool", rm="--pool"), run.Arm("no SFT", sft=None)))
+    same = {name for name in default if default[name].folder == kl[name].folder}
+    assert same == {"revisions", "sft", "preferences", "rm"}
+    assert {name for name in default if default[name].folder == pool[name].folder} == {"revisions", "sft", "preferences"}
+    assert set(bare) == {"preferences", "rm", "policy", "report"} and not {s.folder for s in bare.values()} & {s.folder for s in default.values()}
+    assert all("--sft" not in s.command(Path("r")) for s in bare.values())
+    other = run.chain(run.DEFAULT, 4)
+    assert not {s.folder for s in other.values()} & {s.folder for s in default.values()}
+    assert run.chain(run.Arm("renamed"), 3) == default  # a name changes nothing
+    first = run.chain(run.Arm("nf4", base="--quantize nf4"), 3), run.chain(run.Arm("nf4", base="--quantize nf4", sft=None), 3)
+    assert [[name for name, s in made.items() if "--quantize" in s.argv] for made in first] == [["revisions"], ["preferences"]]
+
+
+def test_code_other_than_this_makes_stages_of_its_own():
+    arm, own = run.DEFAULT, run.Tree(Path("/elsewhere"), "abc")
+    plain = run.chain(arm, 0)
+    apart = run.chain(arm, 0, tree=lambda name: own if name in compare.DIFFER["rm"] else None)
+    assert [n for n in plain if plain[n].folder != apart[n].folder] == ["rm", "policy", "report"]
+    assert apart["policy"].command(Path("r"))[0] == "/elsewhere/run_ppo.py" and apart["report"].command(Path("r"))[0] == "run_eval.py"
+
+
+def test_commands_are_what_the_scripts_accept(monkeypatch):
+    """Every command of every experiment, full and fast, through the script's own parser."""
+    monkeypatch.setattr("virtue.checkpoint.read_manifest", lambda *a, **k: {"settings": {}, "stage": "any", "extra": {}})
+    refused, seen = [], set()
+    for fast in (False, True):
+        for _, arms in run.EXPERIMENTS.values():
+            for arm in arms:
+                for stage in run.chain(arm, 1, fast).values():
+                    script, *flags = stage.command(Path("runs/x"))
+                    if stage.folder in seen:
+                        continue
+                    seen.add(stage.folder)
+                    try:
+                        args = importlib.import_module(script.removesuffix(".py")).parse(flags)
+                        assert args.seed == 1 and args.overwrite and str(args.out).startswith("runs/x/")
+                    except SystemExit:
+                        refused.append(shlex.join([script, *flags]))
+    assert len(seen) > 100 and not refused, "\n".join(refused)
+
+
+def test_lists_commands_and_runs_nothing(tmp_path, capsys):
+    assert run.main(["lenses", "--seeds", "0", "1", "0", "--runs", str(tmp_path / "r"), "--dry-run"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert not (tmp_path / "r").exists() and out[-1] == f"# {len(out) - 1} stages, 0 done"
+    assert len(out) == len(set(out)) and sum("run_data.py revisions" in line for line in out) == 2  # one a seed
+    with pytest.raises(SystemExit):
+        run.main(["nothing"])
+    assert run.main(["--list"]) == 0 and all(name in capsys.readouterr().out for name in ["lenses"])
+
+
+def test_runs_parents_first_once_and_skips_what_is_done(fake, tmp_path, capsys):
+    a = fake("a")
+    b, c = fake("b", "--x", "1", parents=[a]), fake("c", "--x", "2", parents=[a])
+    d = fake("d", parents=[b, c])
+    stages = [a, b, d, a, c, d]  # as the chains of two arms would name them
+    assert run.execute(stages, tmp_path, jobs=2) == {}
+    order = [line.split() for line in (tmp_path / "order").read_text().splitlines()]
+    assert sorted(name for name, _ in order) == sorted(s.folder for s in (a, b, c, d)) and {threads for _, threads in order} == {"1"}
+    assert order[0][0] == a.folder and order[-1][0] == d.folder
+    record = json.loads((tmp_path / b.folder / "run.json").read_text())
+    assert record["seed"] == 0 and record["code"] == run.code_of(tmp_path / "tree") and f"--p0 {tmp_path / a.folder}" in record["command"]
+    (tmp_path / c.folder / "run.json").unlink()  # as after Ctrl-C: a manifest, but no end
+    (tmp_path / b.folder / "virtue.json").unlink()  # and one that was begun anew
+    assert run.execute(stages, tmp_path) == {} and "4 stages, 2 done already, 2 to run" in capsys.readouterr().out
+    assert {line.split()[0] for line in (tmp_path / "order").read_text().splitlines()[4:]} == {b.folder, c.folder}
+
+
+def test_a_stage_that_fails_stops_its_own_arms_only(fake, tmp_path, capsys):
+    a, bad = fake("a"), fake("bad", "--fail", "1")
+    below, well = fake("below", parents=[bad]), fake("well", parents=[a])
+    failed = run.execute([bad, below, a, well], tmp_path)
+    assert failed == dict.fromkeys((bad.folder, below.folder), "error: no good: try again") and well.done(tmp_path)
+    out = capsys.readouterr().out
+    assert f"FAILED: {bad.folder}" in out and "--fail" in out and "| bar 2" in out
+    assert not (tmp_path / f"{below.folder}.log").exists()
+    lazy = fake("lazy")  # ends well, but no artefact
+    (tmp_path / "tree/run_fake.py").write_text("print('did nothing')")
+    assert run.execute([lazy], tmp_path) == {lazy.folder: "did nothing"}
+
+
+def test_interrupted_it_ends_what_runs(fake, tmp_path, monkeypatch):
+    calls, sleep = [], time.sleep
+
+    def once(seconds):
+        calls.append(seconds)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        sleep(seconds)
+    monkeypatch.setattr(run.time, "sleep", once)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run.execute([fake("slow", "--sleep", "60")], tmp_path)
+    assert time.monotonic() - begin < 10 and not list(tmp_path.glob("slow-*/run.json"))
+
+
+def test_one_process_a_folder(fake, tmp_path):
+    import fcntl
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="another process"):
+            run.run_locked([fake("a")], tmp_path, 1)
+    assert run.run_locked([fake("a")], tmp_path, 1) == {}
+
+
+# ---- tables
+
+
+def report(folder: Path, golds: dict[str, list[float]], curve=(), **columns) -> Path:
+    """A report folder of run_eval.py with this gold by model and prompt."""
+    folder.mkdir(parents=True)
+    models = {name: {"gold": float(np.mean(g)), "perplexity": 2.0 if name == "base" else 3.0, "kl": 1.0, "study_score": 0.25,
+                     "study_score_standardised": -1.0, "length": 60.0, "broken": 0.0, "fits": 0.5, "ended": 1.0,
+                     **{f"gold/{lens}": 0.5 for lens in LENSES}, **{f"patterns/{lens}": 0.75 for lens in LENSES}, **columns} for name, g in golds.items()}
+    (folder / "scores.json").write_text(json.dumps({"models": models, "curve": [{"iteration": i, "kl": x, "proxy": 0.0, "gold": y} for i, (x, y) in enumerate(curve, 1)]}))
+    rows = [{"id": f"p{i}", **{name: {"turns": {}, "gold": {"overall": g[i]}} for name, g in golds.items()}} for i in range(len(golds["base"]))]
+    rows.append({"id": "probe", **{name: {"turns": {}} for name in golds}})  # has no gold
+    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def test_numbers_of_the_tables(tmp_path):
+    curves = {"default": [(0, 0.5), (2, 0.7), (4, 0.8)], "less": [(0.1, 0.5), (1, 0.55), (3, 0.75)]}
+    found = {arm: {seed: run.load(report(tmp_path / f"{arm}{seed}", {"base": [0.25, 0.5], "sft": [0.5, 0.5], "ppo": [high + 0.01 * seed, high - 0.01 * seed]},
+                                         curves[arm])) for seed in (0, 1, 2)} for arm, high in (("default", 0.75), ("less", 0.625))}
+    found["SFT only"] = {1: run.load(report(tmp_path / "one", {"base": [0.25, 0.5], "ppo": [0.875, 0.875]}))}
+    found["none"] = {}
+    main, details = (text.splitlines() for text in run.tables(found).split("\n\n"))
+    cells = {row.split(" | ")[0].removeprefix("| "): row.removesuffix(" |").split(" | ") for row in main[2:]}
+    head = main[0].removesuffix(" |").split(" | ")
+    assert all(len(row) == len(head) for row in cells.values()) and head[-1] == "at KL 3.00; − default's"
+    assert cells["default"][1] == "0 1 2" and cells["default"][2].startswith("0.375 [") and cells["default"][4].startswith("0.750 [")
+    assert cells["default"][5].startswith("+0.250 [") and cells["default"][6:9] == ["–"] * 3
+    assert cells["less"][6] == "-0.125 [-0.125, -0.125]"  # the same for every prompt: no width
+    assert cells["less"][7:9] == ["0.250", "0.250"]  # 2 / 2^3; the only test of the table
+    assert cells["less"][9] == "0.750; +0.000 [+0.000, +0.000]"  # at KL 3: 0.75 on both
+    assert cells["SFT only"][3] == "–" and cells["SFT only"][6] == "+0.125 [+0.115, +0.135]" and cells["SFT only"][7:] == ["–"] * 3
+    assert cells["none"][1] == "none"
+    row = details[2].removesuffix(" |").split(" | ")
+    assert row[1:] == ["0.500 / 0.500 / 0.500", "1.00", "1.500", "0.750 / 0.750 / 0.750", "0.000", "0.500", "1.000", "0.250 → 0.250", "-1.000 → -1.000", "60.0"]
+
+
+def test_p_values_are_corrected_over_the_table(tmp_path):
+    rng = np.random.default_rng(0)
+    arms = {"first": 0.0, "up": 0.1, "same": 0.0}
+    found = {arm: {s: run.load(report(tmp_path / f"{arm}{s}", {"base": [0.5] * 4, "ppo": list(0.5 + add + 0.01 * rng.standard_normal(4))}))
+                   for s in range(6)} for arm, add in arms.items()}
+    rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in run.tables(found).split("\n\n")[0].splitlines()}
+    assert rows["up"][7] == "0.031" and rows["up"][8] == "0.062"  # 2 / 2^6, times the two tests
+    assert float(rows["same"][7]) > 0.05 and float(rows["same"][8]) >= float(rows["same"][7])
+
+
+def test_gold_at_a_kl_is_read_between_two_iterations():
+    curve = [(0.0, 0.4), (1.0, 0.5), (0.5, 0.9), (3.0, 0.7)]
+    assert run.gold_at(curve, 0.5) == pytest.approx(0.45)  # where it is first reached
+    assert run.gold_at(curve, 1.0) == 0.5 and run.gold_at(curve, 3.0) == pytest.approx(0.7)
+    assert run.gold_at(curve, 2.0) == pytest.approx(0.9 + 1.5 / 2.5 * (0.7 - 0.9))
+    assert run.gold_at(curve, -1.0) == 0.4 and math.isnan(run.gold_at(curve, 3.1)) and math.isnan(run.gold_at([], 1.0))
+
+
+def test_the_common_kl_leaves_out_runs_that_never_moved(tmp_path):
+    curves = {"a": [(0, 0.5), (4, 0.9)], "b": [(0, 0.5), (2, 0.9)], "still": [(0, 0.5), (0.01, 0.5)], "answers only": []}
+    found = {arm: {0: run.load(report(tmp_path / arm, {"base": [0.5, 0.5], "sft": [0.5, 0.5], "ppo": [0.9, 0.9]}, curve))} for arm, curve in curves.items()}
+    rows = [line.split(" | ") for line in run.tables(found).split("\n\n")[0].splitlines()]
+    assert rows[0][-1].startswith("at KL 2.00") and [row[-1] for row in rows[2:]] == ["0.700 |", "0.900; +0.200 |", "– |", "– |"]
+
+
+def test_tables_of_what_is_finished_and_why_the_rest_is_not(tmp_path, capsys, monkeypatch):
+    arms = [run.DEFAULT, run.Arm("pool", rm="--pool"), run.Arm("later", policy="--lam 1")]
+    monkeypatch.setitem(run.EXPERIMENTS, "mine", ("Why?", arms))
+    for i, stage in enumerate(run.chain(run.DEFAULT, 0).values()):
+        folder = report(tmp_path / stage.folder, {"base": [0.5, 0.5], "ppo": [0.75, 0.75]}) if stage.name == "report" else tmp_path / stage.folder
+        folder.mkdir(exist_ok=True)
+        (folder / "virtue.json").write_text("{}")
+        (folder / "run.json").write_text(json.dumps({"code": f"version{min(i, 1)}", "seconds": 1}))
+    (tmp_path / f"{run.chain(arms[1], 0)['rm'].folder}.log").write_text("$ x\nerror: too few pairs\n\n# failed with status 2\n")
+    assert run.main(["mine", "--table", "--seeds", "0", "--runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "| default | 0 | 0.500" in out and "- pool, seed 0: rm failed: error: too few pairs" in out and "- later, seed 0: not finished" in out
+    assert "Warning: 2 versions of the code" in out
+
+
+# ---- compare
+
+
+def test_verdict():
+    assert compare.verdict([0.1, 0.2, 0.1], 0.25) == ("Cannot tell: gold rose by 0.133 in the mean (p = 0.25), but with 3 seeds the smallest possible p is 0.25: "
+                                                     "take 6 or more.")
+    assert compare.verdict([0.1] * 6, 0.03125).startswith("The change helped: gold rose by 0.100")
+    assert compare.verdict([-0.1] * 6, 0.03125).startswith("The change hurt: gold fell by 0.100")
+    assert compare.verdict([0.1, -0.1, 0.1, 0.1, 0.1, 0.1], 0.2).startswith("Cannot tell: gold rose by 0.067 in the mean, as 6 seeds may")
+    assert compare.verdict([0.0, 0.0], 1.0).startswith("No difference at all")
+    assert compare.verdict([0.1], float("nan"), "Score").startswith("Cannot tell: Score rose by 0.100 in the mean, but one seed")
+
+
+def test_judge_pairs_by_seed_and_reads_gold_or_the_score(tmp_path):
+    def runs(name, high, **columns):
+        return {s: run.load(report(tmp_path / f"{name}{s}", {"base": [0.25, 0.5], "ppo": [high, high]}, **columns)) for s in range(3)}
+    old, new = runs("old", 0.5), runs("new", 0.75)
+    del old[1]
+    text = compare.judge(old, new)
+    assert "| 2 | 0.500 | 0.750 | +0.250 |" in text and "| 1 |" not in text and "difference +0.250 [+0.250, +0.250]" in text
+    assert "d_z inf" in text and text.endswith("with 2 seeds the smallest possible p is 0.5: take 6 or more.")
+    without = [{s: r._replace(models={m: {k: v for k, v in c.items() if k != "gold"} for m, c in r.models.items()}) for s, r in side.items()}
+               for side in (runs("a", 0.5, study_score_standardised=0.1), runs("b", 0.5, study_score_standardised=0.4))]
+    assert "| 1 | 0.100 | 0.400 | +0.300 |" in compare.judge(*without) and "Student's t" in compare.judge(*without)
+
+
+def test_a_revision_is_checked_out_and_removed_again(tmp_path):
+    root = tmp_path / "project"
+    (root / "virtue").mkdir(parents=True)
+
+    def git(*command):
+        subprocess.run(["git", "-C", root, "-c", "user.name=a", "-c", "user.email=a@b", *command], check=True, capture_output=True)
+    git("init", "-q")
+    (root / "virtue/ppo.py").write_text("old")
+    git("add", "."), git("commit", "-qm", "one")
+    (root / "virtue/ppo.py").write_text("new")
+    for _ in range(2):  # a second time, upon what a killed run left behind
+        with compare.checkout("HEAD", tmp_path / "trees", root) as tree:
+            assert (tree / "virtue/ppo.py").read_text() == "old" and run.code_of(tree) != run.code_of(root)
+        assert not tree.exists() and compare.git("worktree", "list", root=root).count("\n") == 0
+        tree.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="error: git rev-parse"), compare.checkout("no-such-revision", tmp_path / "trees", root):
+        pass
