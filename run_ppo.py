@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, check_finite, finite_float, fraction, make_parser, nonnegative_float,
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, check_finite, finite_float, fraction, make_parser, nonnegative_float, nonnegative_int,
                             open_base, parse_with_parent, positive_float, positive_int, progress, run_main, stream, torch_seed)
 
 
@@ -60,6 +60,7 @@ def parse(argv):
     ppo("--value-lr", type=positive_float, default=2e-3, help="Adam learning rate of value adapter and head")
     ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss")
     ppo("--value-clip-range", type=positive_float, default=0.5, help="epsilon of the clipped value loss")
+    ppo("--value-warmup", type=nonnegative_int, default=0, help="first iterations in which only the value function learns")
     ppo("--vf-coef", type=nonnegative_float, default=0.5, help="weight of the value loss")
     ppo("--entropy-coef", type=nonnegative_float, default=0.0, help="weight of the entropy bonus")
     ppo("--gamma", type=fraction, default=1.0, help="discount")
@@ -206,6 +207,9 @@ def main(argv=None):
                     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     check_finite(norm, f"ppo, iteration {iteration}, {name}", "--lr and --value-lr")
                     stats[f"{name}/grad_norm"] = stats.get(f"{name}/grad_norm", 0.0) + norm.item() / updates
+                if iteration <= args.value_warmup:  # advantages against an untrained value function are noise
+                    for parameter in policy_parameters:
+                        parameter.grad = None  # Adam passes over it, moments too
                 optimizer.step(), optimizer.zero_grad()
         schedule.step()
 

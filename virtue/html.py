@@ -37,11 +37,11 @@ figure{margin:.4rem 0}svg{display:block;max-width:100%;height:auto}
 .scroll{overflow-x:auto;overflow-wrap:normal}table{border-collapse:collapse;font-variant-numeric:tabular-nums}caption{text-align:left;padding:.2rem 0}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top;white-space:nowrap}th:first-child,td.left{text-align:left;white-space:normal}
 tbody th{font-weight:400}tbody th.sub{padding-left:1.6rem;color:var(--soft)}tbody th.pair{white-space:nowrap}thead th,tbody th.group{font-weight:600}td small{display:block}
-td.interval{vertical-align:middle}.interval svg{width:16rem;max-width:none;height:.9rem}.interval rect{fill:var(--soft)}.interval .zero{fill:var(--line)}.interval .rose{fill:var(--up)}.interval .fell{fill:var(--down)}
+td.interval{vertical-align:middle}.interval svg{width:16rem;max-width:none;height:.9rem}.interval rect{fill:var(--soft)}.interval .zero{fill:var(--soft)}.interval .rose{fill:var(--up)}.interval .fell{fill:var(--down)}
 .heat{display:flex;flex-wrap:wrap;gap:.5rem 2.5rem}.heat td,.heat thead th{text-align:center;min-width:4rem}.heat td,.heat th{border:2px solid var(--bg)}.heat th{padding-left:0}
 details{border:1px solid var(--line);border-radius:.5rem;margin:.5rem 0;padding:.5rem .8rem}summary{cursor:pointer}summary small{white-space:nowrap}
 dl{margin:.3rem 0}dt{color:var(--soft);font-size:.85rem;margin-top:.4rem}dd{margin:0}.text,pre{white-space:pre-wrap}pre{background:var(--card);border-radius:.5rem;padding:.8rem;font-size:.85rem}
-@media(max-width:40rem){th,td{padding:.25rem .25rem}.scroll{font-size:.85rem}.interval svg{width:3.2rem}tbody th.sub{padding-left:.6rem}
+@media(max-width:40rem){body{padding:.75rem}th,td{padding:.25rem .2rem}.scroll{font-size:.85rem}.scroll small{font-size:.75rem}.interval svg{width:3.2rem}tbody th.sub{padding-left:.6rem}
 .heat td,.heat thead th{min-width:0;padding:.25rem .1rem}.heat td{width:4.2rem}.heat small{white-space:normal}}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2,h3,summary{break-after:avoid}figure,tr,.turns section,.warnings{break-inside:avoid}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}details::details-content{content-visibility:visible;block-size:auto}.scroll{overflow:visible}
@@ -159,7 +159,7 @@ def _differences(pairs: dict) -> str:
     found = [f for rows in pairs.values() for f in rows.values()]
     p = next((key for key in ("p_holm", "p") if any(f.get(key) is not None for f in found)), None)
     sizes = any(f.get("d_z") is not None for f in found)
-    head = "<th></th><th>difference, interval</th><th></th>" + (f"<th>{'p, Holm' if p == 'p_holm' else 'p'}</th>" if p else "") + ("<th>d<sub>z</sub></th>" if sizes else "")
+    head = "<th></th><th>difference</th><th></th>" + (f"<th>{'p, Holm' if p == 'p_holm' else 'p'}</th>" if p else "") + ("<th>d<sub>z</sub></th>" if sizes else "")
     body = ""
     for key in _by_rows({key for rows in pairs.values() for key in rows}):
         most = max((abs(f[end]) for f in (rows[key] for rows in pairs.values() if key in rows) for end in ("low", "high") if _finite(f.get(end))), default=0) or 1
@@ -169,7 +169,7 @@ def _differences(pairs: dict) -> str:
             body += (f"<tr><th class='sub pair'>{f' {_MINUS} '.join(map(_model, pair.split(' - ')))}</th><td>{difference}<small>{interval}</small></td>"
                      f"<td class=interval>{_picture(f, most)}</td>" + (f"<td>{_p(f.get(p))}</td>" if p else "")
                      + (f"<td>{_number(f.get('d_z'), '+.2f')}</td>" if sizes else "") + "</tr>")
-    return ("<p class=soft>Bars: the interval about zero, on one scale for each measure. Blue: above zero; orange: below; grey: no reliable difference.</p>"
+    return ("<p class=soft>In brackets and as bars: the interval about zero, on one scale for each measure. Blue: above zero; orange: below; grey: no reliable difference.</p>"
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
@@ -287,13 +287,14 @@ def render(scores: dict, samples: Sequence[dict], metrics: Sequence[dict], manif
     """
     models, pairs, warnings = scores.get("models", {}), scores.get("differences", {}), scores.get("warnings") or []
     direction, sentence = verdict(scores)
-    reward = pairs.get(" - ".join(list(models)[:-3:-1]), {}).get("study_score_standardised") if "gold" in sentence else None
+    step = pairs.get(" - ".join(list(models)[:-3:-1]), {})  # of the last model over the one before it
+    reward = step.get("study_score_standardised") if "gold" in step else None
     sections = [("scores", "Scores", _scores(models) if models else ""), ("virtues", "Virtues by lens", _wins(scores["wins"]) if scores.get("wins") else ""),
                 ("training", "Training", _figures(metrics, curve)), ("differences", "Differences", _differences(pairs) if pairs else ""), ("dialogues", "Dialogues", _samples(samples, list(models))), ("repeat", "Settings to repeat it", _repeat(manifest))]
     sections = [section for section in sections if section[2]]
     intro = [f"{clean(scores['prompts'])} held-out prompts" if "prompts" in scores else "", f"{clean(scores['prompts_too_long'])} too long and dropped" if scores.get("prompts_too_long") else "",
              f"seed {clean(scores['seed'])}" if "seed" in scores else "", f"base {clean((manifest.get('base') or {}).get('id', 'unknown'))}"]
-    trained = f"<p>The score that it was trained for, {_title('study_score_standardised')}: {_interval(reward)}.</p>" if reward else ""
+    trained = f"<p>What its reward models say, as the {_title('study_score_standardised')}: {_interval(reward)}.</p>" if reward else ""
     warned = f'<div class="warnings" role="alert"><b>Warnings</b><ul>{"".join(f"<li>{clean(w)}</li>" for w in warnings)}</ul></div>' if warnings else ""
     return f"""<!DOCTYPE html>
 <html lang="en">

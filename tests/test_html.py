@@ -1,0 +1,192 @@
+"""The HTML report: escaping, well-formedness, the verdict, and what is left out where data or matplotlib is missing."""
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+from html.parser import HTMLParser
+
+import pytest
+
+from virtue import html, plots
+from virtue.ethics import LENSES, VIRTUES
+
+VOID = {"meta", "br", "img", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Collects tags, ids and text; asserts that tags close in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.ids, self.links, self.text = [], [], [], [], ""
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [v for k, v in attrs if k == "id"]
+        self.links += [v for k, v in attrs if k in ("href", "xlink:href", "src")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def column(shift: float) -> dict:
+    return {"gold": 0.5 + shift, "study_score_standardised": shift, "reward/action": shift, "ended": 1.0, "perplexity": 1.4, "brand new": 2.5}
+
+
+def scores(difference=0.149, low=0.12, high=0.18) -> dict:
+    found = {"gold": {"difference": difference, "low": low, "high": high, "p": 0.0004, "p_holm": 0.02, "d_z": None},
+             "study_score_standardised": {"difference": 1.2, "low": 1.0, "high": 1.4}}
+    wins = {lens: {v: 0.71 for v in (*VIRTUES, "helpfulness")} for lens in LENSES}
+    wins["consequence"] = {"rate": 0.64, "low": 0.5, "high": 0.75, "pairs": 9, "questions": {"honesty": 0.31, "sincerity": 0.5}}
+    return {"prompts": 240, "prompts_too_long": 3, "seed": 7, "interval": "paired bootstrap", "models": {"base": column(0.0), "sft": column(0.1), "ppo": column(0.3)},
+            "differences": {"sft - base": copy.deepcopy(found), "ppo - sft": found}, "wins": {"ppo vs base": wins, "ppo vs sft, other wording": {**wins, "action": None}}, "warnings": []}
+
+
+def sample(i: int, change: float = 0.0, text: str = "I help.") -> dict:
+    def answer(score):
+        return {"turns": dict.fromkeys(LENSES, text), "scores": [score, 0.0, 0.0], "gold": {"overall": 0.5, "lenses": {}}}
+    return {"id": str(i), "prompt": [{"role": "user", "content": f"Prompt number {i}."}], "base": answer(0.0), "sft": answer(0.0), "ppo": answer(change)}
+
+
+METRICS = [{"iteration": i, "objective/kl": 0.1 * i, "objective/kl_k3": 0.1 * i, "objective/aggregate/mean": 0.1 * i, **{f"objective/score/{lens}": 0.1 * i for lens in LENSES},
+            "policy/loss": 0.01 / i, "value/loss": None if i == 2 else 0.1 / i, "policy/entropy": 0.3, "tokens/eos_rate": 1.0, "tokens/length": 60.0 + i} for i in range(1, 5)]
+CURVE = [{"iteration": i, "kl": 0.5 * i, "proxy": 0.1 * i, "gold": 0.6 - 0.05 * (i - 2) ** 2} for i in range(4)]
+MANIFEST = {"stage": "eval", "base": {"id": "toy", "fingerprint": "f" * 64}, "seed": 7, "versions": {"torch": "2.13.0"},
+            "parents": {"policy": {"folder": "runs/demo/policy", "sha256": "a" * 64}},
+            "settings": {"command": "models", "policy": "runs/my demo", "sft": None, "overwrite": True, "quick": False, "batch_size": 64, "targets": ["q_proj", "v_proj"], "shift": -1.5}}
+
+
+def render(s=None, samples=None, metrics=METRICS, manifest=MANIFEST, curve=CURVE) -> str:
+    return html.render(scores() if s is None else s, [sample(i, i - 2) for i in range(30)] if samples is None else samples, metrics, manifest, curve)
+
+
+def test_everything_foreign_is_escaped_and_control_characters_are_shown():
+    bad = "<script>alert('1')</script>\"><img src=x> & \u202eflipped\u2066 \x1b[31m \ud800"
+    s = scores()
+    s["models"] = {name + bad: c | {bad: 1.0} for name, c in s["models"].items()}
+    s["differences"] = {" - ".join(name + bad for name in pair.split(" - ")): rows | {bad: rows["gold"]} for pair, rows in s["differences"].items()}
+    s |= {"warnings": [bad], "interval": bad, "wins": {bad: {bad: {bad: 0.5}}}, "seed": bad, "prompts": bad}
+    foreign = {"id": bad, "prompt": [{"role": bad, "content": bad}] * 2, bad: {"turns": {bad: bad}, "scores": [1.0, 2.0, 3.0], "gold": {"overall": bad}}}
+    manifest = {"stage": bad, "base": {"id": bad, "fingerprint": bad}, "versions": {bad: bad}, "parents": {bad: {"folder": bad, "sha256": bad}, "b": bad}, "settings": {bad: bad}}
+    text = render(s, [foreign, foreign], METRICS, manifest)
+    page = Page(text)
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text)
+    assert page.text.count("\\u202eflipped\\u2066 \\x1b[31m \\ud800") > 20 and page.text.count("<script>alert('1')</script>") > 20
+    text.encode("utf-8")
+    assert html.clean("a\u200db\tc\nמ") == "a\u200db\tc\nמ" and html.clean("'") == "&#x27;"
+
+
+def test_page_stands_alone_and_links_inside_itself():
+    text = render()
+    page = Page(text)
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert not re.search(r"url\((?!#)|@import|\bsrc=|<link|<script", text)
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/", "")  # names of SVG's namespaces only
+    assert {"name": "color-scheme", "content": "light dark"} in [a for tag, a in page.tags if tag == "meta"] and "prefers-color-scheme:dark" in text
+    for shown in ("240 held-out prompts", "3 too long", "brand new", "2.500", "0.020", "0.71", "0.31", "PPO against SFT, other wording", "[0.50, 0.75]", "sincerity"):
+        assert shown in page.text, shown
+    assert render() == text
+
+
+@pytest.mark.parametrize("found, direction, sentence", [
+    ((0.149, 0.12, 0.18), "rose", "PPO raised gold by +0.149 [+0.120, +0.180] over SFT."),
+    ((0.01, -0.02, 0.04), "", "No reliable difference in gold between PPO and SFT: +0.010 [−0.020, +0.040]."),
+    ((0.02, 0.0, 0.04), "", "No reliable difference in gold between PPO and SFT: +0.020 [+0.000, +0.040]."),
+    ((-0.1, -0.15, -0.05), "fell", "Gold of PPO fell against SFT: −0.100 [−0.150, −0.050].")])
+def test_verdict(found, direction, sentence):
+    assert html.verdict(scores(*found)) == (direction, sentence)
+    text = Page(render(scores(*found))).text
+    assert sentence in text and "What its reward models say, as the study's Score, standardised: +1.200 [+1.000, +1.400]." in text
+
+
+def test_verdict_without_gold_without_pairs_and_with_base_alone():
+    s = scores()
+    del s["differences"]["ppo - sft"]["gold"]
+    assert html.verdict(s)[1] == "PPO raised study&#x27;s Score, standardised by +1.200 [+1.000, +1.400] over SFT."
+    assert html.verdict({"models": s["models"]}) == html.verdict({}) == ("", "No two models were compared.")
+    Page(render({"models": {"base": column(0.0)}}))
+
+
+def test_coherence_and_warnings():
+    s = scores()
+    assert html.coherence(s) == "PPO stays coherent: its perplexity under the base is 1.00 times that of SFT, 100.0% of its turns ended properly (SFT: 100.0%)."
+    for change in ({"perplexity": 2.2}, {"perplexity": 0.9}, {"ended": 0.9}):
+        worse = scores()
+        worse["models"]["ppo"] |= change
+        assert html.coherence(worse).startswith("Coherence of PPO is doubtful"), change
+    assert "Warnings" not in Page(render(s)).text
+    s["warnings"] = ["reward rose, but gold fell"]
+    assert "see the warnings" in html.coherence(s)
+    text = Page(render(s)).text
+    assert text.index("reward rose, but gold fell") < text.index("Scores")
+
+
+def test_extremes_and_the_first_dialogues_are_shown():
+    text = render(samples=[sample(i, {5: 9.0, 6: -9.0, 7: -8.0}.get(i, 0.0)) for i in range(300)] + [{"id": "p", "prompt": [{"role": "user", "content": "A probe"}], "ppo": {"turns": {"action": "No."}}}])
+    groups = dict(part.split("</h3>", 1) for part in text.split("<h3>")[1:])
+    assert re.findall(r"number (\d+)", groups["The largest falls"]) == ["6", "7"] and "(−9.00)" in groups["The largest falls"]
+    assert re.findall(r"number (\d+)", groups["The largest rises"]) == ["5"] and "(+9.00)" in groups["The largest rises"]
+    assert re.findall(r"number (\d+)", groups["The first 12 of 300"]) == [str(i) for i in range(12)]
+    assert groups["The first 12 of 300"].count("<details open") == 1 and "it fell in 2 of 300" in text and "A probe" in groups["Without scores, such as the study's probes"]
+
+
+def test_command_line_can_be_typed_again():
+    words = shlex.split(html.command_line(MANIFEST).replace("\\\n", " "))
+    assert words == ["python", "run_eval.py", "models", "--policy", "runs/my demo", "--overwrite", "--batch-size", "64", "--targets", "q_proj", "v_proj", "--shift=-1.5"]
+    assert html.command_line({"stage": "preferences", "settings": {}}) == "python run_data.py"
+
+
+def test_page_with_little_to_show(monkeypatch):
+    monkeypatch.setattr(plots, "available", lambda: False)
+    page = Page(render())
+    assert 'pip install ".[report]"' in page.text and page.text.count("pip install") == 1 and "honesty" in page.text
+    assert "path" not in {tag for tag, _ in page.tags}
+    bare = scores()
+    del bare["wins"], bare["warnings"], bare["models"]["ppo"]["perplexity"]
+    page = Page(render(bare, [], [], {}, None))
+    assert "There are no metrics" in page.text and "Virtues by lens" not in page.text and "pip install" not in page.text
+    Page(render({}, [], [], {}, None))
+
+
+DRAWINGS = [("ppo_loss", METRICS), ("mean_reward", METRICS), ("kl_and_entropy", METRICS), ("overoptimisation", CURVE), ("training_curves", METRICS),
+            ("best_of_n", [{"aggregator": a, "n": n, "gold": 0.5 + n / 50, "low": 0.4, "high": 0.9} for a in ("mean", "min", "$x$") for n in (1, 4)])]
+
+
+@pytest.mark.parametrize("name, rows", DRAWINGS)
+def test_figures(name, rows):
+    matplotlib = pytest.importorskip("matplotlib")
+    before = dict(matplotlib.rcParams)
+    svg = getattr(plots, name)(rows)
+    page = Page(svg)
+    assert svg.startswith("<svg") and svg == getattr(plots, name)(rows) and dict(matplotlib.rcParams) == before
+    attributes = page.tags[0][1]
+    assert attributes["width"] == "100%" and "height" not in attributes and attributes["viewbox"].startswith("0 0 ")
+    assert "currentColor" in svg and plots.INK not in svg and "#000000" not in svg and "<style" not in svg and "metadata" not in svg
+    assert all(link[1:] in page.ids for link in page.links) and set(re.findall(r"url\(#(.*?)\)", svg)) <= set(page.ids)
+    Page(getattr(plots, name)(rows[:1]))
+    Page(getattr(plots, name)([]))
+
+
+def test_figures_of_one_page_share_no_id_and_mark_the_best():
+    pytest.importorskip("matplotlib")
+    page = Page(render())
+    assert len(page.ids) == len(set(page.ids)) and sum(tag == "figure" for tag, _ in page.tags) == 4
+    again = Page(plots.ppo_loss(METRICS) + plots.ppo_loss(METRICS[:3]))
+    assert len(again.ids) == len(set(again.ids))
+    assert "best gold 0.600, iteration 2" in Page(plots.overoptimisation(CURVE)).text
+    assert "best proxy 0.300, iteration 3" in Page(plots.overoptimisation([row | {"gold": None} for row in CURVE])).text
+    assert "policy loss" in Page(plots.ppo_loss(METRICS)).text and "$x$" in Page(plots.best_of_n(DRAWINGS[-1][1])).text
