@@ -320,3 +320,21 @@ def test_bad_stage_records(tmp_path, kind, record, words):
         else:
             dialogue.read_preferences(path, "motivation")
     assert f"{path}, line 2: " in str(caught.value) and "run_data.py" in str(caught.value)
+
+
+def test_pairs_of_any_kind(tmp_path):
+    talk, path = "\n\nHuman: Why: now?\n\nAssistant: ", tmp_path / "pairs.jsonl"
+    message = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    records = [{"chosen": talk + "Yes.", "rejected": talk + "No."}, {"chosen": talk, "rejected": talk + "No."}, {"chosen": talk + "Yes.", "rejected": talk + "Yes."},
+               {"chosen": message, "rejected": [*message[:1], {"role": "assistant", "content": "b"}], "lens": "motivation"},
+               {"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": message[:1], "chosen": message[1:], "rejected": [{"role": "assistant", "content": "b"}]}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    pairs, skipped = dialogue.read_pairs(path)
+    assert skipped == 2 and [p["lens"] for p in pairs] == ["action", "motivation", "action", "action"]
+    assert pairs[0]["chosen"] == [{"role": "user", "content": "Why: now?"}, {"role": "assistant", "content": "Yes."}]
+    assert pairs[2] == pairs[3] and pairs[2]["chosen"] == message
+    assert len(dialogue.read_pairs(path, 1)[0]) == 1
+    for bad in ({"chosen": "x"}, {"chosen": talk, "rejected": 3}, {"chosen": "no markers", "rejected": talk}, {"chosen": message, "rejected": message, "lens": "virtue"}):
+        path.write_text(json.dumps(records[0]) + "\n" + json.dumps(bad) + "\n")
+        with pytest.raises(VirtueError, match="pairs.jsonl, line 2"):
+            dialogue.read_pairs(path)

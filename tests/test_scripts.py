@@ -120,6 +120,16 @@ def test_what_the_ablations_change(fp32, tmp_path):
     assert bare["objective/score"] == plain["objective/score"] and bare["policy/grad_norm"] != plain["policy/grad_norm"]
 
 
+def test_the_policy_waits_for_the_value_function(fp32, tmp_path):
+    from safetensors.torch import load_file
+    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "w", "--iterations", 2, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
+         "--value-warmup", 2)
+    first, second = lines(tmp_path / "w/metrics.jsonl")
+    assert second["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and first["value/loss"] > 0
+    policy, value = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("w", "w/value"))
+    assert all((t == 0).all() for k, t in policy.items() if "lora_B" in k) and any((t != 0).any() for k, t in value.items() if "lora_B" in k)
+
+
 def test_one_question_and_one_order(fp32, tmp_path):
     for name, flags in (("rules", ["--ask", "rules"]), ("one", ["--orders", "one"])):
         call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 24, "--out", tmp_path / name, *flags)

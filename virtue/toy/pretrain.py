@@ -31,7 +31,7 @@ import torch
 from torch.nn import functional as F
 
 from virtue.dialogue import encode_conversation, right_pad
-from virtue.ethics import LENSES, VIRTUES
+from virtue.ethics import JUDGE_LABELS, LENSES, VIRTUES
 from virtue.judge import encode_questions, judge_pairs, label_ids, pack, pair_text, questions
 from virtue.toy import grammar
 
@@ -40,14 +40,22 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[
             "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
 
 
-def draw_prompt(rng: random.Random) -> tuple[str, str, str]:
+def draw_prompt(rng: random.Random, jumble: float = 0.0) -> tuple[str, str, str]:
+    """A question with its person and thing; with probability ``jumble`` the words of its first sentence are shuffled,
+    so that naming them does not hang on the places that the few seen questions give them."""
     person, thing = rng.choice(grammar.PERSONS), rng.choice(grammar.THINGS)
-    return rng.choice(grammar.QUESTIONS).format(p=person, t=thing), person, thing
+    question = rng.choice(grammar.QUESTIONS)
+    if jumble and rng.random() < jumble:
+        first, rest = question.split(". ", 1)
+        words = first.split()
+        rng.shuffle(words)
+        question = f"{' '.join(words)}. {rest}"
+    return question.format(p=person, t=thing), person, thing
 
 
-def draw_text(rng: random.Random) -> list[dict]:
+def draw_text(rng: random.Random, jumble: float = 0.0) -> list[dict]:
     """One language-modelling conversation: a dialogue (two in three) or a revision."""
-    prompt, person, thing = draw_prompt(rng)
+    prompt, person, thing = draw_prompt(rng, jumble)
     if rng.random() < 0.33:
         return grammar.sample_revision(rng, prompt, person, thing)
     return grammar.sample_dialogue(rng, prompt, person, thing)[0]
@@ -58,7 +66,7 @@ def draw_pair(rng: random.Random, lens: str, unseen: bool = False, fit: bool = F
 
     With ``fit`` they share a good action, so that a motivation or consequence differs by how it fits.
     """
-    prompt, person, thing = draw_prompt(rng)
+    prompt, person, thing = draw_prompt(rng, 0.4 if fit else 0.0)
     turns = LENSES.index(lens) + 1
     if fit and turns > 1:
         action = grammar.sample_action(rng, 0.9)
@@ -70,7 +78,7 @@ def draw_pair(rng: random.Random, lens: str, unseen: bool = False, fit: bool = F
 
 def encode_review(rng: random.Random, tokenizer) -> tuple[list[int], int]:
     """A dialogue with a good action and the question whether its last answer is true to it; the answer's length."""
-    prompt, person, thing = draw_prompt(rng)
+    prompt, person, thing = draw_prompt(rng, 0.4)
     lens = rng.choice(LENSES[1:])
     messages, latent = grammar.sample_dialogue(rng, prompt, person, thing, turns=LENSES.index(lens) + 1, broken_rate=0.06,
                                                character=0.5 + 0.5 * rng.random(), fitting=0.5)
@@ -80,11 +88,17 @@ def encode_review(rng: random.Random, tokenizer) -> tuple[list[int], int]:
     return ids, spans[-1][1] - spans[-1][0]
 
 
-def encode_findings(tokenizer, first, second, lens: str, wording: str = "trained") -> tuple[list[int], int]:
-    """The sixth question about a pair with its answer, after ``encode_questions``' prefix; the answer's length."""
+def encode_findings(tokenizer, first, second, lens: str, wording: str = "trained", fit: bool = False) -> tuple[list[int], int]:
+    """The sixth question about a pair with its answer, after ``encode_questions``' prefix; the answer's length.
+
+    With ``fit`` and a lens that can fit, it is asked what of the two is true to the action.
+    """
     user = pair_text(first[0], second[0], lens, wording) + " Which shows more of what?"
     worth = [grammar.worth(latent, lens) for _, latent in (first, second)]
     found = ", ".join(f"{v} {' '.join('good' if w[v] > 0 else 'bad' if w[v] < 0 else 'none' for w in worth)}" for v in VIRTUES)
+    if fit and lens != "action":
+        user = pair_text(first[0], second[0], lens, wording) + " What is true to the action?"
+        found = ". ".join(f"{label} {grammar.review(lens, latent)}" for label, (_, latent) in zip(JUDGE_LABELS, (first, second)))
     ids, spans = encode_conversation(tokenizer, [{"role": "user", "content": user}, {"role": "assistant", "content": found}])
     return ids, spans[0][1] - spans[0][0]
 
@@ -119,10 +133,10 @@ class Samples(torch.utils.data.IterableDataset):
     def __iter__(self):
         rng = random.Random(self.args.seed + (3 if self.fit else 1))
         for step in range(self.steps):
-            rows = [encode_conversation(self.tokenizer, draw_text(rng))[0] for _ in range(self.args.texts)]
+            rows = [encode_conversation(self.tokenizer, draw_text(rng, 0.4 if self.fit else 0.0))[0] for _ in range(self.args.texts)]
             reviews = [encode_review(rng, self.tokenizer) for _ in range(self.args.reviews if self.fit else 0)]
             encoded, targets, answers = [], [], []
-            weights = (1, 2, 2) if self.fit else (8, 1, 1) if step < self.steps / 3 else (3, 3, 3)
+            weights = (1, 3, 3) if self.fit else (8, 1, 1) if step < self.steps / 3 else (3, 3, 3)
             lens = rng.choices(LENSES, weights=weights)[0]
             pairs = self.args.pairs * (2 / 3 if self.fit else 1)
             for _ in range(round(pairs * {"action": 1.0, "motivation": 0.75, "consequence": 0.6}[lens])):
@@ -132,7 +146,7 @@ class Samples(torch.utils.data.IterableDataset):
                     asked = (*VIRTUES, rng.choice(("helpfulness" if lens == "action" else "sincerity", "rules")))
                     wording = rng.choice(("trained", "trained", "other"))
                 prefix, endings = encode_questions(self.tokenizer, first[0], second[0], lens, asked, wording)
-                findings, length = encode_findings(self.tokenizer, first, second, lens, wording)
+                findings, length = encode_findings(self.tokenizer, first, second, lens, wording, self.fit and rng.random() < 0.7)
                 assert findings[:len(prefix)] == prefix
                 encoded.append((prefix, [*endings, findings[len(prefix):]]))
                 targets.append([grammar.judge_logit(lens, v, first[1], second[1], slip=1.0 if self.fit else 0.0) for v in asked])
