@@ -51,16 +51,16 @@ def parse(argv):
     kl("--kl-target", type=positive_float, help="adapt the coefficient towards this KL per dialogue, in nats (default: fixed)")
     kl("--kl-horizon", type=positive_int, default=2000, help="dialogues in which the coefficient adapts")
     ppo = parser.add_argument_group("PPO").add_argument
-    ppo("--iterations", type=positive_int, default=18, help="rollout batches")
+    ppo("--iterations", type=positive_int, default=20, help="rollout batches")
     ppo("--rollout-size", type=positive_int, default=128, help="dialogues an iteration")
     ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
     ppo("--minibatch-size", type=positive_int, default=32, help="dialogues an optimiser step")
     ppo("--micro-batch-size", type=positive_int, default=32, help="dialogues a forward pass; changes memory, not the update")
-    ppo("--lr", type=positive_float, default=3e-3, help="Adam learning rate of the policy adapter, linear decay to a tenth (Mistral-7B: 1e-5)")
-    ppo("--value-lr", type=positive_float, default=2e-3, help="Adam learning rate of value adapter and head")
+    ppo("--lr", type=positive_float, default=2e-3, help="Adam learning rate of the policy adapter, linear decay to a tenth (Mistral-7B: 1e-5)")
+    ppo("--value-lr", type=positive_float, default=4e-3, help="Adam learning rate of value adapter and head")
     ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss")
     ppo("--value-clip-range", type=positive_float, default=0.5, help="epsilon of the clipped value loss")
-    ppo("--value-warmup", type=nonnegative_int, default=0, help="first iterations in which only the value function learns")
+    ppo("--value-warmup", type=nonnegative_int, default=2, help="first iterations, in which only the value function learns: advantages against an untrained one are noise")
     ppo("--vf-coef", type=nonnegative_float, default=0.5, help="weight of the value loss")
     ppo("--entropy-coef", type=nonnegative_float, default=0.0, help="weight of the entropy bonus")
     ppo("--gamma", type=fraction, default=1.0, help="discount")
@@ -91,6 +91,8 @@ def main(argv=None):
         raise VirtueError("--aggregate weighted and --weights W W W (action, motivation, consequence) go together: give both or neither")
     if args.minibatch_size > args.rollout_size:
         raise VirtueError(f"--minibatch-size {args.minibatch_size} exceeds --rollout-size {args.rollout_size}: lower it")
+    if args.value_warmup >= args.iterations:
+        raise VirtueError(f"--value-warmup {args.value_warmup} leaves none of --iterations {args.iterations} to the policy: lower it")
     if args.kl_target and args.rollout_size >= 5 * args.kl_horizon:
         raise VirtueError(f"--kl-horizon {args.kl_horizon} is too short for --rollout-size {args.rollout_size}: take more than a fifth of it")
 
@@ -207,9 +209,9 @@ def main(argv=None):
                     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     check_finite(norm, f"ppo, iteration {iteration}, {name}", "--lr and --value-lr")
                     stats[f"{name}/grad_norm"] = stats.get(f"{name}/grad_norm", 0.0) + norm.item() / updates
-                if iteration <= args.value_warmup:  # advantages against an untrained value function are noise
+                if iteration <= args.value_warmup:  # the policy waits
                     for parameter in policy_parameters:
-                        parameter.grad = None  # Adam passes over it, moments too
+                        parameter.grad = None  # Adam then passes over it, moments too
                 optimizer.step(), optimizer.zero_grad()
         schedule.step()
 

@@ -91,6 +91,15 @@ def test_commands_are_what_the_scripts_accept(monkeypatch):
     assert len(seen) > 100 and not refused, "\n".join(refused)
 
 
+def test_fractions_of_learning_rates_are_of_the_scripts_defaults(capsys):
+    for script, wanted in (("run_ppo", {"lr": run.LR, "value-lr": run.VALUE_LR}), ("run_rm", {"lr": run.RM_LR})):
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).parse(["--help"])
+        text = " ".join(capsys.readouterr().out.split()).split("options:")[1]
+        for flag, value in wanted.items():
+            assert f"(default: {value})" in text.split(f"--{flag} {flag.upper().replace('-', '_')} ")[1].split(" --")[0]
+
+
 def test_lists_commands_and_runs_nothing(tmp_path, capsys):
     assert run.main(["lenses", "--seeds", "0", "1", "0", "--runs", str(tmp_path / "r"), "--dry-run"]) == 0
     out = capsys.readouterr().out.splitlines()

@@ -36,6 +36,31 @@ def test_splits_are_disjoint_and_held_out_questions_are_for_evaluation_only():
     assert len(load_prompts("toy", "ppo", 7)) == 7
 
 
+def test_samples_of_both_phases_fit_together():
+    """Prefix, endings and findings of each pair are one packed row, whatever was asked in whatever words."""
+    from types import SimpleNamespace
+    from virtue.toy.pretrain import Samples
+    tokenizer = load_tokenizer("toy")
+    for fit in (False, True):
+        for batch in Samples(tokenizer, SimpleNamespace(seed=0, texts=1, pairs=3, reviews=2), 12, fit):
+            rows, mask, ids, _, _, ends, answer, targets, reviews = batch
+            assert ends.shape == targets.shape and len(targets) == len(ids) == len(answer) and len(reviews) == 2 * fit
+            assert targets.shape[1] == 5 + fit and ((targets > 0) & (targets < 1)).all() and answer.any(1).all()
+
+
+def test_what_the_second_phase_teaches():
+    def latent(motives):
+        return {"action": [Clause("action", v, "mean", 0) for v in ("honesty", "respect")], "motivation": motives}
+    fit, unfit = ([Clause("motivation", v, "mean", 0)] for v in ("honesty", "prudence"))
+    assert grammar.review("motivation", latent([*fit, *unfit, fit[0]._replace(broken=True)])) == "honesty true, prudence false, broken"
+    assert grammar.judge_logit("motivation", "sincerity", latent(fit), latent(unfit)) == pytest.approx(2 * 2 + 0.3)
+    twice = latent(fit * 2)
+    assert grammar.judge_logit("motivation", "honesty", twice, latent(fit), slip=1.0) == pytest.approx(0.3 + 0.2 - 1.0)
+    vice = {"action": [Clause("action", "honesty", "deficiency", 0), Clause("action", "prudence", "mean", 0)]}
+    assert grammar.judge_logit("action", "rules", vice, latent(fit)) == pytest.approx(-2 + 0.3)
+    assert grammar.judge_logit("action", "helpfulness", vice, latent(fit)) == pytest.approx(2 * (0 - 1) + 0.3)
+
+
 def test_no_sample_of_pre_training_holds_a_held_out_wording_or_question():
     from virtue.toy.pretrain import draw_pair, draw_text
     rng = random.Random(0)
@@ -90,7 +115,7 @@ def test_revisions_mend_the_fault_that_the_critique_names():
 def test_pretraining_script_makes_a_loadable_model(tmp_path, capsys, monkeypatch):
     from virtue.toy import pretrain
     monkeypatch.setattr(pretrain, "judge_accuracy", lambda *a: {})  # measured on the real model, in the script's own run
-    pretrain.main(["--steps", "2", "--texts", "2", "--pairs", "2", "--hidden", "64", "--layers", "1", "--out", str(tmp_path)])
+    pretrain.main(["--steps", "2", "--fit-steps", "2", "--texts", "2", "--pairs", "2", "--hidden", "64", "--layers", "1", "--out", str(tmp_path)])
     assert "step     2" in capsys.readouterr().out
     model, tokenizer = load_model(tmp_path), load_tokenizer(tmp_path)
     assert model.config.hidden_size == 64 and slots(grammar.QUESTIONS[0].format(p="Ida", t="dog")) == ("Ida", "dog")

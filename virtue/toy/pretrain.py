@@ -1,7 +1,8 @@
 """Make the toy's tiny Mistral: tokenizer, pre-training on samples of the grammar, a check, save.
 
-    python -m virtue.toy.pretrain --out runs/toy                          # both phases, as the shipped folder was made
-    python -m virtue.toy.pretrain --out runs/quick --steps 50 --fit-steps 20   # a quick look
+    python -m virtue.toy.pretrain --out runs/toy                # as the shipped folder was made: 45 minutes
+    python -m virtue.toy.pretrain --out runs/quick --steps 50   # a quick look
+    python -m virtue.toy.pretrain --out runs/fit --init runs/toy --fit-steps 900   # a second phase: see below
 
 Good and bad clauses are mixed evenly, so that the base model is no better than the world it has read.
 It learns four tasks in the one chat format: dialogues; revisions (answer, critique, new answer); the
@@ -12,11 +13,12 @@ time only which dialogue is better overall. Labels come from the grammar's laten
 gold. Pairs of answers, the shortest, dominate the judge's first third: what is learned on them
 carries over to the longer lenses.
 
-After that phase the judge took any virtuous motive for a good one, also one that its action does not
-bear out, and so did the reward models. A second phase teaches the difference: most pairs of motivations and
-consequences share one good action and differ by how they fit it; broken and repeated sentences cost
-more; and a dialogue is followed by the question whether its last answer is true to the action, sentence by
-sentence. In it the model also meets the judge's other wording and the extra questions of virtue/ethics.py.
+The judge of the shipped model takes almost any virtuous motive for a good one, also one that its action
+does not bear out. A second phase (--fit-steps, not in the shipped model: docs/experiments.md says what it gained
+and lost) teaches the difference: most pairs of motivations and consequences share one good action and differ
+by how they fit it; broken and repeated sentences cost more; what is true to the action is asked in words,
+sentence by sentence. In it the model also meets the judge's other wording and the extra questions of
+virtue/ethics.py, and questions with their words shuffled, so that naming the person does not hang on places.
 """
 from __future__ import annotations
 
@@ -97,7 +99,7 @@ def encode_findings(tokenizer, first, second, lens: str, wording: str = "trained
     worth = [grammar.worth(latent, lens) for _, latent in (first, second)]
     found = ", ".join(f"{v} {' '.join('good' if w[v] > 0 else 'bad' if w[v] < 0 else 'none' for w in worth)}" for v in VIRTUES)
     if fit and lens != "action":
-        user = pair_text(first[0], second[0], lens, wording) + " What is true to the action?"
+        user = pair_text(first[0], second[0], lens, wording) + " Which is true to the action?"
         found = ". ".join(f"{label} {grammar.review(lens, latent)}" for label, (_, latent) in zip(JUDGE_LABELS, (first, second)))
     ids, spans = encode_conversation(tokenizer, [{"role": "user", "content": user}, {"role": "assistant", "content": found}])
     return ids, spans[0][1] - spans[0][0]
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; copy it to virtue/toy/model to ship it")
     parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
-    parser.add_argument("--fit-steps", type=int, default=900, help="steps of the second phase: pairs that share their action")
+    parser.add_argument("--fit-steps", type=int, default=0, help="steps of the second phase: pairs that share their action")
     parser.add_argument("--init", type=Path, help="start at the second phase, from the model that the first left in this folder")
     parser.add_argument("--texts", type=int, default=14, help="conversations a step")
     parser.add_argument("--pairs", type=int, default=18, help="judged pairs of answers a step; fewer of the longer lenses")
@@ -251,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
     if args.init is None:
         train(model, tokenizer, args, args.steps, fit=False)
-    train(model, tokenizer, args, args.fit_steps, fit=True)
+    if args.fit_steps:
+        train(model, tokenizer, args, args.fit_steps, fit=True)
     model.eval()
     for unseen in (False, True):
         print("judge on", "held-out wordings:" if unseen else "seen wordings:",
