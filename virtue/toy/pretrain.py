@@ -240,6 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and initial weights")
     args = parser.parse_args(argv)
+    if args.init and not args.fit_steps:
+        parser.error("--init starts at the second phase: give its --fit-steps")
 
     from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
     torch.set_num_threads(args.threads)
