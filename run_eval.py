@@ -50,7 +50,7 @@ def parse(argv):
     group("--policy", type=Path, required=True, help="folder of run_ppo.py, or of run_sft.py on preferences")
     group("--eval-rm", type=Path, help="a second ensemble, which PPO did not see (run_rm.py --share second --seed 1)")
     group("--judge", help="another model as the judge: toy, folder or hub id (default: the base, adapters off)")
-    group("--judge-limit", type=positive_int, default=64, help="prompts on which the judge compares the models")
+    group("--judge-limit", type=positive_int, default=48, help="prompts on which the judge compares the models")
     group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
     group("--show", type=positive_int, default=3, help="dialogues to print side by side")
     group = judge.add_argument_group("pairs").add_argument

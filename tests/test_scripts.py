@@ -30,7 +30,7 @@ def chain(out: Path, quantize: str) -> Path:
     call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", 24)
     call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--epochs", 1, "--held-out", 0.25, *SMALL)
     call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", 2, "--rollout-size", 8, "--lr", 1e-3, "--minibatch-size", 4,
-         "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3, "--value-warmup", 0)
+         "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3)
     call("run_eval", "models", "--policy", out / "policy", "--out", out / "report", "--limit", 8, "--show", 1, "--judge-limit", 4)
     return out
 
@@ -89,7 +89,7 @@ def test_same_seed_same_bytes(fp32, tmp_path):
 def test_ppo_of_each_kind(fp32, tmp_path):
     for i, flags in enumerate((["--aggregate", "min", "--train-turns", "action"], ["--reward-turns", "answer", "--micro-batch-size", 2],
                                ["--aggregate", "weighted", "--weights", 1, 0, 1])):
-        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / str(i), "--iterations", 1, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--lr", 1e-3,
+        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / str(i), "--iterations", 1, "--rollout-size", 4, "--minibatch-size", 4, "--lr", 1e-3,
              "--rank", 4, "--limit", 8, *flags)
         metrics, = lines(tmp_path / str(i) / "metrics.jsonl")
         assert metrics["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and metrics["policy/ratio"] == pytest.approx(1, abs=0.1)
@@ -106,7 +106,7 @@ def test_ppo_records_every_rollout(fp32):
 
 def test_what_the_ablations_change(fp32, tmp_path):
     def first(name, *flags):
-        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / name, "--iterations", 1, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 8, "--ppo-epochs", 1,
+        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / name, "--iterations", 1, "--rollout-size", 8, "--minibatch-size", 8, "--ppo-epochs", 1,
              "--rank", 4, "--limit", 8, *flags)
         return lines(tmp_path / name / "metrics.jsonl")[0]
     plain, raw, half, bare = (first(name, *flags) for name, flags in (
@@ -320,7 +320,7 @@ def test_bad_input(fp32, tmp_path, toy_folder):
         ("run_ppo", ["--rm", fp32 / "rm", "--model", other], ["another base"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--sft", fp32 / "policy"], ["stage 'policy'"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--aggregate", "weighted"], ["--weights"]),
-        ("run_ppo", ["--rm", fp32 / "rm", "--iterations", 2], ["--value-warmup 2", "--iterations 2"]),
+        ("run_ppo", ["--rm", fp32 / "rm", "--iterations", 2, "--value-warmup", 2], ["--value-warmup 2", "--iterations 2"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--weights", "nan", 1, 1], ["--weights", "finite"]),
         ("run_rm", ["--data", fp32 / "preferences", "--sft", tmp_path / "other_sft"], ["sampled upon", "--sft"]),
         ("run_eval", ["models", "--policy", fp32 / "sft"], ["stage"]),
