@@ -208,7 +208,7 @@ def other_folder(tmp_path_factory):
     from virtue.toy import pretrain
     folder = tmp_path_factory.mktemp("other") / "model"
     pretrain.judge_accuracy, kept = (lambda *a: {}), pretrain.judge_accuracy
-    pretrain.main(["--steps", "200", "--fit-steps", "2", "--reviews", "1", "--texts", "8", "--pairs", "1", "--hidden", "64", "--layers", "2", "--out", str(folder)])
+    pretrain.main(["--steps", "200", "--texts", "8", "--pairs", "1", "--hidden", "64", "--layers", "2", "--out", str(folder)])
     pretrain.judge_accuracy = kept
     return folder
 
@@ -332,9 +332,9 @@ def test_bad_input(fp32, tmp_path, toy_folder):
         assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr, (script, flags, result.stderr)
         assert all(word in error[0] for word in words), (words, error)
         assert not out.exists(), (script, flags)
-    for script, flag, folder in (("run_sft", "--data", "revisions"), ("run_eval", "--policy", "policy")):  # an input is never written over
+    for script, *flag, folder in (("run_sft", "--data", "revisions"), ("run_eval", "models", "--policy", "policy")):  # an input is never written over
         with pytest.raises(VirtueError, match="an input of this stage"):
-            call(script, flag, fp32 / folder, "--out", fp32 / folder, "--overwrite")
+            call(script, *flag, fp32 / folder, "--out", fp32 / folder, "--overwrite")
     with pytest.raises(VirtueError, match="not finite"):
         call("run_sft", "--data", fp32 / "revisions", "--out", tmp_path / "nan", "--lr", 1e30, "--max-grad-norm", 1e30, *SMALL)
     assert not (tmp_path / "nan/virtue.json").exists()

@@ -141,7 +141,7 @@ class Samples(torch.utils.data.IterableDataset):
             weights = (1, 3, 3) if self.fit else (8, 1, 1) if step < self.steps / 3 else (3, 3, 3)
             lens = rng.choices(LENSES, weights=weights)[0]
             pairs = self.args.pairs * (2 / 3 if self.fit else 1)
-            for _ in range(round(pairs * {"action": 1.0, "motivation": 0.75, "consequence": 0.6}[lens])):
+            for _ in range(max(1, round(pairs * {"action": 1.0, "motivation": 0.75, "consequence": 0.6}[lens]))):
                 first, second = draw_pair(rng, lens, fit=self.fit and rng.random() < 0.6)
                 asked, wording = VIRTUES, "trained"
                 if self.fit:  # what only the evaluation asks, and in other words
