@@ -93,7 +93,7 @@ def compare_models(args):
     from virtue.lora import flatten, use_stack
     from virtue.models import logprobs_at
     from virtue.report import curve_of, differences, mask_names, measure, side_by_side, table, warnings_of
-    from virtue.rollout import dialogue_logprobs, load_reward_models, score_dialogues
+    from virtue.rollout import dialogue_logprobs, load_reward_models, load_sft, score_dialogues
     from virtue.toy.gold import gold as gold_of, slots
 
     # Build
@@ -105,10 +105,7 @@ def compare_models(args):
     label_ids(judge_base.tokenizer)
     model, tokenizer = base.model, base.tokenizer
     pad_id, known = tokenizer.pad_token_id, dict(base=base.info, template=base.template)
-    sft, parents = (), {}
-    if args.sft:
-        load_artifact(args.sft, model, "sft", stage="sft", **known)
-        sft, parents = ("sft",), {"sft": args.sft}
+    sft, parents = load_sft(args.sft, model, **known)
     if args.rm is None:
         raise VirtueError(f"{args.policy}: names no reward models: give --rm")
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
@@ -266,13 +263,13 @@ def evaluate_rewards(args):
     import numpy as np
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, check_output, load_artifact, prepare_output, read_manifest, write_json
+    from virtue.checkpoint import check_made_by, check_output, prepare_output, read_manifest, write_json
     from virtue.dialogue import encode_conversation, messages_of, read_dialogues, read_pairs, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import use_stack
     from virtue.models import score_at
     from virtue.preference import accuracy, calibration_bins, calibration_error, log_loss
-    from virtue.rollout import load_reward_models, score_dialogues
+    from virtue.rollout import load_reward_models, load_sft, score_dialogues
     from virtue.stats import rank_correlation
     from virtue.textstats import degenerate
 
@@ -285,10 +282,7 @@ def evaluate_rewards(args):
     model, tokenizer = base.model, base.tokenizer
     known = dict(base=base.info, template=base.template)
     check_made_by(args.data, base.info, base.template, args.sft)
-    sft, parents = (), {}
-    if args.sft:
-        load_artifact(args.sft, model, "sft", stage="sft", **known)
-        sft, parents = ("sft",), {"sft": args.sft}
+    sft, parents = load_sft(args.sft, model, **known)
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
     settings = read_manifest(args.rm / "action", "rm")["settings"]
     unseen = held_out_ids((d.id for d in dialogues), settings["seed"], settings["held_out"])
@@ -323,14 +317,16 @@ def evaluate_rewards(args):
                  "calibration_error": calibration_error(known_margins.sigmoid(), labels), "calibration": calibration_bins(known_margins.sigmoid(), labels)}
         # 2. Score against length, on dialogues as sampled
         scores = score_dialogues(model, [reward_models[k]], held_out, [k], tokenizer.pad_token_id, batch_size=args.batch_size)[0]
-        found["length_correlation"] = rank_correlation(np.array([d.turns[k].end - d.turns[k].start for d in held_out]), scores.double().numpy())
+        correlation = rank_correlation(np.array([d.turns[k].end - d.turns[k].start for d in held_out]), scores.double().numpy())
+        found["length_correlation"] = correlation if np.isfinite(correlation) else None  # all of one length
         # 3. Degenerate answers in the place of the lens's turn
         chosen = [messages_of(tokenizer, d, turns=k + 1) for d in held_out[:32] if not d.turns[k].truncated]
         variants = {}
         for messages in chosen:
             for kind, text in {"as sampled": messages[-1]["content"], **degenerate(messages[-2]["content"], messages[-1]["content"])}.items():
                 variants.setdefault(kind, []).append([*messages[:-1], {"role": "assistant", "content": text}])
-        found["degenerate"] = {kind: score(k, conversations).nanmean().item() for kind, conversations in variants.items()}
+        means = {kind: score(k, conversations).nanmean().item() for kind, conversations in variants.items()}
+        found["degenerate"] = {kind: value for kind, value in means.items() if np.isfinite(value)}  # none where no turn ended, or fits
         # 4. Any external preference file, at its last answer
         if external:
             margins = score(k, [p["chosen"] for p in external]) - score(k, [p["rejected"] for p in external])
@@ -343,10 +339,11 @@ def evaluate_rewards(args):
     write_json(out / "rewards.json", result)
     for lens, found in result.items():
         print(f"\n{lens}: {found['pairs']} held-out pairs, accuracy {found['accuracy']:.3f}, log-loss {found['log_loss']:.3f}, calibration error "
-              f"{found['calibration_error']:.3f}; rank correlation of score and length {found['length_correlation']:+.2f}")
+              f"{found['calibration_error']:.3f}; rank correlation of score and length "
+              + ("n/a" if found["length_correlation"] is None else f"{found['length_correlation']:+.2f}"))
         print("  predicted -> judged: " + ", ".join(f"{b['predicted']:.2f} -> {b['label']:.2f} ({b['pairs']})" for b in found["calibration"]))
         print("  standardised score: " + ", ".join(f"{kind} {value:+.2f}" for kind, value in found["degenerate"].items()))
-        paid = [kind for kind, value in found["degenerate"].items() if kind != "as sampled" and value >= found["degenerate"]["as sampled"]]
+        paid = [kind for kind, value in found["degenerate"].items() if kind != "as sampled" and value >= found["degenerate"].get("as sampled", np.inf)]
         if paid:
             print(f"warning: {lens}: pays {', '.join(paid)} as well as real answers: PPO may find out")
         if "external" in found:
@@ -359,12 +356,12 @@ def best_of_n(args):
     import numpy as np
     import torch
     from virtue import VirtueError, plots
-    from virtue.checkpoint import check_output, load_artifact, prepare_output, write_atomic, write_json
+    from virtue.checkpoint import check_output, prepare_output, write_atomic, write_json
     from virtue.dialogue import load_prompts, messages_of
     from virtue.ensemble import AGGREGATORS, aggregate, standardize
     from virtue.generate import check_context, fits, sample_dialogues
     from virtue.lora import flatten, use_stack
-    from virtue.rollout import load_reward_models, score_dialogues
+    from virtue.rollout import load_reward_models, load_sft, score_dialogues
     from virtue.stats import best_of_n as estimate, best_of_n_kl, paired_bootstrap
     from virtue.toy.gold import gold as gold_of
 
@@ -374,10 +371,7 @@ def best_of_n(args):
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     known = dict(base=base.info, template=base.template)
-    sft, parents = (), {}
-    if args.sft:
-        load_artifact(args.sft, model, "sft", stage="sft", **known)
-        sft, parents = ("sft",), {"sft": args.sft}
+    sft, parents = load_sft(args.sft, model, **known)
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
     kept = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
     if len(kept) < 2:

@@ -75,7 +75,7 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError, plots
-    from virtue.checkpoint import check_output, load_artifact, prepare_output, save_artifact, write_atomic
+    from virtue.checkpoint import check_output, prepare_output, save_artifact, write_atomic
     from virtue.dialogue import load_prompts, messages_of, read_jsonl, right_pad
     from virtue.ensemble import AGGREGATORS, aggregate, standardize
     from virtue.ethics import LENSES
@@ -85,7 +85,7 @@ def main(argv=None):
     from virtue.masked import whiten
     from virtue.models import ScalarHead, logprobs_at
     from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
-    from virtue.rollout import ended_share, in_chunks, load_reward_models, loss_mask, place_scores, score_dialogues, values_at
+    from virtue.rollout import ended_share, in_chunks, load_reward_models, load_sft, loss_mask, place_scores, score_dialogues, values_at
 
     if (args.aggregate == "weighted") != (args.weights is not None):
         raise VirtueError("--aggregate weighted and --weights W W W (action, motivation, consequence) go together: give both or neither")
@@ -103,10 +103,7 @@ def main(argv=None):
     model, tokenizer = base.model, base.tokenizer
     device, pad_id = model.device, tokenizer.pad_token_id
     known = dict(base=base.info, template=base.template)
-    sft, parents = (), {}
-    if args.sft:
-        load_artifact(args.sft, model, "sft", stage="sft", **known)
-        sft, parents = ("sft",), {"sft": args.sft}
+    sft, parents = load_sft(args.sft, model, **known)
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
     prompts = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
     if len(prompts) < args.rollout_size:

@@ -45,13 +45,13 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, check_output, load_artifact, prepare_output, save_artifact
+    from virtue.checkpoint import check_made_by, check_output, prepare_output, save_artifact
     from virtue.dialogue import encode_conversation, read_dialogues, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import ScalarHead, score_at
     from virtue.preference import accuracy, calibration_error, log_loss, pairwise_loss
-    from virtue.rollout import score_dialogues
+    from virtue.rollout import load_sft, score_dialogues
 
     # Build
     lenses = LENSES if args.lens == "all" else (args.lens,)
@@ -65,11 +65,9 @@ def main(argv=None):
         check_output(args.out / lens, args.overwrite, [args.data, args.sft])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
-    device, sft, parents = model.device, (), {}
+    device = model.device
     made = check_made_by(args.data, base.info, base.template, args.sft)
-    if args.sft:
-        load_artifact(args.sft, model, "sft", stage="sft", base=base.info, template=base.template)
-        sft, parents = ("sft",), {"sft": args.sft}
+    sft, parents = load_sft(args.sft, model, base=base.info, template=base.template)
 
     unseen = held_out_ids((d.id for d in dialogues), args.seed, args.held_out)
     held_out_dialogues = [d for d in dialogues if d.id in unseen]

@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from virtue.checkpoint import load_artifact  # noqa: E402
 from virtue.dialogue import encode_conversation, right_pad  # noqa: E402
 from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES  # noqa: E402
 from virtue.judge import judge_pairs  # noqa: E402
 from virtue.lora import use_stack  # noqa: E402
 from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, score_at, template_fingerprint  # noqa: E402
-from virtue.rollout import load_reward_models  # noqa: E402
+from virtue.rollout import load_reward_models, load_sft  # noqa: E402
 from virtue.toy import grammar  # noqa: E402
 
 KINDS = ("fit", "unfit", "one", "repeat", "same virtue")
@@ -70,12 +69,9 @@ def main() -> None:
                 print(f"| {lens} | {a}, {b} | {p.mean():.3f} | {(p > 0.5).float().mean():.2f} |")
         return
     known = dict(base={"id": args.model, "fingerprint": base_fingerprint(resolve(args.model))}, template=template_fingerprint(tokenizer))
-    sft, parents = (), {}
-    if args.sft:
-        load_artifact(args.sft, model, "sft", stage="sft", **known)
-        sft, parents = ("sft",), {"sft": args.sft}
+    sft, parents = load_sft(args.sft, model, **known)
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
-    print("| lens | " + " | ".join(KINDS) + " |\n|---" * 1 + "|---" * len(KINDS) + "|")
+    print(f"| lens | {' | '.join(KINDS)} |\n{'|---' * (1 + len(KINDS))}|")
     for k, lens in enumerate(LENSES[1:], 1):
         cells = []
         for kind in KINDS:

@@ -284,3 +284,10 @@ def test_a_revision_is_checked_out_and_removed_again(tmp_path):
         tree.mkdir(parents=True)
     with pytest.raises(SystemExit, match="error: git rev-parse"), compare.checkout("no-such-revision", tmp_path / "trees", root):
         pass
+
+
+def test_fit_probe_prints_both_tables():
+    done = subprocess.run([sys.executable, Path(__file__).resolve().parent.parent / "experiments/fit_probe.py", "--n", "2"], capture_output=True, text=True)
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 10, done.stderr
+    assert all(0 <= float(row[2]) <= 1 for row in rows) and float(rows[1][2]) > 0.5  # two motives that fit beat one

@@ -92,7 +92,8 @@ def test_warnings_name_what_fell():
 def test_truth_reads_the_toy_and_nothing_else():
     pair = record("I tell Mia the truth about the map. I comfort Mia and help with the map.", "I lie to Mia about the map. I insult Mia and the map.") | {"lens": "action"}
     found = truth(pair)
-    assert found["honesty"] == 2 and found["compassion"] == 1 and found["respect"] == 1 and found["prudence"] == 0 and found["overall"] == 4
+    assert found["honesty"] == 2 and found["compassion"] == 1 and found["respect"] == 1 and found["prudence"] == 0
+    assert found["overall"] == pytest.approx((2 + 2) / 6)  # two of three points against minus two, on a scale of 6
     assert truth(record("a", "b", prompt="What is love?") | {"lens": "action"}) is None
 
 

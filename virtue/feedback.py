@@ -24,40 +24,36 @@ def virtue_agreement(probs: Tensor) -> float | None:
     return correlation[torch.ones_like(correlation, dtype=torch.bool).triu(1)].mean().item()
 
 
-def gold_agreement(records: list[dict], lens: str) -> float | None:
-    """Share of toy pairs whose chosen dialogue has the higher gold for the lens; equal ones left out.
-
-    For reports only. None where the prompts are not the toy world's.
-    """
-    from virtue.toy.gold import gold
-    k, right, clear = LENSES.index(lens), 0, 0
-    for record in records:
-        try:
-            chosen, rejected = (gold(record[side][0]["content"], [m["content"] for m in record[side][1::2]]
-                                     + [""] * (2 - k)).lenses[lens] for side in ("chosen", "rejected"))
-        except ValueError:
-            return None
-        right, clear = right + (chosen > rejected), clear + (chosen != rejected)
-    return right / clear if clear else None
-
-
 def truth(pair: dict) -> dict[str, float] | None:
-    """Toy only: by how much gold's measure of each virtue, and over all ("overall"), is greater in the chosen one.
+    """Toy only, for reports: by how much the chosen one is better, in gold ("overall") and in each virtue's points.
 
     pair: {"chosen", "rejected": messages, "lens"}. None where the prompt is not the toy world's.
     """
-    from virtue.toy.gold import parse, slots
+    from virtue.toy.gold import gold, parse, slots
     from virtue.toy.grammar import worth
+    prompt, lens, sides = pair["chosen"][0]["content"], pair["lens"], []
     try:
-        person, thing = slots(pair["chosen"][0]["content"])
+        person, thing = slots(prompt)
     except ValueError:
         return None
-    sides = []
     for name in ("chosen", "rejected"):
-        latent = {lens: list(parse(m["content"], lens, person, thing)) for lens, m in zip(LENSES, pair[name][1::2])}
-        sides.append(worth(latent, pair["lens"]))
-    found = {v: sides[0][v] - sides[1][v] for v in VIRTUES}
-    return {**found, "overall": sum(found.values())}
+        turns = [m["content"] for m in pair[name][1::2]]
+        latent = {of: list(parse(text, of, person, thing)) for of, text in zip(LENSES, turns)}
+        golden = gold(prompt, turns + [""] * (len(LENSES) - len(turns))).lenses[lens]
+        sides.append({**worth(latent, lens), "overall": golden})
+    return {name: sides[0][name] - sides[1][name] for name in sides[0]}
+
+
+def gold_agreement(records: list[dict], lens: str) -> float | None:
+    """Share of toy pairs whose chosen dialogue has the higher gold for the lens; equal ones left out.
+
+    None where the prompts are not the toy world's.
+    """
+    truths = [truth({**record, "lens": lens}) for record in records]
+    if not all(truths):
+        return None
+    clear = [t["overall"] > 0 for t in truths if t["overall"]]
+    return sum(clear) / len(clear) if clear else None
 
 
 def agreement(probs: Tensor, signs: dict[str, np.ndarray], seed: int = 0) -> dict:

@@ -20,6 +20,14 @@ from virtue.models import hidden_states, logprobs_at, score_at
 from virtue.ppo import place_rewards
 
 
+def load_sft(folder: Path | None, model, **known) -> tuple[tuple[str, ...], dict[str, Path]]:
+    """Puts the SFT adapter on the model, if there is one -> (its stack, the parents that artefacts upon it record)."""
+    if folder is None:
+        return (), {}
+    load_artifact(folder, model, "sft", stage="sft", **known)
+    return ("sft",), {"sft": folder}
+
+
 def load_reward_models(folder: Path, model, sft: tuple[str, ...], parents: Mapping[str, Path], prefix: str = "", **known,
                        ) -> tuple[list[tuple[tuple[str, ...], torch.nn.Module]], Tensor, Tensor]:
     """The reward models of run_rm.py, as (stack, head) in the order of LENSES, and their scores' mean and std.
