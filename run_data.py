@@ -51,12 +51,13 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     from virtue import VirtueError
-    from virtue.checkpoint import check_output, data_hash, load_artifact, prepare_output, write_json, write_jsonl, write_manifest
+    from virtue.checkpoint import check_output, data_hash, prepare_output, write_json, write_jsonl, write_manifest
     from virtue.dialogue import load_prompts, messages_of
     from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
     from virtue.generate import check_context, fits, sample_dialogues
     from virtue.judge import judge_pairs, label_ids, pair_fits, verdict
     from virtue.lora import use_stack
+    from virtue.rollout import load_sft
 
     # Build
     prompts = load_prompts(args.prompts, args.split, args.limit)
@@ -67,10 +68,7 @@ def main(argv=None):
     counts = Counter(prompts=len(prompts), prompts_too_long=len(prompts) - len(kept))
     if not kept:
         raise VirtueError(f"{args.prompts}: all {len(prompts)} prompts exceed --max-prompt-tokens {args.max_prompt_tokens}: raise it")
-    stack = ()
-    if args.sft:
-        load_artifact(args.sft, model, "sft", stage="sft", base=base.info, template=base.template)
-        stack = ("sft",)
+    stack, parents = load_sft(args.sft, model, base=base.info, template=base.template)
     judge_base = base
     if args.command == "preferences":
         judge_base = open_base(args, args.judge) if args.judge else base
@@ -148,7 +146,7 @@ def main(argv=None):
     written = ["revisions.jsonl"] if args.command == "revisions" else [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"]
     write_json(out / "summary.json", summary)
     write_manifest(out, stage=args.command, base=base.info, template=base.template, seed=args.seed, settings=vars(args),
-                   parents={"sft": args.sft} if args.sft else {},
+                   parents=parents,
                    extra={"judge": judge_base.info} if args.command == "preferences" else {},
                    sha256=data_hash(out, written))
     for name, value in summary.items():

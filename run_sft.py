@@ -35,12 +35,12 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, check_output, load_artifact, prepare_output, read_manifest, save_artifact
+    from virtue.checkpoint import check_made_by, check_output, prepare_output, read_manifest, save_artifact
     from virtue.dialogue import encode_conversation, read_preferences, read_revisions, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import logprobs_at
-    from virtue.rollout import span_mask
+    from virtue.rollout import load_sft, span_mask
 
     # Build
     made = read_manifest(args.data)
@@ -58,10 +58,8 @@ def main(argv=None):
     name, stack, parents = "sft", ("sft",), {}
     if chosen:
         check_made_by(args.data, base.info, base.template, args.sft)
-        name, stack = "policy", ("policy",)
-        if args.sft:
-            load_artifact(args.sft, model, "sft", stage="sft", base=base.info, template=base.template)
-            stack, parents = ("sft", "policy"), {"sft": args.sft}
+        below, parents = load_sft(args.sft, model, base=base.info, template=base.template)
+        name, stack = "policy", (*below, "policy")
     add_adapter(model, name, rank=args.rank, alpha=args.alpha, targets=args.targets, seed=torch_seed(args.seed, "sft"))
     parameters = adapter_parameters(model, name)
     rows = [encode_conversation(tokenizer, c) for c in conversations]
