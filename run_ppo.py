@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, check_finite, finite_float, fraction, make_parser, nonnegative_float, nonnegative_int,
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, check_finite, finite_float, fraction, lora_settings, make_parser, nonnegative_float, nonnegative_int,
                             open_base, parse_with_parent, positive_float, positive_int, progress, run_main, stream, torch_seed)
 
 
@@ -46,6 +46,7 @@ def parse(argv):
     reward("--no-standardize", action="store_true", help="aggregate raw scores, as the study may have: offset and scale of each model are arbitrary")
     reward("--score-dtype", choices=("fp32", "fp16"), default="fp32", help="round raw scores to this type, to see what fp16 costs")
     reward("--eos-penalty", type=nonnegative_float, default=1.0, help="subtracted at the end of a turn that did not stop")
+    reward("--merge-rm", action="store_true", help="score with reward models merged into the 4-bit base and quantised again, as the study published its own: shows what rounding erases")
     kl = parser.add_argument_group("KL penalty").add_argument
     kl("--kl-coef", type=nonnegative_float, default=0.06, help="coefficient of k1 per token in the reward")
     kl("--kl-target", type=positive_float, help="adapt the coefficient towards this KL per dialogue, in nats (default: fixed)")
@@ -81,7 +82,7 @@ def main(argv=None):
     from virtue.ethics import LENSES
     from virtue.generate import check_context, fits, sample_dialogues
     from virtue.logprobs import kl_k1, kl_k3
-    from virtue.lora import adapter_parameters, add_adapter, flatten, use_stack
+    from virtue.lora import adapter_parameters, add_adapter, flatten, requantize, use_stack
     from virtue.masked import whiten
     from virtue.models import ScalarHead, logprobs_at
     from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
@@ -110,9 +111,8 @@ def main(argv=None):
         raise VirtueError(f"{args.prompts}: {len(prompts)} prompts fit into --max-prompt-tokens {args.max_prompt_tokens}, "
                           f"fewer than --rollout-size {args.rollout_size}: give more prompts, or change these flags")
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
-    lora = dict(rank=args.rank, alpha=args.alpha, targets=args.targets)
-    add_adapter(model, "policy", seed=torch_seed(args.seed, "policy"), **lora)
-    add_adapter(model, "value", seed=torch_seed(args.seed, "value"), **lora)
+    add_adapter(model, "policy", seed=torch_seed(args.seed, "policy"), **lora_settings(args))
+    add_adapter(model, "value", seed=torch_seed(args.seed, "value"), **lora_settings(args))
     value_head = ScalarHead(model.config.hidden_size, bias=True).to(device)
     policy_parameters = adapter_parameters(model, "policy")
     value_parameters = [*adapter_parameters(model, "value"), *value_head.parameters()]
@@ -147,8 +147,11 @@ def main(argv=None):
         roles = {**parents, **{f"rm/{lens}": args.rm / lens for lens in LENSES}}
         extra = {"iterations": iteration, "kl_coef": kl_coef, "score_mean": mean.tolist(), "score_std": std.tolist()}
         save_artifact(out, stage="policy", adapter="policy", parents=roles, extra=extra, **settings)
+        save_artifact(out / "best", stage="policy", adapter="best", parents=roles, extra=extra | {"iterations": best_iteration - 1}, **settings)
 
-    if answer:  # standardise in the mode in which PPO reads
+    if args.merge_rm:
+        reward_models = [((requantize(model, stack, f"merged-{lens}"),), head) for lens, (stack, head) in zip(LENSES, reward_models)]
+    if answer or args.merge_rm:  # standardise in the mode in which PPO reads
         scores = score(sample(prompts[:4 * args.rollout_size], -1))
         mean, std = scores.mean(1), scores.std(1, correction=0)
     if args.no_standardize:
@@ -158,7 +161,9 @@ def main(argv=None):
 
     prepare_output(out, args.overwrite)
     prepare_output(out / "value", args.overwrite)
+    prepare_output(out / "best", args.overwrite)
     log, rollouts, kl_coef = MetricsLog(out / "metrics.jsonl"), MetricsLog(out / "rollouts.jsonl"), args.kl_coef
+    best, best_iteration = -float("inf"), 0
     bar = progress(range(1, args.iterations + 1), "ppo")
     updates = args.ppo_epochs * -(-args.rollout_size // args.minibatch_size)  # optimiser steps an iteration
     for iteration in bar:
@@ -168,6 +173,7 @@ def main(argv=None):
         order = stream(args.seed, "ppo", "order", (iteration - 1) // per_pass).permutation(len(prompts))
         start = (iteration - 1) % per_pass * args.rollout_size
         dialogues = sample([prompts[i] for i in order[start:start + args.rollout_size]], iteration)
+        flatten(model, ("policy",), "sampled")  # a copy of what sampled, before the update changes it
 
         # 2. Score: three reward models, old and reference log-probs, values
         scores = standardize(score(dialogues), mean, std).clamp(-args.score_clip, args.score_clip)  # (K, B)
@@ -217,6 +223,10 @@ def main(argv=None):
         k3 = kl_k3(old_logprobs, ref_logprobs)[mask].sum().item() / len(dialogues)
         metrics = {"iteration": iteration, "objective/kl": k1, "objective/kl_k3": k3, "objective/kl_coef": kl_coef,
                    "objective/score": aggregate(scores, args.aggregate, **ensemble).mean().item()}
+        metrics["objective/rlhf_reward"] = metrics["objective/score"] - kl_coef * k1  # what PPO maximises
+        if metrics["objective/rlhf_reward"] > best:
+            best, best_iteration = metrics["objective/rlhf_reward"], iteration
+            flatten(model, ("sampled",), "best")
         if args.kl_target:
             kl_coef = update_kl_coef(kl_coef, k1, args.kl_target, len(dialogues), args.kl_horizon)
 
@@ -242,7 +252,8 @@ def main(argv=None):
 
     print(f"ppo: {args.iterations} iterations of {args.rollout_size} dialogues; score {before:.3f} -> {metrics['objective/score']:.3f}, "
           f"KL {k1:.2f} nats a dialogue, {metrics['tokens/eos_rate']:.1%} of turns ended")
-    print(f"wrote adapter policy in {out}, value function in {out / 'value'}, metrics.jsonl, every dialogue in rollouts.jsonl"
+    print(f"wrote adapter policy in {out}, the one with the greatest score less penalty ({best:.3f}, before iteration {best_iteration}) in {out / 'best'}, "
+          f"value function in {out / 'value'}, metrics.jsonl, every dialogue in rollouts.jsonl"
           f"{', curves.svg' if plots.available() else ''}")
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, held_out_ids, make_parser, open_base,
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, held_out_ids, lora_settings, make_parser, open_base,
                             parse_with_parent, positive_int, progress, run_main, stream, torch_seed)
 
 
@@ -101,7 +101,7 @@ def main(argv=None):
         if args.pool:  # one model, trained when its first lens comes by
             name, train = lenses[0], [pair for other in lenses for pair in pairs[other][0]]
         if name == lens:
-            add_adapter(model, name, rank=args.rank, alpha=args.alpha, targets=args.targets, seed=torch_seed(args.seed, "rm", lens))
+            add_adapter(model, name, **lora_settings(args), seed=torch_seed(args.seed, "rm", lens))
             head = ScalarHead(model.config.hidden_size, seed=torch_seed(args.seed, "rm", lens, "head")).to(device)
             parameters = [*adapter_parameters(model, name), *head.parameters()]
 

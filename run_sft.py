@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, make_parser, open_base,
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, lora_settings, make_parser, open_base,
                             parse_with_parent, positive_int, progress, run_main, stream, torch_seed)
 
 
@@ -60,7 +60,7 @@ def main(argv=None):
         check_made_by(args.data, base.info, base.template, args.sft)
         below, parents = load_sft(args.sft, model, base=base.info, template=base.template)
         name, stack = "policy", (*below, "policy")
-    add_adapter(model, name, rank=args.rank, alpha=args.alpha, targets=args.targets, seed=torch_seed(args.seed, "sft"))
+    add_adapter(model, name, **lora_settings(args), seed=torch_seed(args.seed, "sft"))
     parameters = adapter_parameters(model, name)
     rows = [encode_conversation(tokenizer, c) for c in conversations]
     rows = [(ids, spans[-1:]) for ids, spans in rows if len(ids) <= args.max_tokens]  # the last assistant turn is the new one

@@ -124,13 +124,9 @@ def test_verdict_without_gold_without_pairs_and_with_base_alone():
 def test_coherence_and_warnings():
     s = scores()
     assert html.coherence(s) == "PPO stays coherent: its perplexity under the base is 1.00 times that of SFT, 100.0% of its turns ended properly (SFT: 100.0%)."
-    for change in ({"perplexity": 2.2}, {"perplexity": 0.9}, {"ended": 0.9}):
-        worse = scores()
-        worse["models"]["ppo"] |= change
-        assert html.coherence(worse).startswith("Coherence of PPO is doubtful"), change
     assert "Warnings" not in Page(render(s)).text
     s["warnings"] = ["reward rose, but gold fell"]
-    assert "see the warnings" in html.coherence(s)
+    assert html.coherence(s).startswith("Coherence of PPO is doubtful") and "see the warnings" in html.coherence(s)
     text = Page(render(s)).text
     assert text.index("reward rose, but gold fell") < text.index("Scores")
 

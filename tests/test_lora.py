@@ -16,8 +16,8 @@ from tiny import dequantize, make_tiny_model
 from virtue import VirtueError
 from virtue.lora import (
     TARGETS, LoRALinear, active_stack, adapter_config, adapter_names, adapter_parameters,
-    adapter_state, add_adapter, flatten, load_adapter_state, merged_state_dict, remove_adapter,
-    set_stack, use_stack,
+    _Folded, adapter_state, add_adapter, flatten, load_adapter_state, merged_state_dict, remove_adapter,
+    requantize, set_stack, use_stack,
 )
 from virtue.models import load_model
 
@@ -277,6 +277,141 @@ def test_adapter_gradients_match_dense_weights(folders, quantize):
         for mine, oracle in ((layer.lora_A["a"].grad, A.grad), (layer.lora_B["a"].grad, B.grad)):
             assert oracle.abs().max() > 1e-5
             torch.testing.assert_close(mine, oracle, rtol=1e-3, atol=1e-4 * oracle.abs().max())
+
+
+# ---- the folded path of an fp32 base
+
+
+def test_folded_gradients_against_finite_differences():
+    def rand(*shape, grad=True):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_(grad)
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, halves = rand(2, 3, 5), rand(4, 5, grad=False), rand(4, grad=False), [rand(2, 5), rand(4, 2), rand(3, 5), rand(4, 3)]
+
+    def folded(x, *halves):
+        total = weight + 0.5 * halves[1] @ halves[0] + 3 * halves[3] @ halves[2]
+        return _Folded.apply(x, total.detach(), bias, [0.5, 3.0], *halves)
+
+    def numeric(x, *halves):  # the same with W' inside the graph: what finite differences see
+        return nn.functional.linear(x, weight + 0.5 * halves[1] @ halves[0] + 3 * halves[3] @ halves[2], bias)
+
+    dy = rand(2, 3, 4, grad=False)
+    for mine, oracle in zip(*(torch.autograd.grad(f(x, *halves), (x, *halves), dy) for f in (folded, numeric))):
+        torch.testing.assert_close(mine, oracle)
+    assert torch.autograd.gradcheck(numeric, (x, *halves))
+
+
+def test_folded_equals_plain_whatever_is_frozen():
+    model, x = toy(), torch.randn(2, 4, 7, requires_grad=True)
+    add(model, "a", rank=2, alpha=6, targets=("q_proj",), seed=1)
+    add(model, "b", rank=4, alpha=2, targets=("q_proj",), seed=2)
+    for p in adapter_parameters(model, "a"):
+        p.requires_grad_(False)
+    layer, found = model.q_proj, {}
+    for path in (layer.folded, layer.plain):
+        output = path(x, ["a", "b"])
+        found[path.__name__] = output, *torch.autograd.grad(output.square().sum(), (x, *adapter_parameters(model, "b")))
+    for mine, oracle in zip(found["folded"], found["plain"]):
+        torch.testing.assert_close(mine, oracle, rtol=1e-5, atol=1e-5)
+    output = layer.folded(x, ["a", "b"])
+    output.sum().backward()
+    assert all(p.grad is None for p in adapter_parameters(model, "a"))
+
+
+def test_what_was_folded_is_never_stale():
+    """Every way in which weights change: optimiser, copy, another adapter of that name, base, stack, scale."""
+    model, x = toy(), torch.randn(3, 7)
+    add(model, "a", rank=2, alpha=6, targets=("q_proj",), seed=1)
+    layer = model.q_proj
+
+    def check():
+        with torch.no_grad():
+            now = layer(x)
+            torch.testing.assert_close(now, layer.plain(x, list(layer.active)) if layer.active else layer.base(x), rtol=1e-5, atol=1e-5)
+        return now
+
+    seen = [check()]
+    set_stack(model, "a")
+    seen.append(check())
+    optimizer = torch.optim.Adam(adapter_parameters(model, "a"), lr=0.1)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    seen.append(check())
+    load_adapter_state(model, "a", {k: t + 0.1 for k, t in adapter_state(model, "a").items()}, adapter_config(model, "a", "x"))
+    seen.append(check())
+    remove_adapter(model, "a")
+    add(model, "a", rank=2, alpha=6, targets=("q_proj",), seed=5)
+    set_stack(model, "a")
+    seen.append(check())
+    layer.scaling["a"] = 1.0
+    seen.append(check())
+    with torch.no_grad():
+        layer.base.weight.add_(1.0)
+    seen.append(check())
+    layer.lora_B["a"].data = torch.randn(5, 2)
+    seen.append(check())
+    assert all(not torch.allclose(a, b) for a, b in zip(seen, seen[1:]))
+
+
+# ---- whole matrices; merging into 4 bits
+
+
+def test_whole_matrices_learn_what_dense_weights_learn(model, folders, tmp_path):
+    """Two steps of SGD on B equal two steps on the plain model's matrices; saved and loaded it is the same."""
+    add_adapter(model, "w", rank=None)
+    assert torch.equal(logits(model), logits(load_model(folders[False])))
+    set_stack(model, "w")
+    dense = plain(folders[False]).requires_grad_(False)
+    trained = [p for n, p in dense.named_parameters() if n.split(".")[-2] in TARGETS]
+    for p in trained:
+        p.requires_grad_(True)
+    mine = [p for p in adapter_parameters(model, "w") if p.requires_grad]
+    assert len(mine) == len(trained) == 14
+    target = torch.randn(logits(model).shape, generator=torch.Generator().manual_seed(0))
+    first = logits(model).detach()
+    for parameters, which in ((mine, model), (trained, dense)):
+        optimizer = torch.optim.SGD(parameters, lr=3.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (which(IDS, use_cache=False).logits * target).mean().backward()
+            optimizer.step()
+    assert (logits(model) - first).abs().max() > 0.01
+    torch.testing.assert_close(logits(model), dense(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    again = load_model(folders[False])
+    load_adapter_state(again, "w", adapter_state(model, "w"), adapter_config(model, "w", "x"))
+    set_stack(again, "w")
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(ValueError):
+        flatten(model, ("w",), "w")
+    merged = plain(folders[False])
+    merged.load_state_dict(merged_state_dict(model, ("w",), torch.float32))
+    torch.testing.assert_close(merged(IDS, use_cache=False).logits, logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_requantize_is_quantising_the_merged_weights(folders):
+    import bitsandbytes.functional as bnb
+    model = load_model(folders[False], quantize="nf4")
+    stack, before = unequal_stack(model), dense_weights(model)
+    set_stack(model, *stack)
+    stacked = logits(model)
+    with use_stack(model, requantize(model, stack, "merged")):
+        mine = logits(model)
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            W = before[path + ".weight"].clone()
+            for n in stack:
+                if n in layer.scaling:
+                    W += layer.scaling[n] * layer.lora_B[n].detach() @ layer.lora_A[n].detach()
+            codes, state = bnb.quantize_4bit(W, quant_type="nf4", compress_statistics=True)
+            before[path + ".weight"] = bnb.dequantize_4bit(codes, state)
+    oracle = functional_call(plain(folders[False]), before, (IDS,), {"use_cache": False}).logits
+    torch.testing.assert_close(mine, oracle, rtol=1e-4, atol=1e-4)
+    assert (mine - stacked).abs().max() > 0.01 and active_stack(model) == stack
+    bare = load_model(folders[False])
+    add(bare, "a")
+    with pytest.raises(VirtueError, match="--quantize nf4"):
+        requantize(bare, ("a",), "merged")
 
 
 # ---- flatten and merge

@@ -131,6 +131,34 @@ def test_the_policy_waits_for_the_value_function(fp32, tmp_path):
     assert first["policy/ratio"] == pytest.approx(1, abs=1e-4) != second["policy/ratio"]
 
 
+def test_the_best_policy_is_kept(fp32, tmp_path):
+    """best/ is what sampled the iteration with the greatest score less penalty: at iteration 1 the untrained adapter."""
+    from safetensors.torch import load_file
+    metrics = lines(fp32 / "policy/metrics.jsonl")
+    for m in metrics:
+        assert m["objective/rlhf_reward"] == pytest.approx(m["objective/score"] - m["objective/kl_coef"] * m["objective/kl"])
+    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 3, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
+         "--lr", 1e-7, "--kl-coef", 0.0, "--save-every", 1)
+    found = [m["objective/rlhf_reward"] for m in lines(tmp_path / "p/metrics.jsonl")]
+    manifest = json.loads((tmp_path / "p/best/virtue.json").read_text())
+    assert manifest["stage"] == "policy" and manifest["extra"]["iterations"] == found.index(max(found))
+    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "q", "--iterations", 2, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
+         "--lr", 1e-3, "--kl-coef", 1e6)
+    best = load_file(tmp_path / "q/best/adapter_model.safetensors")
+    assert not any((t != 0).any() for k, t in best.items() if "lora_B" in k)  # any change is dear: the start is the best
+    assert any((t != 0).any() for k, t in load_file(tmp_path / "q/adapter_model.safetensors").items() if "lora_B" in k)
+    with pytest.raises(VirtueError, match="equal those of sft"):
+        call("run_eval", "models", "--policy", tmp_path / "q/best", "--out", tmp_path / "r", "--limit", 4)
+
+
+def test_whole_matrices_and_merged_reward_models(fp32, tmp_path):
+    call("run_sft", "--data", fp32 / "revisions", "--out", tmp_path / "sft", "--whole", "--lr", 1e-4, "--epochs", 1, *SMALL)
+    config = json.loads((tmp_path / "sft/adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 384  # the width of the toy's down_proj
+    with pytest.raises(VirtueError, match="--quantize nf4"):
+        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 1, "--rollout-size", 4, "--minibatch-size", 4, "--limit", 8, "--merge-rm")
+
+
 def test_one_question_and_one_order(fp32, tmp_path):
     for name, flags in (("rules", ["--ask", "rules"]), ("one", ["--orders", "one"])):
         call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 24, "--out", tmp_path / name, *flags)

@@ -16,7 +16,6 @@ from virtue.ethics import LENSES, VIRTUES
 from virtue.report import ROWS
 
 SHOWN, EXTREMES = 12, 3  # transcripts from the top, and of the largest rises and falls
-MOST_PERPLEXITY, LEAST_ENDED = 1.5, -0.05  # beyond these the text is called doubtful: ratio either way, change of the share
 _MINUS = "\N{MINUS SIGN}"
 _TITLES = {"sft": "SFT", "ppo": "PPO"}
 _SCRIPTS = {"policy": "ppo", "value": "ppo", "revisions": "data", "preferences": "data"}  # stage of a manifest: run_*.py, if not the same
@@ -120,10 +119,8 @@ def coherence(scores: dict) -> str:
     facts, doubtful = [], bool(scores.get("warnings"))
     if _finite(old.get("perplexity")) and _finite(new.get("perplexity")) and old["perplexity"] > 0:
         ratio = new["perplexity"] / old["perplexity"]
-        doubtful |= not 1 / MOST_PERPLEXITY <= ratio <= MOST_PERPLEXITY
         facts.append(f"its perplexity under the base is {ratio:.2f} times that of {_model(before)}")
     if _finite(old.get("ended")) and _finite(new.get("ended")):
-        doubtful |= new["ended"] - old["ended"] < LEAST_ENDED
         facts.append(f"{new['ended']:.1%} of its turns ended properly ({_model(before)}: {old['ended']:.1%})")
     if scores.get("warnings"):
         facts.append("see the warnings")

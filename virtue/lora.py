@@ -43,8 +43,10 @@ class _Folded(torch.autograd.Function):
         x, folded, *halves = ctx.saved_tensors
         dx = dy @ folded if ctx.needs_input_grad[0] else None
         x, dy, grads = x.flatten(0, -2), dy.flatten(0, -2), []
-        for s, A, B, wanted in zip(ctx.scales, halves[::2], halves[1::2], ctx.needs_input_grad[4::2]):
-            grads += [(dy @ B).T @ x * s, dy.T @ (x @ A.T) * s] if wanted else [None, None]
+        wanted = ctx.needs_input_grad[4:]
+        for s, A, B, of_A, of_B in zip(ctx.scales, halves[::2], halves[1::2], wanted[::2], wanted[1::2]):
+            grads.append((dy @ B).T @ x * s if of_A else None)
+            grads.append(dy.T @ (x @ A.T) * s if of_B else None)
         return dx, None, None, None, *grads
 
 
@@ -135,15 +137,17 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
 
 
 def add_adapter(
-    model: nn.Module, name: str, *, rank: int, alpha: float,
+    model: nn.Module, name: str, *, rank: int | None, alpha: float = 0.0,
     targets: tuple[str, ...] = TARGETS, seed: int = 0,
 ) -> None:
     """Add a trainable adapter to every linear whose last path component is in ``targets``.
 
     A is uniform in +-1/sqrt(in) (kaiming, a = sqrt 5) from ``seed``, B zero: a no-op at first.
+    ``rank`` None trains the whole matrix: A is the identity and stays so, scaled by 1, B the change
+    of W; the rank is that of the widest layer, as PEFT's format has one for all, the rest zeros.
     ValueError: the name is taken, or rank < 1; VirtueError: a target that matches no layer.
     """
-    if name in adapter_names(model) or rank < 1:
+    if name in adapter_names(model) or (rank is not None and rank < 1):
         raise ValueError(f"adapter {name!r} exists already, or its rank {rank} is below 1")
     found = {
         path: module for path, module in model.named_modules()
@@ -152,14 +156,18 @@ def add_adapter(
     unmatched = sorted(set(targets) - {path.rpartition(".")[2] for path in found})
     if unmatched or not targets:
         raise VirtueError(f"LoRA targets {unmatched} match no linear layer; known are {TARGETS}")
-    active, generator = active_stack(model), torch.Generator().manual_seed(seed)
+    active, generator, whole = active_stack(model), torch.Generator().manual_seed(seed), rank is None
+    if whole:
+        widths = [m.base if isinstance(m, LoRALinear) else m for m in found.values()]
+        rank = max(m.in_features for m in widths)
     for path, layer in found.items():
         if isinstance(layer, nn.Linear):
             layer = LoRALinear(layer, active)
             model.set_submodule(path, layer)
         A, B = torch.empty(rank, layer.base.in_features), torch.zeros(layer.base.out_features, rank)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        layer.put(name, A, B, alpha / rank, trainable=True)
+        nn.init.eye_(A) if whole else nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        layer.put(name, A, B, 1.0 if whole else alpha / rank, trainable=True)
+        layer.lora_A[name].requires_grad_(not whole)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
@@ -262,7 +270,7 @@ def flatten(model: nn.Module, stack: tuple[str, ...], name: str) -> None:
     stack, ``name`` in the stack or trainable; KeyError: an unknown adapter.
     """
     ranks = _ranks(model, stack)
-    trainable = name in adapter_names(model) and adapter_parameters(model, name)[0].requires_grad
+    trainable = name in adapter_names(model) and adapter_parameters(model, name)[1].requires_grad
     if not stack or name in stack or trainable:
         raise ValueError(f"cannot flatten {stack} into {name!r}: empty, itself, or trainable")
     for layer in _layers(model).values():
@@ -309,3 +317,28 @@ def merged_state_dict(model: nn.Module, stack: tuple[str, ...], dtype: torch.dty
         if f"{path}.weight" not in merged and not layer.scaling.keys().isdisjoint(stack):
             raise VirtueError(f"{path} is tied to the embeddings: its adapter cannot be merged")
     return merged
+
+
+def requantize(model: nn.Module, stack: tuple[str, ...], name: str) -> str:
+    """Make the frozen adapter ``name`` that stands for merging ``stack`` into the 4-bit base and
+    quantising again: per layer Q(W + sum s B A) - W. Returns ``name``.
+
+    To see what that rounding erases; for use keep the adapters. VirtueError: no 4-bit base.
+    """
+    _ranks(model, stack)
+    layers = _layers(model)
+    if not all(getattr(layer.base.weight, "quant_state", None) for layer in layers.values()):
+        raise VirtueError("merging and quantising again needs a 4-bit base: give --quantize nf4")
+    rank = max(layer.base.in_features for layer in layers.values())
+    for layer in layers.values():
+        old, dense = layer.base.weight, _dense(layer.base.weight)
+        merged = dense + sum(
+            layer.scaling[n] * layer.lora_B[n].detach() @ layer.lora_A[n].detach()
+            for n in stack if n in layer.scaling
+        )
+        new = type(old)(merged.to(layer.base.compute_dtype), requires_grad=False, quant_type="nf4")
+        change = torch.zeros(layer.base.out_features, rank, device=dense.device)
+        change[:, : layer.base.in_features] = _dense(new.to(dense.device)) - dense
+        identity = torch.eye(rank, layer.base.in_features, device=dense.device)
+        layer.put(name, identity, change, 1.0, trainable=False)
+    return name

@@ -97,7 +97,13 @@ def add_lora_flags(parser: argparse.ArgumentParser, rank: int, alpha: float) -> 
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=positive_int, default=rank, help="rank r of the update B A")
     add("--alpha", type=positive_float, default=alpha, help="the update is scaled by alpha / r")
+    add("--whole", action="store_true", help="train the layers' whole matrices instead of B A: memory for four more copies of them, and a lower --lr")
     add("--targets", nargs="+", default=TARGETS, metavar="NAME", help="linear layers that get an adapter")
+
+
+def lora_settings(args: argparse.Namespace) -> dict:
+    """What those flags say, for ``lora.add_adapter``."""
+    return dict(rank=None if args.whole else args.rank, alpha=args.alpha, targets=args.targets)
 
 
 def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: int, batch_size: int) -> None:
