@@ -100,16 +100,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", default="", help='base model, prompts and sampling for both, e.g. "--model FOLDER --prompts FILE"')
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/experiments", help="folder of the stages' folders")
     parser.add_argument("--jobs", type=int, default=1, help="stages at once, one thread each: at most as many as cores")
-    parser.add_argument("--scale", choices=("full", "fast"), default="full",
-                        help="fast: small numbers of everything, whatever --ppo says, to see that all runs")
+    parser.add_argument("--scale", choices=("full", "small", "fast"), default="full",
+                        help="small: about half of everything, in a third of the time; fast: whatever --ppo says, to see that all runs")
     args = parser.parse_args(argv)
-    seeds, runs, fast = list(dict.fromkeys(args.seeds)), args.runs.resolve(), args.scale == "fast"
+    seeds, runs = list(dict.fromkeys(args.seeds)), args.runs.resolve()
     runs = runs.relative_to(ROOT) if runs.is_relative_to(ROOT) else runs
     os.chdir(ROOT)
     arm = Arm("compared", base=args.base, policy=args.ppo)
     with checkout(args.revision, ROOT / "runs/compare") as tree:
         trees = {"revision": Tree(tree, code_of(tree)), "working tree": Tree(ROOT, code_of(ROOT))}
-        made: dict[str, dict[int, dict[str, Stage]]] = {side: {s: chain(arm, s, fast, lambda name: own if name in DIFFER[args.start] else None)
+        made: dict[str, dict[int, dict[str, Stage]]] = {side: {s: chain(arm, s, args.scale, lambda name: own if name in DIFFER[args.start] else None)
                                                                for s in seeds} for side, own in trees.items()}
         order = [stage for s in seeds for side in made for stage in made[side][s].values()]
         label = {stage.folder: f"{side}, seed {s}" for side in made for s in seeds for stage in made[side][s].values()}
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {side: {s: load(runs / stages["report"].folder) for s, stages in by_seed.items() if stages["report"].done(runs)}
              for side, by_seed in made.items()}
     print(f"\nworking tree against {args.revision} ({tree.name}), from {args.start} on"
-          f"{f', run_ppo.py {args.ppo}' if args.ppo else ''}{', at --scale fast: no result' if fast else ''}\n")
+          f"{f', run_ppo.py {args.ppo}' if args.ppo else ''}{'' if args.scale == 'full' else f', at --scale {args.scale}'}\n")
     if not found["revision"].keys() & found["working tree"].keys():
         print("no seed was finished by both: nothing to compare")
         return 1

@@ -3,6 +3,7 @@
   python experiments/run.py --list
   python experiments/run.py lenses --seeds 0 1 2
   python experiments/run.py all --seeds 0 1 2 3 4 5 6 7 --jobs 2
+  python experiments/run.py lenses --scale small --jobs 2
   python experiments/run.py lenses --table        # only the tables, of what is finished
   python experiments/run.py causes --dry-run      # only the commands, and what is done already
 
@@ -45,7 +46,8 @@ from virtue.stats import hierarchical_bootstrap, holm, paired_bootstrap, permuta
 @dataclass(frozen=True)
 class Arm:
     """A recipe: flags that differ from the default's, by stage. `base` (model, prompts, sampling) goes to the first
-    stage, from which the later ones inherit; sft=None leaves SFT out; on_chosen puts SFT on the chosen answers in PPO's place."""
+    stage, from which the later ones inherit; sft=None leaves SFT out; on_chosen puts SFT on the chosen answers in PPO's place;
+    unseen trains a second ensemble, of another seed, on the half of the prompts that `rm` leaves it (--share first)."""
 
     name: str
     base: str = ""
@@ -56,6 +58,8 @@ class Arm:
     policy: str = ""
     report: str = ""
     on_chosen: bool = False
+    unseen: bool = False
+    best_of: bool = False  # also best-of-n of what PPO starts from
 
 
 def ppo(*variants: tuple[str, str], **shared: str) -> list[Arm]:
@@ -63,7 +67,7 @@ def ppo(*variants: tuple[str, str], **shared: str) -> list[Arm]:
 
 
 DEFAULT = Arm("default")
-LR, VALUE_LR, RM_LR = 3e-3, 2e-3, 2e-3  # the defaults of run_ppo.py and run_rm.py (a test keeps them so)
+LR, VALUE_LR, RM_LR, SFT_LR = 3e-3, 2e-3, 2e-3, 1e-3  # the defaults of run_ppo.py, run_rm.py and run_sft.py (a test keeps them so)
 UNCUT = "--max-new-tokens 64"  # at evaluation: what was learned is read off whole answers, however training cut them
 # How many answers the study's limits cut, it does not say. Of the SFT model's answers on the toy (median 31 tokens) a limit of
 # 16 cuts 99.9 %, 24 78 %, 30 53 %, 34 about 10 %: the first two stand for answers of hundreds of tokens, as a 7B chat model gives,
@@ -76,7 +80,7 @@ STUDY_RM = "--labels hard --epochs 2 --schedule constant --over-long cut"
 # 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2 passes, one step each.
 # 1.41e-5 is 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's defaults.
 STUDY_PPO = "--rollout-size 320 --minibatch-size 320 --iterations 3 --ppo-epochs 2 --no-standardize --score-dtype fp16"
-STUDY = dict(base="--quantize nf4 --max-new-tokens 16", sft=None, preferences=f"{KEEP} --orders one",
+STUDY = dict(base="--quantize nf4 --max-new-tokens 16", sft=None, preferences=f"{KEEP} --orders one --limit 768",
              rm=f"{STUDY_RM} --batch-size 20 --accumulation 16 --lr {0.14 * RM_LR:.2g} --max-tokens 50",
              policy=f"{STUDY_PPO} --lr {0.14 * LR:.2g} --value-lr {0.14 * VALUE_LR:.2g}")
 LITERAL = dict(STUDY, base="--quantize nf4 --max-new-tokens 32",
@@ -90,9 +94,21 @@ def rank(r: int) -> Arm:  # alpha / r stays 2, so that a step's size does too
     return Arm(f"LoRA rank {r}", **dict.fromkeys(("sft", "rm", "policy"), f"--rank {r} --alpha {2 * r}"))
 
 
+def cut(n: int) -> Arm:
+    return Arm(f"cut at {n}, as {CUTS[n]}", base=f"--max-new-tokens {n}", revisions=KEEP, preferences=KEEP, report=UNCUT)
+
+
+def slow_ppo(n: int) -> Arm:
+    return Arm(f"PPO's lr / {n}", policy=f"--lr {LR / n:g} --value-lr {VALUE_LR / n:g}")
+
+
+def slow_rm(n: int) -> Arm:
+    return Arm(f"reward models' lr / {n}", rm=f"--lr {RM_LR / n:g}")
+
+
 EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
-    "default": ("What does each stage gain, and what would SFT on the chosen answers?",
-                [DEFAULT, Arm("SFT on chosen", on_chosen=True)]),
+    "default": ("What does each stage gain, and what would SFT on the chosen answers? Do reward models that PPO never saw agree?",
+                [Arm("default", best_of=True), Arm("SFT on chosen", on_chosen=True), Arm("half the pairs, unseen models beside", rm="--share first", unseen=True)]),
     "lenses": ("Do the lenses matter?", [
         DEFAULT, *ppo(("action alone", "--aggregate weighted --weights 1 0 0"), ("action, motivation", "--aggregate weighted --weights 0.5 0.5 0")),
         Arm("one pooled model", rm="--pool"), Arm("rules, not virtues", preferences="--ask rules"),
@@ -101,13 +117,14 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
         DEFAULT, Arm("translated", **STUDY), Arm("translated, whole answers at evaluation", **STUDY, report=UNCUT),
         Arm("literal values", **LITERAL), Arm("literal values, whole answers at evaluation", **LITERAL, report=UNCUT)]),
     "causes": ("Which one cause, put into the default recipe, costs how much?", [
-        DEFAULT, Arm("no SFT", sft=None),
-        *(Arm(f"cut at {n}, as {of}", base=f"--max-new-tokens {n}", revisions=KEEP, preferences=KEEP, report=UNCUT) for n, of in CUTS.items()),
-        Arm("reward input cut at 64", rm="--max-tokens 64 --over-long cut"), Arm("scores not standardised", policy="--no-standardize"),
-        *(Arm(f"PPO's lr / {n}", policy=f"--lr {LR / n:g} --value-lr {VALUE_LR / n:g}") for n in (10, 100)),
-        *(Arm(f"reward models' lr / {n}", rm=f"--lr {RM_LR / n:g}") for n in (10, 100)),
+        DEFAULT, Arm("no SFT", sft=None), cut(16), cut(24), Arm("reward input cut at 64", rm="--max-tokens 64 --over-long cut"),
+        Arm("scores not standardised", policy="--no-standardize"), slow_ppo(10), slow_rm(10),
         Arm("judge in one order", preferences="--orders one"), Arm("fp16 scores", policy="--score-dtype fp16"),
-        Arm("NF4 base", base="--quantize nf4"), rank(1), rank(4), rank(64)]),
+        Arm("NF4 base", base="--quantize nf4"), Arm("NF4 base, merged reward models", base="--quantize nf4", policy="--merge-rm")]),
+    "causes-more": ("The same, more of it: cuts, learning rates, LoRA's rank, whole matrices", [
+        DEFAULT, cut(30), cut(34), slow_ppo(100), slow_rm(100), rank(1), rank(4), rank(64),
+        Arm("whole matrices", sft=f"--whole --lr {SFT_LR / 10:g}", rm=f"--whole --lr {RM_LR / 10:g}",
+            policy=f"--whole --lr {LR / 10:g} --value-lr {VALUE_LR / 10:g}")]),
     "aggregators": ("Which aggregator?", [Arm("mean"), *ppo(*AGGREGATORS)]),
     "aggregators-noise": ("Which aggregator, with a quarter of the labels turned?", [Arm("mean", **NOISE), *ppo(*AGGREGATORS, **NOISE)]),
     # (that the value function has an adapter of its own cannot be taken out by a flag)
@@ -115,6 +132,8 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
         ("no value clipping", "--value-clip-range 1e9"), ("no whitening", "--no-whiten"), ("critic warm-up", "--value-warmup 2 --value-lr 4e-3 --lr 2e-3"), ("adaptive KL", "--kl-target 3"),
         ("no missing-EOS penalty", "--eos-penalty 0"))]),
 }
+# Half of the default's pairs, four ninths of its dialogues in nearly as many optimiser steps, half of its prompts at evaluation.
+SMALL = {"preferences": "--limit 384", "policy": "--rollout-size 64 --minibatch-size 16 --iterations 16", "report": "--limit 120 --judge-limit 16"}
 FAST = {"revisions": "--limit 64", "preferences": "--limit 96", "policy": "--iterations 4 --rollout-size 32 --minibatch-size 32", "report": "--limit 60"}
 
 # ---- stages
@@ -153,15 +172,19 @@ class Stage:
 
     def done(self, runs: Path) -> bool:
         folder = runs / self.folder  # run_ppo.py writes a manifest at every save: run.json says that it came to its end
-        return (folder / "run.json").is_file() and any((folder / sub / "virtue.json").is_file() for sub in ("", *LENSES))
+        return (folder / "run.json").is_file() and any((folder / file).is_file() for file in ("virtue.json", "action/virtue.json", "best_of_n.json"))
 
 
-def chain(arm: Arm, seed: int, fast: bool = False, tree: Callable[[str], Tree | None] = lambda name: None) -> dict[str, Stage]:
-    """The stages of an arm by name, parents first; `tree` says whose code runs a stage."""
+def chain(arm: Arm, seed: int, scale: str = "full", tree: Callable[[str], Tree | None] = lambda name: None) -> dict[str, Stage]:
+    """The stages of an arm by name, parents first; `tree` says whose code runs a stage.
+
+    The flags of scale small come before the arm's own, which win; those of scale fast after them.
+    """
     made: dict[str, Stage] = {}
 
-    def stage(name: str, script: str, flags: str, **parents: str) -> None:
-        argv = (*script.split(), *shlex.split(flags), *shlex.split(FAST.get(name, "") if fast else ""))
+    def stage(name: str, script: str, flags: str, seed: int = seed, **parents: str) -> None:
+        before, after = (SMALL.get(name, "") if scale == "small" else ""), (FAST.get(name, "") if scale == "fast" else "")
+        argv = (*script.split(), *shlex.split(f"{before} {flags} {after}"))
         made[name] = Stage(name, argv, seed, tuple((f"--{flag}", made[p]) for flag, p in parents.items() if p in made), tree(name))
 
     if arm.sft is not None:
@@ -169,11 +192,15 @@ def chain(arm: Arm, seed: int, fast: bool = False, tree: Callable[[str], Tree | 
         stage("sft", "run_sft.py", arm.sft, data="revisions")
     stage("preferences", "run_data.py preferences", f"{arm.base if arm.sft is None else ''} {arm.preferences}", sft="sft")
     stage("rm", "run_rm.py", arm.rm, data="preferences", sft="sft")
+    if arm.unseen:
+        stage("unseen", "run_rm.py", "--share second", seed + 1000, data="preferences", sft="sft")
+    if arm.best_of:
+        stage("best", "run_eval.py best-of-n", "", sft="sft", rm="rm")
     if arm.on_chosen:
         stage("chosen", "run_sft.py", arm.policy, data="preferences", sft="sft")
     else:
         stage("policy", "run_ppo.py", arm.policy, rm="rm", sft="sft")
-    stage("report", "run_eval.py models", arm.report, policy="chosen" if arm.on_chosen else "policy", sft="sft", rm="rm")
+    stage("report", "run_eval.py models", arm.report, policy="chosen" if arm.on_chosen else "policy", sft="sft", rm="rm", **{"eval-rm": "unseen"})
     return made
 
 
@@ -345,7 +372,7 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
     p = {arm: seed_test([means[first][s] for s in seeds], [means[arm][s] for s in seeds]) for arm, seeds in shared.items() if seeds}
     tested = [arm for arm in p if not np.isnan(p[arm])]
     adjusted = dict(zip(tested, holm([p[arm] for arm in tested]))) if tested else {}
-    main, details = [], []
+    main, details, notes = [], [], []
     for arm, runs in found.items():
         if not runs:
             main.append([arm, "none", *["–"] * 8])
@@ -363,6 +390,10 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
         both = [s for s in seeds if not np.isnan([at[arm][s], at[first][s]]).any()]
         apart = [at[arm][s] - at[first][s] for s in both]
         here = cell(float(np.nanmean([*at[arm].values()]))) if not np.isnan([*at[arm].values()]).all() else "–"
+        if "eval_reward/action" in each[0].models[each[0].final]:
+            notes.append(f"{arm}: what the last stage gained in standardised reward, by lens: " + "; ".join(
+                f"{title} " + " / ".join(f"{np.mean([r.models[r.final][f'{key}/{x}'] - r.models[r.start][f'{key}/{x}'] for r in each]):+.2f}" for x in LENSES)
+                for key, title in (("reward", "models that PPO saw"), ("eval_reward", "unseen models"))) + ".")
         main.append([
             arm, " ".join(map(str, runs)), level("base"), level("sft") if each[0].start == "sft" else "–", level(each[0].final),
             cell(*paired([run.gold[run.start] for run in each], [run.gold[run.final] for run in each]), sign="+"),
@@ -375,16 +406,17 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
             *(f"{mean(key, 'start')} → {mean(key)}" for key in ("study_score", "study_score_standardised")), mean("length", digits=1)])
     equal = "equal KL" if np.isnan(kl) else f"KL {kl:.2f}"
     text = rows_of(main, f"gold | seeds | base | SFT | final | gain of the last stage | final − {first}'s | p | p, Holm | at {equal}; − {first}'s")
-    return text + "\n\n" + rows_of(details, "final model, mean over seeds | gold, by lens | KL | perplexity / base's | distinct, names masked, by lens | "
+    text += "\n\n" + rows_of(details, "final model, mean over seeds | gold, by lens | KL | perplexity / base's | distinct, names masked, by lens | "
                                     "broken | fits | ended | Score: start → final | standardised | tokens")
+    return "\n\n".join([text, *notes])
 
 
-def show(name: str, runs: Path, seeds: Sequence[int], fast: bool) -> None:
+def show(name: str, runs: Path, seeds: Sequence[int], scale: str) -> None:
     question, arms = EXPERIMENTS[name]
     found, missing, codes = {arm.name: {} for arm in arms}, [], set()
     for arm in arms:
         for seed in seeds:
-            made = chain(arm, seed, fast)
+            made = chain(arm, seed, scale)
             if made["report"].done(runs):
                 found[arm.name][seed] = load(runs / made["report"].folder)
                 codes |= {json.loads((runs / s.folder / "run.json").read_text())["code"] for s in made.values()}
@@ -393,9 +425,20 @@ def show(name: str, runs: Path, seeds: Sequence[int], fast: bool) -> None:
             bad = next((log for log in logs if lines_of(log)[-1].startswith("# failed")), None)
             missing.append(f"- {arm.name}, seed {seed}: " + (f"{bad.stem.split('-')[0]} failed: {last_error(bad)}" if bad else "not finished"))
     print(f"\n## {name}: {question}\n")
-    if fast:
-        print("**At `--scale fast`: a check that all runs, not a result.**\n")
+    if scale != "full":
+        print({"fast": "**At `--scale fast`: a check that all runs, not a result.**\n",
+               "small": "At `--scale small`: half of the default's pairs and prompts, four ninths of its dialogues.\n"}[scale])
     print(tables(found), end="\n\n")
+    for arm in arms:
+        files = [runs / made["best"].folder / "best_of_n.json" for seed in seeds if (made := chain(arm, seed, scale)).get("best") and made["best"].done(runs)]
+        golds: dict[str, dict[int, list[float]]] = {}
+        for row in (row for file in files for row in json.loads(file.read_text())["rows"] if "gold" in row):
+            golds.setdefault(row["aggregator"], {}).setdefault(row["n"], []).append(row["gold"])
+        if golds:
+            sizes = next(iter(golds.values()))
+            print(f"Gold of the best of n of what PPO starts from, {arm.name}, {len(files)} seeds:\n")
+            print(rows_of([[name, *(f"{np.mean(values):.3f}" for values in by_n.values())] for name, by_n in golds.items()],
+                          "aggregator | " + " | ".join(f"n = {n}" for n in sizes)), end="\n\n")
     print("Gold of held-out prompts, 0 worst to 1 oracle; 95 % intervals: seeds, then prompts, resampled (one seed: prompts alone); p: all sign flips of "
           "the seeds' differences; at equal KL: of PPO's own dialogues, Student's t over seeds. By lens: action / motivation / consequence.")
     if len(codes) > 1:
@@ -410,12 +453,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/experiments", help="folder of the stages' folders")
     parser.add_argument("--jobs", type=int, default=1, help="stages at once, one thread each: at most as many as cores")
-    parser.add_argument("--scale", choices=("full", "fast"), default="full", help="fast: small numbers of everything, to see that all runs")
+    parser.add_argument("--scale", choices=("full", "small", "fast"), default="full",
+                        help="small: about half of everything, in a third of the time; fast: to see that all runs, no result")
     for flag, help_text in (("--list", "name the experiments and their arms"), ("--dry-run", "print the commands, run nothing"),
                             ("--table", "print the tables of what is finished, run nothing")):
         parser.add_argument(flag, action="store_true", help=help_text)
     args = parser.parse_args(argv)
-    names, fast, seeds = list(EXPERIMENTS) if "all" in args.experiments else args.experiments, args.scale == "fast", list(dict.fromkeys(args.seeds))
+    names, seeds = list(EXPERIMENTS) if "all" in args.experiments else args.experiments, list(dict.fromkeys(args.seeds))
     if args.list:
         for name, (question, arms) in EXPERIMENTS.items():
             print(f"{name}: {question}\n  {'; '.join(arm.name for arm in arms)}")
@@ -431,7 +475,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in seeds:  # seed by seed, so that a whole table, if a wide one, comes early
             for name in names:
                 for arm in EXPERIMENTS[name][1]:
-                    for stage in chain(arm, seed, fast).values():
+                    for stage in chain(arm, seed, args.scale).values():
                         stages.append(stage)
                         label.setdefault(stage.folder, f"{name}: {arm.name}, seed {seed}")
         if args.dry_run:
@@ -442,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         failed = run_locked(stages, runs, args.jobs, label)
     for name in names:
-        show(name, runs, seeds, fast)
+        show(name, runs, seeds, args.scale)
     return 1 if failed else 0
 
 

@@ -72,27 +72,27 @@ def test_code_other_than_this_makes_stages_of_its_own():
 
 
 def test_commands_are_what_the_scripts_accept(monkeypatch):
-    """Every command of every experiment, full and fast, through the script's own parser."""
+    """Every command of every experiment, at every scale, through the script's own parser."""
     monkeypatch.setattr("virtue.checkpoint.read_manifest", lambda *a, **k: {"settings": {}, "stage": "any", "extra": {}})
     refused, seen = [], set()
-    for fast in (False, True):
+    for scale in ("full", "small", "fast"):
         for _, arms in run.EXPERIMENTS.values():
             for arm in arms:
-                for stage in run.chain(arm, 1, fast).values():
+                for stage in run.chain(arm, 1, scale).values():
                     script, *flags = stage.command(Path("runs/x"))
                     if stage.folder in seen:
                         continue
                     seen.add(stage.folder)
                     try:
                         args = importlib.import_module(script.removesuffix(".py")).parse(flags)
-                        assert args.seed == 1 and args.overwrite and str(args.out).startswith("runs/x/")
+                        assert args.seed == (1001 if stage.name == "unseen" else 1) and args.overwrite and str(args.out).startswith("runs/x/")
                     except SystemExit:
                         refused.append(shlex.join([script, *flags]))
     assert len(seen) > 100 and not refused, "\n".join(refused)
 
 
 def test_fractions_of_learning_rates_are_of_the_scripts_defaults(capsys):
-    for script, wanted in (("run_ppo", {"lr": run.LR, "value-lr": run.VALUE_LR}), ("run_rm", {"lr": run.RM_LR})):
+    for script, wanted in (("run_ppo", {"lr": run.LR, "value-lr": run.VALUE_LR}), ("run_rm", {"lr": run.RM_LR}), ("run_sft", {"lr": run.SFT_LR})):
         with pytest.raises(SystemExit):
             importlib.import_module(script).parse(["--help"])
         text = " ".join(capsys.readouterr().out.split()).split("options:")[1]
