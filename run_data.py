@@ -51,17 +51,18 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     from virtue import VirtueError
-    from virtue.checkpoint import check_output, data_hash, prepare_output, write_json, write_jsonl, write_manifest
+    from virtue.checkpoint import data_hash, file_hash, sha256_file, write_json, write_jsonl, write_manifest
     from virtue.dialogue import load_prompts, messages_of
     from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
     from virtue.generate import check_context, fits, sample_dialogues
     from virtue.judge import judge_pairs, label_ids, pair_fits, verdict
     from virtue.lora import use_stack
+    from virtue.resume import finish, may_write, settings_of, start
     from virtue.rollout import load_sft
 
     # Build
     prompts = load_prompts(args.prompts, args.split, args.limit)
-    out = check_output(args.out, args.overwrite, [args.sft])
+    out = may_write(args, args.out, [args.sft])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     kept = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
@@ -74,7 +75,9 @@ def main(argv=None):
         judge_base = open_base(args, args.judge) if args.judge else base
         label_ids(judge_base.tokenizer)  # refuse a tokenizer without single-token labels before hours of sampling
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
-    prepare_output(out, args.overwrite)
+    state = start(args, out, prompts=None if args.prompts == "toy" else sha256_file(args.prompts), sft=file_hash(args.sft) if args.sft else None)
+    if state is None:
+        return
     sampling = dict(seed=args.seed, max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch_size=args.batch_size)
 
     if args.command == "revisions":
@@ -85,7 +88,8 @@ def main(argv=None):
             questions = (CRITIQUE.format(virtue=virtue, asks=asks, deficiency=deficiency, excess=excess), REVISION.format(virtue=virtue))
             batch = [p for p in kept if drawn[p["id"]] == virtue]
             with use_stack(model, *stack):
-                dialogues = sample_dialogues(model, tokenizer, batch, stage="revisions", questions=questions, desc=f"revise by {virtue}", **sampling)
+                dialogues = sample_dialogues(model, tokenizer, batch, stage="revisions", questions=questions, desc=f"revise by {virtue}",
+                                             keep=state / f"{virtue}.jsonl", **sampling)
             # 2. keep what was really revised
             for dialogue in dialogues:
                 messages = messages_of(tokenizer, dialogue, questions=questions)
@@ -104,7 +108,8 @@ def main(argv=None):
         from virtue.feedback import summarize
         # 1. two independent dialogues for each prompt
         with use_stack(model, *stack):
-            first, second = (sample_dialogues(model, tokenizer, kept, stage="preferences", copy=copy, desc=f"dialogues {copy + 1} of 2", **sampling)
+            first, second = (sample_dialogues(model, tokenizer, kept, stage="preferences", copy=copy, desc=f"dialogues {copy + 1} of 2",
+                                              keep=state / f"dialogues-{copy + 1}.jsonl", **sampling)
                              for copy in (0, 1))
         write_jsonl(out / "dialogues.jsonl", ({"id": d.id, "prompt": d.prompt, "ids": d.ids, "turns": d.turns} for d in (*first, *second)))
         # 2. the judge, in both orders, lens by lens
@@ -125,7 +130,8 @@ def main(argv=None):
                     pairs.append((a.id, texts, cut))
             with use_stack(judge):
                 probs, label_mass = judge_pairs(judge, judge_tokenizer, [texts for _, texts, _ in pairs], lens, args.judge_batch_size,
-                                                asked=VIRTUES if args.ask == "virtues" else ("rules",), orders=2 if args.orders == "both" else 1)
+                                                asked=VIRTUES if args.ask == "virtues" else ("rules",), orders=2 if args.orders == "both" else 1,
+                                                keep=state / f"judge-{lens}.jsonl")
             probs = probs.expand(-1, 2, len(VIRTUES))  # one order counts as both, one question as five
             # 3. from judgement to preference
             records = []
@@ -145,10 +151,11 @@ def main(argv=None):
             write_jsonl(out / f"{lens}.jsonl", records)
     written = ["revisions.jsonl"] if args.command == "revisions" else [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"]
     write_json(out / "summary.json", summary)
-    write_manifest(out, stage=args.command, base=base.info, template=base.template, seed=args.seed, settings=vars(args),
+    write_manifest(out, stage=args.command, base=base.info, template=base.template, seed=args.seed, settings=settings_of(args),
                    parents=parents,
                    extra={"judge": judge_base.info} if args.command == "preferences" else {},
                    sha256=data_hash(out, written))
+    finish(out)
     for name, value in summary.items():
         print(f"{name}: {value if not isinstance(value, dict) else ', '.join(f'{k} {v:.3g}' for k, v in value.items() if v is not None)}")
     print(f"wrote {', '.join(written)}, summary.json in {out}")

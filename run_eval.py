@@ -81,7 +81,7 @@ def compare_models(args):
     import numpy as np
     import torch
     from virtue import VirtueError, html
-    from virtue.checkpoint import (check_output, load_artifact, prepare_output, read_manifest, write_atomic, write_json, write_jsonl,
+    from virtue.checkpoint import (file_hash, load_artifact, read_manifest, sha256_file, write_atomic, write_json, write_jsonl,
                                    write_manifest)
     from virtue.dialogue import encode_prompt, load_prompts, messages_of, prompt_record, read_jsonl, right_pad
     from virtue.ensemble import standardize
@@ -93,13 +93,14 @@ def compare_models(args):
     from virtue.lora import flatten, use_stack
     from virtue.models import logprobs_at
     from virtue.report import curve_of, differences, mask_names, measure, side_by_side, table, warnings_of
+    from virtue.resume import finish, may_write, settings_of, start
     from virtue.rollout import dialogue_logprobs, load_reward_models, load_sft, score_dialogues
     from virtue.toy.gold import gold as gold_of, slots
 
     # Build
     prompts = load_prompts(args.prompts, "eval", args.limit)
     probes = [] if args.prompts == "toy" else [prompt_record([{"role": "user", "content": text}]) for text in PROBES]
-    out = check_output(args.out, args.overwrite, [args.policy, args.sft, args.rm, args.eval_rm])
+    out = may_write(args, args.out, [args.policy, args.sft, args.rm, args.eval_rm])
     base = open_base(args)
     judge_base = open_base(args, args.judge) if args.judge else base
     label_ids(judge_base.tokenizer)
@@ -134,13 +135,17 @@ def compare_models(args):
             raise VirtueError(f"{folder}: the logits of {name} equal those of {same}: this adapter was never trained or never loaded; train it again")
 
     # Every model on the same prompts, from the same random numbers
+    state = start(args, out, prompts=None if args.prompts == "toy" else sha256_file(args.prompts), policy=file_hash(args.policy))
+    if state is None:
+        return
     columns, details, texts, spoken = {}, {}, {}, {}
     for name, stack in stacks.items():
         if stack:
             flatten(model, stack, "rollout")
         with use_stack(model, *(("rollout",) if stack else ())):
             dialogues = sample_dialogues(model, tokenizer, kept + probes, seed=args.seed, stage="eval", max_new_tokens=args.max_new_tokens,
-                                         temperature=args.temperature, batch_size=args.batch_size, desc=f"dialogues of {name}")
+                                         temperature=args.temperature, batch_size=args.batch_size, desc=f"dialogues of {name}",
+                                         keep=state / f"{name}.jsonl")
         texts[name] = [[m["content"] for m in messages_of(tokenizer, d)[len(d.prompt)::2]] for d in dialogues]
         dialogues = dialogues[:len(kept)]
         spoken[name] = [messages_of(tokenizer, d) for d in dialogues[:args.judge_limit]]
@@ -176,14 +181,13 @@ def compare_models(args):
                 for k, lens in enumerate(LENSES):
                     sides = [[m[:len(kept[i]["prompt"]) + 2 * k + 1] for i, m in enumerate(spoken[name])] for name in (names[-1], other)]
                     wins[key][lens] = win_rates(judge_base.model, judge_base.tokenizer, *sides, lens, batch_size=args.judge_batch_size,
-                                                seed=args.seed, wording=wording)
+                                                seed=args.seed, wording=wording, keep=state / f"{len(wins)}-{lens}.jsonl")
     rollouts, metrics = ([record for _, record in read_jsonl(path)] if (path := args.policy / name).is_file() else []
                          for name in ("rollouts.jsonl", "metrics.jsonl"))
     curve = curve_of(rollouts, gold_of if args.prompts == "toy" else None)
     warned = warnings_of(columns, compared, wins)
 
     # Save and show
-    prepare_output(out, args.overwrite)
     samples = [{"id": p["id"], "prompt": p["prompt"], **{name: {
         "turns": dict(zip(LENSES, texts[name][i])),
         **({"scores": details[name]["standardised"][:, i], "raw_scores": details[name]["raw"][:, i]} if i < len(kept) else {}),
@@ -194,9 +198,10 @@ def compare_models(args):
                                      "models": columns, "differences": compared, "wins": wins, "curve": curve, "warnings": warned,
                                      "interval": "paired bootstrap over prompts, 95 %, 2000 resamples; p: permutation test; p_holm: Holm over the pair's rows"}
     write_json(out / "scores.json", scores)
-    write_manifest(out, stage="eval", seed=args.seed, settings=vars(args), parents={**parents, "policy": args.policy}, extra={}, **known)
+    write_manifest(out, stage="eval", seed=args.seed, settings=settings_of(args), parents={**parents, "policy": args.policy}, extra={}, **known)
     as_read = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     write_atomic(out / "report.html", html.render(as_read, [r for _, r in read_jsonl(out / "samples.jsonl")], metrics, read_manifest(out), curve).encode())
+    finish(out)
     print(f"{len(kept)} held-out prompts, seed {args.seed}\n\n{table(columns)}\n")
     for pair, rows in compared.items():
         for key, found in rows.items():
@@ -216,27 +221,29 @@ def compare_models(args):
 def evaluate_judge(args):
     import numpy as np
     from virtue import VirtueError
-    from virtue.checkpoint import check_output, prepare_output, write_json
+    from virtue.checkpoint import sha256_file, write_json
     from virtue.dialogue import read_pairs
     from virtue.ethics import LENSES, VIRTUES
     from virtue.feedback import agreement, truth
     from virtue.judge import judge_pairs, label_ids, pair_fits
+    from virtue.resume import finish, may_write, start
 
     pairs, skipped = read_pairs(args.pairs, args.limit)
-    out = check_output(args.out, args.overwrite)
+    out = may_write(args, args.out)
     base = open_base(args)
     label_ids(base.tokenizer)
     kept = [p for p in pairs if pair_fits(base.model, base.tokenizer, p["chosen"], p["rejected"], p["lens"])]
     if len(kept) < 2:
         raise VirtueError(f"{args.pairs}: {len(kept)} pairs are left ({skipped} without two answers, {len(pairs) - len(kept)} too long): "
                           "give more pairs, or raise --limit")
+    state = start(args, out, pairs=sha256_file(args.pairs))
     result = {"pairs": len(kept), "skipped": skipped, "too_long": len(pairs) - len(kept), "wording": args.wording, "model": args.model}
     for lens in LENSES:
         of_lens = [p for p in kept if p["lens"] == lens]
         if len(of_lens) < 2:
             continue
         probs, mass = judge_pairs(base.model, base.tokenizer, [(p["chosen"], p["rejected"]) for p in of_lens], lens, args.batch_size,
-                                  wording=args.wording)
+                                  wording=args.wording, keep=state / f"{lens}.jsonl")
         truths = [truth(p) for p in of_lens]
         if all(truths):
             signs = {name: np.array([t[name] for t in truths]) for name in (*VIRTUES, "overall")}
@@ -244,8 +251,8 @@ def evaluate_judge(args):
             signs = {"overall": np.ones(len(of_lens))}
         result[lens] = {"against": "gold" if all(truths) else "the file's choice", "label_mass": mass, **agreement(probs, signs, args.seed)}
 
-    prepare_output(out, args.overwrite)
     write_json(out / "judge.json", result)
+    finish(out)
     print(f"{len(kept)} pairs ({skipped} without two different answers, {len(pairs) - len(kept)} too long), judge {args.model}, {args.wording} wording")
     for lens in LENSES:
         if lens in result:
@@ -263,12 +270,13 @@ def evaluate_rewards(args):
     import numpy as np
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, check_output, prepare_output, read_manifest, write_json
+    from virtue.checkpoint import check_made_by, read_manifest, write_json
     from virtue.dialogue import encode_conversation, messages_of, read_dialogues, read_pairs, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import use_stack
     from virtue.models import score_at
     from virtue.preference import accuracy, calibration_bins, calibration_error, log_loss
+    from virtue.resume import finish, may_write, start
     from virtue.rollout import load_reward_models, load_sft, score_dialogues
     from virtue.stats import rank_correlation
     from virtue.textstats import degenerate
@@ -277,7 +285,7 @@ def evaluate_rewards(args):
     data = {lens: read_preferences(args.data / f"{lens}.jsonl", lens) for lens in LENSES}
     dialogues = read_dialogues(args.data / "dialogues.jsonl")
     external, skipped = read_pairs(args.pairs, args.limit) if args.pairs else ([], 0)
-    out = check_output(args.out, args.overwrite, [args.rm, args.data, args.sft])
+    out = may_write(args, args.out, [args.rm, args.data, args.sft])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     known = dict(base=base.info, template=base.template)
@@ -335,8 +343,9 @@ def evaluate_rewards(args):
                                  "accuracy": accuracy(judged, torch.ones(len(judged))) if len(judged) else None}
         result[lens] = found
 
-    prepare_output(out, args.overwrite)
+    start(args, out)  # scores are quick: a resumed run makes them all again
     write_json(out / "rewards.json", result)
+    finish(out)
     for lens, found in result.items():
         print(f"\n{lens}: {found['pairs']} held-out pairs, accuracy {found['accuracy']:.3f}, log-loss {found['log_loss']:.3f}, calibration error "
               f"{found['calibration_error']:.3f}; rank correlation of score and length "
@@ -356,18 +365,20 @@ def best_of_n(args):
     import numpy as np
     import torch
     from virtue import VirtueError, plots
-    from virtue.checkpoint import check_output, prepare_output, write_atomic, write_json
+    from virtue.checkpoint import file_hash, sha256_file, write_atomic, write_json
     from virtue.dialogue import load_prompts, messages_of
     from virtue.ensemble import AGGREGATORS, aggregate, standardize
+    from virtue.ethics import LENSES
     from virtue.generate import check_context, fits, sample_dialogues
     from virtue.lora import flatten, use_stack
+    from virtue.resume import finish, may_write, start
     from virtue.rollout import load_reward_models, load_sft, score_dialogues
     from virtue.stats import best_of_n as estimate, best_of_n_kl, paired_bootstrap
     from virtue.toy.gold import gold as gold_of
 
     # Build
     prompts = load_prompts(args.prompts, "eval", args.limit)
-    out = check_output(args.out, args.overwrite, [args.rm, args.sft])
+    out = may_write(args, args.out, [args.rm, args.sft])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     known = dict(base=base.info, template=base.template)
@@ -379,13 +390,15 @@ def best_of_n(args):
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
 
     # n dialogues for each prompt, scored
+    state = start(args, out, prompts=None if args.prompts == "toy" else sha256_file(args.prompts), **{lens: file_hash(args.rm / lens) for lens in LENSES})
     if sft:
         flatten(model, sft, "rollout")
     scores, golds = [], []
     for copy in range(args.n):
         with use_stack(model, *(("rollout",) if sft else ())):
             dialogues = sample_dialogues(model, tokenizer, kept, seed=args.seed, stage="best-of-n", copy=copy, max_new_tokens=args.max_new_tokens,
-                                         temperature=args.temperature, batch_size=args.batch_size, desc=f"answers {copy + 1} of {args.n}")
+                                         temperature=args.temperature, batch_size=args.batch_size, desc=f"answers {copy + 1} of {args.n}",
+                                         keep=state / f"{copy}.jsonl")
         scores.append(standardize(score_dialogues(model, reward_models, dialogues, (0, 1, 2), tokenizer.pad_token_id, batch_size=args.batch_size), mean, std))
         if args.prompts == "toy":
             golds.append([gold_of(d.prompt[0]["content"], [m["content"] for m in messages_of(tokenizer, d)[1::2]]).overall for d in dialogues])
@@ -408,10 +421,10 @@ def best_of_n(args):
             rows.append(row)
 
     # Save and show
-    prepare_output(out, args.overwrite)
     write_json(out / "best_of_n.json", {"prompts": len(kept), "n": args.n, "seed": args.seed, "rows": rows})
     if plots.available() and gold is not None:
         write_atomic(out / "best_of_n.svg", plots.best_of_n(rows).encode())
+    finish(out)
     what = "gold" if gold is not None else "reward"
     print(f"{what} of the best of n, {len(kept)} held-out prompts, {args.n} answers each\n{'':10}" + "".join(f"{m:>8}" for m in sizes))
     for name in AGGREGATORS:

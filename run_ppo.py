@@ -76,7 +76,7 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError, plots
-    from virtue.checkpoint import check_output, prepare_output, save_artifact, write_atomic
+    from virtue.checkpoint import file_hash, prepare_output, save_artifact, sha256_file, write_atomic
     from virtue.dialogue import load_prompts, messages_of, read_jsonl, right_pad
     from virtue.ensemble import AGGREGATORS, aggregate, standardize
     from virtue.ethics import LENSES
@@ -86,6 +86,7 @@ def main(argv=None):
     from virtue.masked import whiten
     from virtue.models import ScalarHead, logprobs_at
     from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
+    from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
     from virtue.rollout import ended_share, in_chunks, load_reward_models, load_sft, loss_mask, place_scores, score_dialogues, values_at
 
     if (args.aggregate == "weighted") != (args.weights is not None):
@@ -99,7 +100,7 @@ def main(argv=None):
 
     # Build: one base, every role a stack of adapters
     prompts = load_prompts(args.prompts, "ppo", args.limit)
-    out = check_output(args.out, args.overwrite, [args.sft, args.rm])
+    out = may_write(args, args.out, [args.sft, args.rm])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     device, pad_id = model.device, tokenizer.pad_token_id
@@ -142,7 +143,7 @@ def main(argv=None):
         return raw.half().float() if args.score_dtype == "fp16" else raw
 
     def save():
-        settings = dict(model=model, settings=vars(args), seed=args.seed, **known)
+        settings = dict(model=model, settings=settings_of(args), seed=args.seed, **known)
         save_artifact(out / "value", stage="value", adapter="value", head=value_head, parents=parents, **settings)
         roles = {**parents, **{f"rm/{lens}": args.rm / lens for lens in LENSES}}
         extra = {"iterations": iteration, "kl_coef": kl_coef, "score_mean": mean.tolist(), "score_std": std.tolist()}
@@ -159,14 +160,23 @@ def main(argv=None):
     weights = torch.tensor(args.weights) if args.weights else None
     ensemble = dict(weights=weights, coef=args.uwo_coef, use_variance=args.uwo_variance, reference=args.lsc_reference)
 
-    prepare_output(out, args.overwrite)
-    prepare_output(out / "value", args.overwrite)
-    prepare_output(out / "best", args.overwrite)
+    state = start(args, out, prompts=None if args.prompts == "toy" else sha256_file(args.prompts), sft=file_hash(args.sft) if args.sft else None,
+                  **{lens: file_hash(args.rm / lens) for lens in LENSES})
+    if state is None:
+        return
+    prepare_output(out / "value", overwrite=True)
+    prepare_output(out / "best", overwrite=True)
     log, rollouts, kl_coef = MetricsLog(out / "metrics.jsonl"), MetricsLog(out / "rollouts.jsonl"), args.kl_coef
-    best, best_iteration = -float("inf"), 0
+    best, best_iteration, resumed = -float("inf"), 0, 0
+    flatten(model, ("policy",), "best")
+    learned = lambda: [*policy_parameters, *value_parameters, *adapter_parameters(model, "best")]  # noqa: E731 (flatten makes "best" anew)
+    if done := load_checkpoint(state, learned(), optimizer, schedule, [log.path, rollouts.path]):
+        resumed, kl_coef, best, best_iteration, before, metrics = (done[k] for k in ("step", "kl_coef", "best", "best_iteration", "before", "metrics"))
     bar = progress(range(1, args.iterations + 1), "ppo")
     updates = args.ppo_epochs * -(-args.rollout_size // args.minibatch_size)  # optimiser steps an iteration
     for iteration in bar:
+        if iteration <= resumed:
+            continue
         started = time.perf_counter()
         # 1. Sample a batch of prompts, and dialogues from the policy
         per_pass = len(prompts) // args.rollout_size
@@ -249,9 +259,12 @@ def main(argv=None):
             write_atomic(out / "curves.svg", plots.training_curves([m for _, m in read_jsonl(out / "metrics.jsonl")]).encode())
         if iteration % args.save_every == 0 or iteration == args.iterations:
             save()
+            save_checkpoint(state, iteration, learned(), optimizer, schedule, [log.path, rollouts.path], kl_coef=kl_coef, best=best,
+                            best_iteration=best_iteration, before=before, metrics=metrics)
+    finish(out)
 
     print(f"ppo: {args.iterations} iterations of {args.rollout_size} dialogues; score {before:.3f} -> {metrics['objective/score']:.3f}, "
-          f"KL {k1:.2f} nats a dialogue, {metrics['tokens/eos_rate']:.1%} of turns ended")
+          f"KL {metrics['objective/kl']:.2f} nats a dialogue, {metrics['tokens/eos_rate']:.1%} of turns ended")
     print(f"wrote adapter policy in {out}, the one with the greatest score less penalty ({best:.3f}, before iteration {best_iteration}) in {out / 'best'}, "
           f"value function in {out / 'value'}, metrics.jsonl, every dialogue in rollouts.jsonl"
           f"{', curves.svg' if plots.available() else ''}")

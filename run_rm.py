@@ -45,12 +45,13 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, check_output, prepare_output, save_artifact
+    from virtue.checkpoint import check_made_by, data_hash, file_hash, load_artifact, save_artifact
     from virtue.dialogue import encode_conversation, read_dialogues, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import ScalarHead, score_at
     from virtue.preference import accuracy, calibration_error, log_loss, pairwise_loss
+    from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
     from virtue.rollout import load_sft, score_dialogues
 
     # Build
@@ -62,7 +63,7 @@ def main(argv=None):
     data = {lens: read_preferences(args.data / f"{lens}.jsonl", lens) for lens in lenses}
     dialogues = read_dialogues(args.data / "dialogues.jsonl")
     for lens in lenses:
-        check_output(args.out / lens, args.overwrite, [args.data, args.sft])
+        may_write(args, args.out / lens, [args.data, args.sft])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     device = model.device
@@ -97,9 +98,16 @@ def main(argv=None):
 
     summary = []
     for lens in lenses:
+        folder = args.out / lens
+        state = start(args, folder, data=data_hash(args.data, [*(f"{lens}.jsonl" for lens in lenses), "dialogues.jsonl"]), sft=file_hash(args.sft) if args.sft else None)
         name, (train, held_out) = lens, pairs[lens]
         if args.pool:  # one model, trained when its first lens comes by
             name, train = lenses[0], [pair for other in lenses for pair in pairs[other][0]]
+        if state is None:  # finished before the run was killed
+            if args.pool and name == lens:
+                _, head = load_artifact(folder, model, name, stage="rm", base=base.info, template=base.template)
+                parameters = list(head.parameters())
+            continue
         if name == lens:
             add_adapter(model, name, **lora_settings(args), seed=torch_seed(args.seed, "rm", lens))
             head = ScalarHead(model.config.hidden_size, seed=torch_seed(args.seed, "rm", lens, "head")).to(device)
@@ -125,21 +133,26 @@ def main(argv=None):
                     "calibration_error": calibration_error(d.sigmoid(), labels)}
 
         # 2. Train
-        folder = prepare_output(args.out / lens, args.overwrite)
         step_size = args.batch_size * args.accumulation
         optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
         steps = args.epochs * -(-len(train) // step_size) if name == lens else 0
         end = 0.1 if args.schedule == "linear" else 1.0
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, steps)
         log = MetricsLog(folder / "metrics.jsonl")
-        result = evaluate()
-        log.write({"step": 0, **{f"held_out/{k}": v for k, v in result.items()}})
-        step = 0
+        done = load_checkpoint(state, parameters if name == lens else [], optimizer, schedule, [log.path])
+        if not done:
+            result = evaluate()
+            log.write({"step": 0, **{f"held_out/{k}": v for k, v in result.items()}})
+        step, resumed = 0, done["step"] if done else 0
         with progress(None, f"rm {lens}", total=steps) as bar:
             for epoch in range(args.epochs if name == lens else 0):
                 shuffled = [train[i] for i in stream(args.seed, "rm", lens, epoch).permutation(len(train))]
-                for start in range(0, len(train), step_size):
-                    whole, total = shuffled[start:start + step_size], 0.0
+                for begin in range(0, len(train), step_size):
+                    step += 1
+                    bar.update()
+                    if step <= resumed:
+                        continue
+                    whole, total = shuffled[begin:begin + step_size], 0.0
                     for i in range(0, len(whole), args.batch_size):  # accumulation: normalised by the whole step's pairs
                         batch = whole[i:i + args.batch_size]
                         d = margins(batch)
@@ -147,13 +160,15 @@ def main(argv=None):
                         loss.backward()
                         total += loss.item()
                     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                    check_finite(norm, f"rm {lens}, step {step + 1}", "--lr")
+                    check_finite(norm, f"rm {lens}, step {step}", "--lr")
                     optimizer.step(), optimizer.zero_grad(), schedule.step()
-                    step += 1
                     log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
-                    bar.update(), bar.set_postfix(loss=f"{total:.3f}")
-                result = evaluate()
-                log.write({"step": step, "epoch": epoch + 1, **{f"held_out/{k}": v for k, v in result.items()}})
+                    bar.set_postfix(loss=f"{total:.3f}")
+                    if step % args.save_every == 0:
+                        save_checkpoint(state, step, parameters, optimizer, schedule, [log.path])
+                if step >= resumed:
+                    result = evaluate()
+                    log.write({"step": step, "epoch": epoch + 1, **{f"held_out/{k}": v for k, v in result.items()}})
 
         # 3. Score statistics on held-out, unfiltered dialogues; save
         scores = score_dialogues(model, [((*sft, name), head)], held_out_dialogues, [LENSES.index(lens)], tokenizer.pad_token_id,
@@ -162,7 +177,7 @@ def main(argv=None):
                  "scored_dialogues": len(scores), "held_out": result, "trained_on": len(train), "over_long": over_long[lens],
                  "data": made["sha256"]}
         save_artifact(folder, stage="rm", model=model, adapter=name, head=head, base=base.info, template=base.template,
-                      parents=parents, seed=args.seed, settings=vars(args), extra=extra)
+                      parents=parents, seed=args.seed, settings=settings_of(args), extra=extra)
         line = (f"{lens}: {len(train)} pairs ({over_long[lens]} over-long: {args.over_long}), held out {len(held_out)}: accuracy {result['accuracy']:.3f}, "
                 f"log-loss {result['log_loss']:.3f}, calibration error {result['calibration_error']:.3f}; "
                 f"scores {extra['score_mean']:.3f} +- {extra['score_std']:.3f}; wrote {folder}")
@@ -170,6 +185,7 @@ def main(argv=None):
             from virtue.merge import write_merged
             change = write_merged(folder / "merged", model, tokenizer, (*sft, name), head, held_out_dialogues[:16], LENSES.index(lens))
             line += f"; merged model in {folder / 'merged'}, largest change of score {change:.2g}"
+        finish(folder)
         summary.append(line)
     print("\n".join(summary))
 

@@ -35,11 +35,12 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, check_output, prepare_output, read_manifest, save_artifact
+    from virtue.checkpoint import check_made_by, data_hash, file_hash, read_manifest, save_artifact
     from virtue.dialogue import encode_conversation, read_preferences, read_revisions, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import logprobs_at
+    from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
     from virtue.rollout import load_sft, span_mask
 
     # Build
@@ -51,7 +52,7 @@ def main(argv=None):
         if made["stage"] != "revisions":
             raise VirtueError(f"{args.data}: of stage {made['stage']!r}: give a folder of revisions or of preferences")
         conversations = [[*r["prompt"], {"role": "assistant", "content": r["revision"]}] for r in read_revisions(args.data / "revisions.jsonl")]
-    out = check_output(args.out, args.overwrite, [args.data, args.sft])
+    out = may_write(args, args.out, [args.data, args.sft])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     device = model.device
@@ -84,38 +85,50 @@ def main(argv=None):
         return sum(loss.item() for loss, _ in sums) / sum(n for _, n in sums)
 
     # Train
-    prepare_output(out, args.overwrite)
+    files = [f"{lens}.jsonl" for lens in LENSES] if chosen else ["revisions.jsonl"]
+    state = start(args, out, data=data_hash(args.data, files), sft=file_hash(args.sft) if args.sft else None)
+    if state is None:
+        return
     step_size = args.batch_size * args.accumulation
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     steps = args.epochs * -(-len(train) // step_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1 if args.schedule == "linear" else 1.0, steps)
     log = MetricsLog(out / "metrics.jsonl")
-    before = evaluate()
-    log.write({"step": 0, "loss/held_out": before})
-    step = 0
+    done = load_checkpoint(state, parameters, optimizer, schedule, [log.path])
+    before = done["before"] if done else evaluate()
+    if not done:
+        log.write({"step": 0, "loss/held_out": before})
+    step, resumed = 0, done["step"] if done else 0
     with progress(None, "sft", total=steps) as bar:
         for epoch in range(args.epochs):
             shuffled = [train[i] for i in stream(args.seed, "sft", epoch).permutation(len(train))]
-            for start in range(0, len(train), step_size):
-                whole = shuffled[start:start + step_size]
-                tokens = sum(stop - begin for _, spans in whole for begin, stop in spans)
+            for begin in range(0, len(train), step_size):
+                step += 1
+                bar.update()
+                if step <= resumed:
+                    continue
+                whole = shuffled[begin:begin + step_size]
+                tokens = sum(b - a for _, spans in whole for a, b in spans)
                 total = 0.0
                 for i in range(0, len(whole), args.batch_size):  # accumulation: normalised by the whole step's tokens
                     loss = nll(whole[i:i + args.batch_size])[0] / tokens
                     loss.backward()
                     total += loss.item()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                check_finite(norm, f"sft, step {step + 1}", "--lr")
+                check_finite(norm, f"sft, step {step}", "--lr")
                 optimizer.step(), optimizer.zero_grad(), schedule.step()
-                step += 1
                 log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
-                bar.update(), bar.set_postfix(loss=f"{total:.3f}")
-            after = evaluate()
-            log.write({"step": step, "epoch": epoch + 1, "loss/held_out": after})
+                bar.set_postfix(loss=f"{total:.3f}")
+                if step % args.save_every == 0:
+                    save_checkpoint(state, step, parameters, optimizer, schedule, [log.path], before=before)
+            if step >= resumed:
+                after = evaluate()
+                log.write({"step": step, "epoch": epoch + 1, "loss/held_out": after})
 
     # Save
     save_artifact(out, stage=name, model=model, adapter=name, base=base.info, template=base.template, parents=parents, seed=args.seed,
-                  settings=vars(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train), "data": made["sha256"]})
+                  settings=settings_of(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train), "data": made["sha256"]})
+    finish(out)
     print(f"sft: {len(train)} {'chosen turns' if chosen else 'revisions'} ({len(conversations) - len(rows)} too long), "
           f"held-out loss {before:.3f} -> {after:.3f} on {count}")
     print(f"wrote adapter {name} in {out}")

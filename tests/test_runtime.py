@@ -103,7 +103,6 @@ def test_streams_are_keyed_by_name():
 
 def test_metrics_log_appends_strict_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("of an earlier run\n")
     log = runtime.MetricsLog(path)
     log.write({"step": 1, "loss": torch.tensor(0.5), "x": np.float32(2)})
     log.write({"step": 2, "loss": float("nan"), "name": "é"})

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ def agreement(probs: Tensor, signs: dict[str, np.ndarray], seed: int = 0) -> dic
 
 
 def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]], lens: str, *, batch_size: int, seed: int,
-              wording: str = "trained") -> dict | None:
+              wording: str = "trained", keep: Path | None = None) -> dict | None:
     """The judge's comparison of two models' dialogues, prompt by prompt, both orders; None if no pair fits its context.
 
     Returns {"rate", "low", "high"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
@@ -90,7 +91,7 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     pairs = [pair for pair in zip(after, before, strict=True) if pair_fits(judge, tokenizer, *pair, lens)]
     if len(pairs) < 2:
         return None
-    probs = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording)[0].double().mean(1).numpy()
+    probs = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)[0].double().mean(1).numpy()
     margin = probs[:, :len(VIRTUES)].mean(1) - 0.5
     won = np.where(np.abs(margin) < 1e-6, 0.5, margin > 0)
     rate = dict(zip(("rate", "low", "high"), paired_bootstrap(np.zeros(len(won)), won, resamples=2000, seed=seed)))

@@ -7,6 +7,7 @@ uniform number, so neither batch size nor order changes what a row draws.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from virtue import VirtueError
 from virtue.dialogue import QUESTIONS, Dialogue, Messages, Turn
 from virtue.dialogue import encode_prompt, followup_ids, left_pad
+from virtue.resume import replay
 from virtue.runtime import progress, stream
 
 DROP = 8  # finished rows leave the cache when they are at least 1/DROP of the batch
@@ -92,20 +94,22 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
 def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, seed: int, stage: str,
                      step: int = 0, max_new_tokens: int, temperature: float, batch_size: int,
                      questions: Sequence[str] = QUESTIONS, turns: int = 3, copy: int = 0,
-                     desc: str | None = None) -> list[Dialogue]:
+                     desc: str | None = None, keep: Path | None = None) -> list[Dialogue]:
     """One dialogue for each prompt record, in their order: the answer, and `turns` - 1 follow-ups.
 
     Draws are keyed by (seed, stage, step, prompt id, copy, turn): another `copy` is an independent
-    second dialogue. `desc` names a progress bar.
+    second dialogue. `desc` names a progress bar; `keep` a file for finished batches, from which a run
+    that was killed goes on (see ``resume.replay``).
     """
     if not 1 <= turns <= len(questions) + 1:
         raise ValueError(f"{turns} turns with {len(questions)} follow-up questions")
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     rows = [encode_prompt(tokenizer, record["prompt"]) for record in prompts]
-    spans: list[list[Turn]] = [[] for _ in prompts]
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
     batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    for batch in progress(batches, desc) if desc else batches:
+
+    def dialogues_of(batch: list[int]) -> list[tuple[list[int], list[Turn]]]:
+        spans: dict[int, list[Turn]] = {i: [] for i in batch}
         for turn in range(turns):
             uniforms = np.stack([
                 stream(seed, stage, step, prompts[i]["id"], copy, turn).random(max_new_tokens)
@@ -118,5 +122,10 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
                 rows[i] += new + [eos_id] * truncated
                 if turn + 1 < turns:
                     rows[i] += followup_ids(tokenizer, questions[turn])
-    return [Dialogue(record["id"], record["prompt"], ids, tuple(turns_of))
-            for record, ids, turns_of in zip(prompts, rows, spans, strict=True)]
+        return [(rows[i], spans[i]) for i in batch]
+
+    done: dict[int, Dialogue] = {}
+    for batch, found in zip(batches, replay(keep, progress(batches, desc) if desc else batches, dialogues_of)):
+        for i, (ids, of_turns) in zip(batch, found, strict=True):
+            done[i] = Dialogue(prompts[i]["id"], prompts[i]["prompt"], ids, tuple(Turn(*t) for t in of_turns))
+    return [done[i] for i in range(len(prompts))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from virtue import VirtueError
 from virtue.dialogue import encode_conversation, encode_prompt
 from virtue.ethics import CONSTITUTION, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS, VIRTUES
 from virtue.models import hidden_states
+from virtue.resume import replay
 from virtue.runtime import progress
 
 
@@ -99,11 +101,12 @@ def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple
 @torch.no_grad()
 def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], lens: str,
                 batch_size: int = 16, asked: Sequence[str] = VIRTUES, wording: str = "trained",
-                orders: int = 2) -> tuple[Tensor, float]:
+                orders: int = 2, keep: Path | None = None) -> tuple[Tensor, float]:
     """P(first of the pair is better) for each pair, order and question: (N, 2, 5) fp32; and the label mass.
 
     ``asked`` names the questions (default: the five virtues), ``wording`` one of ethics.JUDGE_QUESTIONS;
-    with ``orders=1`` the second order is left out: (N, 1, 5).
+    with ``orders=1`` the second order is left out: (N, 1, 5). ``keep`` is a file for finished batches
+    (see ``resume.replay``).
     ``[:, 0]`` was read with the first dialogue shown first, ``[:, 1]`` with it shown second. The caller
     sets the adapters (none, for the base as its own judge). The label mass is the mean probability that
     the judge's next token is one of the two labels at all: near 0, it does not answer the question.
@@ -114,14 +117,18 @@ def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], le
     jobs.sort(key=lambda job: len(job[2][0]))  # batches of like length
     result, mass = torch.empty(len(pairs), orders, len(asked)), 0.0
     device = model.device
-    for start in progress(range(0, len(jobs), batch_size), f"judge {lens}"):
-        batch = jobs[start:start + batch_size]
+
+    def read(batch):
         ids, mask, positions, ends = (x.to(device) for x in pack([job[2] for job in batch], tokenizer.pad_token_id))
         hidden = hidden_states(model, ids, mask, position_ids=positions)
         last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, 5, D)
         logprobs = model.lm_head(last).float().log_softmax(-1)[..., labels.to(device)]  # (B, 5, 2)
-        mass += logprobs.exp().sum().item()
-        for (i, order, _), first in zip(batch, logprobs.softmax(-1)[..., 0].cpu()):
+        return logprobs.softmax(-1)[..., 0].tolist(), logprobs.exp().sum().item()
+
+    batches = [jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)]
+    for batch, (probs, of_labels) in zip(batches, replay(keep, progress(batches, f"judge {lens}"), read)):
+        mass += of_labels
+        for (i, order, _), first in zip(batch, torch.tensor(probs)):
             result[i, order] = first if order == 0 else 1.0 - first
     return result, mass / max(1, result.numel())
 

@@ -81,6 +81,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=nonnegative_int, default=0, help="same seed, same bytes")
     add("--out", type=Path, required=True, help="folder to write")
     add("--overwrite", action="store_true", help="write into a folder that is not empty")
+    add("--resume", action="store_true", help="go on where a run of the same command was killed")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +116,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: in
     add("--batch-size", type=positive_int, default=batch_size, help="records a forward pass")
     add("--accumulation", type=positive_int, default=1, help="forward passes an optimiser step")
     add("--max-grad-norm", type=positive_float, default=1.0, help="gradient clipping")
+    add("--save-every", type=positive_int, default=50, help="optimiser steps between checkpoints for --resume")
 
 
 def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | None, stage: str | None = None, flag: str | None = None,
@@ -193,11 +195,10 @@ def progress(iterable: Iterable, desc: str, total: int | None = None) -> Iterabl
 
 
 class MetricsLog:
-    """A new file of metrics: one JSON line a call, at once."""
+    """A file of metrics: one JSON line a call, at once; ``resume.load_checkpoint`` cuts an earlier run's off."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.unlink(missing_ok=True)  # of an earlier run, with --overwrite
 
     def write(self, metrics: dict) -> None:
         """`metrics`: names to texts and scalars (torch's and numpy's too); nan is written null."""

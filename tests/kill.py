@@ -1,0 +1,139 @@
+"""Kill every stage at random moments, resume it, and compare with a run that was left alone.
+
+    python tests/kill.py --kills 100            # about 10 minutes on a core; --seed for other moments
+    python tests/kill.py --stages ppo --kills 5
+
+Each stage of a small chain runs once undisturbed. Then the same command runs in a child process that gets
+SIGKILL at a random moment of its life, is started again with --resume, killed again, and so on, until its
+share of the kills is spent and it may end. All files must then be equal, byte by byte; in metrics the
+fields of time are left out. Children are forked from one process that has imported everything.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with running threads cannot be forked
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+STAGES = {  # name -> script and flags; {out} is the chain's folder, {here} the stage's
+    "revisions": "run_data revisions --limit 24 --max-new-tokens 48 --batch-size 4",
+    "sft": "run_sft --data {out}/revisions --epochs 2 --batch-size 4 --rank 4 --save-every 2",
+    "preferences": "run_data preferences --sft {out}/sft --limit 16 --batch-size 4 --judge-batch-size 4",
+    "rm": "run_rm --data {out}/preferences --epochs 2 --batch-size 2 --rank 4 --held-out 0.25 --save-every 3",
+    "ppo": "run_ppo --rm {out}/rm --iterations 4 --rollout-size 6 --minibatch-size 3 --rank 4 --limit 12 --save-every 1 --kl-target 3",
+    "eval": "run_eval models --policy {out}/ppo --limit 6 --batch-size 2 --judge-limit 4 --judge-batch-size 2 --show 1",
+}
+
+
+def child(script: str, flags: list[str], log: Path) -> int:
+    """Forks a process that runs a script -> its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        with open(log, "ab", buffering=0) as file:
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        importlib.import_module(script).main(flags)
+        status = 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(pid: int, seconds: float | None, log: Path) -> bool:
+    """Waits for a child's end, or kills it after `seconds` -> whether it was killed. RuntimeError if it failed."""
+    until = time.monotonic() + seconds if seconds is not None else None
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG if until else 0)
+        if done:
+            if status:
+                raise RuntimeError(f"{log}: the stage failed:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-12:]))
+            return False
+        if time.monotonic() >= until:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return True
+        time.sleep(0.002)
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Every file below a folder by name: bytes, or metrics without time."""
+    found: dict[str, object] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = str(path.relative_to(folder))
+        found[name] = path.read_bytes() if path.name != "metrics.jsonl" else [
+            {k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in path.read_text().splitlines()]
+    return found
+
+
+def compare(undisturbed: Path, resumed: Path) -> list[str]:
+    """Names of files that differ, are missing, or are too many."""
+    a, b = content(undisturbed), content(resumed)
+    return [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+
+
+def torture(name: str, out: Path, kills: int, rng: random.Random, quiet: bool = False) -> int:
+    """One stage: undisturbed, then killed `kills` times -> kills that hit. AssertionError where results differ."""
+    script, *flags = STAGES[name].format(out=out).split()
+    here, log = out / name, out / f"{name}.log"
+    flags += ["--out", str(here), "--threads", "1"]
+    started = time.monotonic()
+    wait(child(script, flags, log), None, log)
+    seconds = time.monotonic() - started
+    reference = out / f"{name}-undisturbed"
+    shutil.move(here, reference)
+    hit, moments, again = 0, [], []
+    for _ in range(10 * kills):
+        if hit == kills:
+            break
+        moment = rng.uniform(0.0, seconds)
+        killed = wait(child(script, flags + again, log), moment, log)
+        hit, again = hit + killed, ["--resume"]
+        moments.append(round(moment, 2))
+        if not killed:  # it came to its end before: from the beginning
+            assert not compare(reference, here), f"{name}, kills at {moments} s: {compare(reference, here)} differ"
+            shutil.rmtree(here)
+            again = []
+    wait(child(script, flags + (again if here.exists() else []), log), None, log)
+    assert not compare(reference, here), f"{name}, kills at {moments} s: {compare(reference, here)} differ"
+    assert not (here / "resume").exists()
+    if not quiet:
+        print(f"{name}: {seconds:.1f} s undisturbed, {hit} kills, {len(content(here))} files equal", flush=True)
+    return hit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="in all, spread over the stages")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to kill; those before them run undisturbed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    args = parser.parse_args()
+    import torch
+    torch.set_num_threads(1)
+    for script in ("run_data", "run_sft", "run_rm", "run_ppo", "run_eval"):
+        importlib.import_module(script)
+    import transformers.models.mistral.modeling_mistral  # noqa: F401 (6 seconds, once)
+    hits, last = 0, max(list(STAGES).index(s) for s in args.stages)
+    with tempfile.TemporaryDirectory() as folder:
+        for i, name in enumerate(list(STAGES)[:last + 1]):
+            share = args.kills // len(args.stages) + (args.stages.index(name) < args.kills % len(args.stages)) if name in args.stages else 0
+            hits += torture(name, Path(folder), share, random.Random(f"{args.seed} {name}"))
+    print(f"seed {args.seed}: {hits} kills, nothing lost, nothing twice")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Resume: an interrupted loop ends with the same bytes; damage is noticed; stages survive SIGKILL (tests/kill.py)."""
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from virtue import VirtueError
+from virtue.resume import KEPT, finish, load_checkpoint, may_write, replay, save_checkpoint, settings_of, start
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Loop:
+    """A training loop on a quadratic whose target is keyed by the step; state in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.log = folder, folder / "metrics.jsonl"
+        self.weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.zeros(2, 2))]
+        self.optimizer = torch.optim.Adam([{"params": self.weights[:1], "lr": 0.1}, {"params": self.weights[1:], "lr": 0.03}])
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1, 7)
+        found = load_checkpoint(folder, self.weights, self.optimizer, self.schedule, [self.log])
+        self.step, self.total = (found["step"], found["total"]) if found else (0, 0.0)
+
+    def run(self, until: int, save_every: int = 2) -> None:
+        while self.step < until:
+            self.step += 1
+            target = torch.randn(3, generator=torch.Generator().manual_seed(self.step))
+            loss = ((self.weights[0] - target) ** 2).sum() + ((self.weights[1] - self.step) ** 2).sum()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step(), self.schedule.step()
+            self.total += loss.item()
+            with open(self.log, "a") as file:
+                file.write(json.dumps({"step": self.step, "loss": loss.item()}) + "\n")
+            if self.step % save_every == 0:
+                save_checkpoint(self.folder, self.step, self.weights, self.optimizer, self.schedule, [self.log], total=self.total)
+
+    def result(self):
+        return self.log.read_text(), self.total, [g["lr"] for g in self.optimizer.param_groups], [w.tolist() for w in self.weights]
+
+
+def test_an_interrupted_loop_ends_as_if_it_had_not_been(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = Loop(tmp_path / "a")
+    whole.run(7)
+    for until in (1, 3, 5, 6):  # each start loses what came after the checkpoint, the first one all of it
+        loop = Loop(tmp_path / "b")
+        assert loop.step == max(0, (until - 2) // 2 * 2) if until > 1 else loop.step == 0
+        loop.run(until)
+    last = Loop(tmp_path / "b")
+    assert last.step == 6
+    last.run(7)
+    assert last.result() == whole.result()
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) == KEPT
+
+
+@pytest.mark.parametrize("harm", ["cut", "bit", "empty"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, harm):
+    loop = Loop(tmp_path)
+    loop.run(4)
+    newest = sorted(tmp_path.glob("*.safetensors"))[-1]
+    data = bytearray(newest.read_bytes())
+    if harm == "bit":
+        data[-1] ^= 1
+    newest.write_bytes({"cut": data[: len(data) // 2], "bit": data, "empty": b""}[harm])
+    again = Loop(tmp_path)
+    err = capsys.readouterr().err
+    assert again.step == 2 and "damaged" in err and newest.name in err
+    again.run(7)
+    (tmp_path / "whole").mkdir()
+    whole = Loop(tmp_path / "whole")
+    whole.run(7)
+    assert again.result() == whole.result()
+
+
+def test_without_a_sound_checkpoint_it_begins_anew(tmp_path):
+    Loop(tmp_path).run(1)
+    assert Loop(tmp_path).step == 0 and not (tmp_path / "metrics.jsonl").exists()
+    Loop(tmp_path).run(3)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(VirtueError, match="metrics.jsonl: shorter"):
+        Loop(tmp_path)
+
+
+def flags(out, **more):
+    return argparse.Namespace(**{"out": out, "overwrite": False, "resume": False, "lr": 1e-3, "threads": 0} | more)
+
+
+def test_start_goes_on_only_with_the_same_flags_and_files(tmp_path, capsys):
+    out = tmp_path / "x"
+    state = start(flags(out), out, data="abc")
+    (state / "work").write_text("half")
+    assert start(flags(out, resume=True, threads=2), out, data="abc") == state and (state / "work").exists()
+    with pytest.raises(VirtueError, match=r"--lr 0.001, which is now 0.01"):
+        start(flags(out, resume=True, lr=1e-2), out, data="abc")
+    with pytest.raises(VirtueError, match="the file behind data abc, which is now abd"):
+        start(flags(out, resume=True), out, data="abd")
+    with pytest.raises(VirtueError, match="not empty"):
+        may_write(flags(out), out)
+    with pytest.raises(VirtueError, match="give one of them"):
+        may_write(flags(out, resume=True, overwrite=True), out)
+    assert may_write(flags(out, resume=True), out) == out
+    (state / "settings.json").write_text("{")
+    with pytest.raises(VirtueError, match="settings.json: not JSON"):
+        start(flags(out, resume=True), out)
+    start(flags(out, overwrite=True), out)
+    assert not (state / "work").exists()
+    finish(out)
+    assert not state.exists()
+    capsys.readouterr()
+    start(flags(out, resume=True), out)
+    assert "nothing to resume" in capsys.readouterr().out
+    finish(out)
+    manifest = {"stage": "x", "base": {}, "template": "", "parents": {}, "sha256": "", "seed": 0, "settings": {**settings_of(flags(str(out)))}, "extra": {}}
+    (out / "virtue.json").write_text(json.dumps(manifest))
+    assert start(flags(out, resume=True), out, data="abc") is None and "finished already" in capsys.readouterr().out
+    with pytest.raises(VirtueError, match="--lr"):
+        start(flags(out, resume=True, lr=1.0), out)
+
+
+def test_replay_computes_what_is_missing(tmp_path):
+    path, calls = tmp_path / "kept.jsonl", []
+
+    def square(x):
+        calls.append(x)
+        return [x * x, 0.1 * x]
+
+    assert list(replay(path, [1, 2, 3], square)) == [[1, 0.1], [4, 0.2], [9, 3 * 0.1]] and calls == [1, 2, 3]
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        calls.clear()
+        assert list(replay(path, [1, 2, 3], square)) == [[1, 0.1], [4, 0.2], [9, 3 * 0.1]]
+        assert calls == [1, 2, 3][whole[:cut].count(b"\n"):] and path.read_bytes() == whole
+    path.write_bytes(b'[1, 0.1]\nnot json\n[9, 9]\n')
+    assert list(replay(path, [1, 2, 3], square))[1:] == [[4, 0.2], [9, 3 * 0.1]] and path.read_bytes() == whole
+    assert list(replay(None, [3], square)) == [[9, 3 * 0.1]]
+
+
+def test_stages_survive_sigkill():
+    """One kill each: revisions, SFT, preferences, reward models, PPO; `python tests/kill.py` does a hundred."""
+    seed = random.SystemRandom().randrange(10**6)
+    result = subprocess.run([sys.executable, ROOT / "tests/kill.py", "--kills", "5", "--stages", "revisions", "sft", "preferences", "rm", "ppo", "--seed", str(seed)],
+                            capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and f"seed {seed}: 5 kills, nothing lost, nothing twice" in result.stdout, result.stdout + result.stderr
+
+
+def test_a_finished_stage_is_left_alone_and_another_command_refused(tmp_path):
+    sys.path.insert(0, str(ROOT))
+    import run_data
+    command = ["revisions", "--limit", "8", "--max-new-tokens", "48", "--out", str(tmp_path / "r")]
+    run_data.main(command)
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "r").iterdir()}
+    run_data.main([*command, "--resume"])
+    assert before == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "r").iterdir()}
+    with pytest.raises(VirtueError, match="--limit 8, which is now 9"):
+        run_data.main(["revisions", "--limit", "9", "--max-new-tokens", "48", "--out", str(tmp_path / "r"), "--resume"])

@@ -1,0 +1,188 @@
+"""Going on where a killed run stopped: one way to save, one way to go on, for every stage.
+
+A run keeps its state in <out>/resume, which goes when it ends well; the same command with --resume goes
+on from there. Loops over optimiser steps save all that the next step depends on (`save_checkpoint`);
+loops over batches keep each batch's result (`replay`). Randomness is keyed (``runtime.stream``), so no
+generator has a state to save, and what a resumed run writes is what it would have written anyway.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from virtue import VirtueError
+from virtue.checkpoint import MANIFEST, check_output, prepare_output, read_manifest, write_atomic, write_json
+
+FOLDER, SETTINGS = "resume", "settings.json"
+KEPT = 2  # checkpoints on the disk: where the newest is damaged, the one before it serves
+FREE = ("out", "overwrite", "threads")  # flags that may differ when a run goes on
+
+T = TypeVar("T")
+
+
+def may_write(args: argparse.Namespace, out: Path, inputs: Iterable[Path | None] = ()) -> Path:
+    """`check_output` for a stage that can be resumed: with --resume the folder may hold something."""
+    if args.resume and args.overwrite:
+        raise VirtueError("--resume goes on, --overwrite starts anew: give one of them")
+    return check_output(out, args.overwrite or args.resume, inputs)
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """What a manifest says of the flags: all but how the run was started."""
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+
+
+def _agree(was: Mapping, now: Mapping, where: Path) -> None:
+    for name in sorted(was.keys() | now.keys()):
+        if name not in FREE and was.get(name) != now.get(name):
+            what = f"--{name.replace('_', '-')}" if not name.startswith("sha256") else f"the file behind {name[7:]}"
+            raise VirtueError(f"{where}: was begun with {what} {was.get(name)}, which is now {now.get(name)}: "
+                              "give it as it was, or start anew with --overwrite")
+
+
+def start(args: argparse.Namespace, out: Path, **inputs: str | None) -> Path | None:
+    """Makes the output folder and its resume/ -> that; None if the run has come to its end already.
+
+    With --resume the flags, and the hashes of `inputs`, must be those that the run was begun with.
+    """
+    settings = json.loads(json.dumps(settings_of(args), default=str)) | {f"sha256 {name}": digest for name, digest in inputs.items()}
+    state = out / FOLDER
+    try:
+        if args.resume and (state / SETTINGS).is_file():
+            try:
+                was = json.loads((state / SETTINGS).read_bytes())
+            except ValueError:
+                raise VirtueError(f"{state / SETTINGS}: not JSON: start anew with --overwrite") from None
+            _agree(was, settings, out)
+        elif args.resume and (out / MANIFEST).is_file():
+            _agree(read_manifest(out)["settings"], {k: v for k, v in settings.items() if not k.startswith("sha256")}, out)
+            print(f"{out}: finished already")
+            return None
+        else:
+            if args.resume:
+                print(f"{out}: nothing to resume: starting at the beginning")
+            shutil.rmtree(state, ignore_errors=True)
+            prepare_output(out, overwrite=True)
+            state.mkdir(exist_ok=True)
+            write_json(state / SETTINGS, settings)
+    except OSError as e:
+        raise VirtueError(f"{out}: cannot be a folder to write in ({e.strerror}): choose another --out") from None
+    return state
+
+
+def finish(out: Path) -> None:
+    """Removes the state of a run that wrote its artefact; the settings first, so that no half of it is resumed."""
+    (out / FOLDER / SETTINGS).unlink(missing_ok=True)
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+
+
+# ---- loops over optimiser steps
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {f"optimizer/{i}/{key}": value for i, p in enumerate(parameters) for key, value in optimizer.state.get(p, {}).items()}
+
+
+def save_checkpoint(state: Path, step: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, schedule,
+                    logs: Sequence[Path], **numbers) -> None:
+    """Writes <step>-<sha256>.safetensors: parameters, moments, learning rates, the logs' sizes, and `numbers`."""
+    sizes = {}
+    for log in logs:
+        with open(log, "ab") as file:
+            os.fsync(file.fileno())
+            sizes[log.name] = file.tell()
+    tensors = {f"parameter/{i}": p for i, p in enumerate(parameters)} | _optimizer_tensors(optimizer)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    known = {"step": step, "lr": [g["lr"] for g in optimizer.param_groups], "schedule": schedule.state_dict(), "logs": sizes, "numbers": numbers}
+    data = save(tensors, metadata={"state": json.dumps(known)})
+    write_atomic(state / f"{step:08d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors", data)
+    for old in sorted(state.glob("*.safetensors"))[:-KEPT]:
+        old.unlink()
+
+
+def load_checkpoint(state: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, schedule, logs: Sequence[Path]) -> dict | None:
+    """Puts everything back as the newest sound checkpoint has it, cuts the logs back -> {"step", **numbers}, or None.
+
+    A checkpoint whose bytes are not those that were written is passed over, with a warning.
+    """
+    for path in sorted(state.glob("*.safetensors"), reverse=True):
+        try:
+            if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != path.stem.partition("-")[2]:
+                raise ValueError("its bytes are not those that were written")
+            with safe_open(path, "pt") as file:
+                known, tensors = json.loads(file.metadata()["state"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+            print(f"warning: {path}: damaged ({e}): trying the checkpoint before it", file=sys.stderr)
+            continue
+        with torch.no_grad():
+            for i, p in enumerate(parameters):
+                p.copy_(tensors[f"parameter/{i}"])
+        owners = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.state.clear()
+        for name, tensor in tensors.items():
+            kind, i, *key = name.split("/")
+            if kind == "optimizer":  # the count of steps stays on the CPU, as Adam has it
+                owner = owners[int(i)]
+                optimizer.state[owner][key[0]] = tensor.to(owner.device) if tensor.ndim else tensor
+        schedule.load_state_dict(known["schedule"])
+        for group, lr in zip(optimizer.param_groups, known["lr"]):
+            group["lr"] = lr
+        for log in logs:
+            if not log.is_file() or log.stat().st_size < known["logs"][log.name]:
+                raise VirtueError(f"{log}: shorter than it was at the checkpoint {path.name}: start anew with --overwrite")
+            os.truncate(log, known["logs"][log.name])
+        print(f"resuming after step {known['step']}", file=sys.stderr)
+        return {"step": known["step"], **known["numbers"]}
+    for log in logs:  # no checkpoint yet: what the log holds is done again
+        log.unlink(missing_ok=True)
+    return None
+
+
+# ---- loops over batches
+
+
+def replay(path: Path | None, batches: Iterable[T], compute: Callable[[T], object]) -> Iterator:
+    """compute(batch) for each batch, as JSON gives it back; results on `path` are read, new ones appended.
+
+    A last line that is only half there is computed again. Without a path nothing is kept.
+    """
+    if path is None:
+        yield from (json.loads(json.dumps(compute(batch))) for batch in batches)
+        return
+    found, good = [], 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
+        try:
+            if not line.endswith(b"\n"):
+                break
+            found.append(json.loads(line))
+        except ValueError:
+            break
+        good += len(line)
+    if path.is_file():
+        os.truncate(path, good)
+    for i, batch in enumerate(batches):
+        if i < len(found):
+            yield found[i]
+            continue
+        result = json.dumps(compute(batch))
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(result + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            raise VirtueError(f"{path}: cannot be written ({e.strerror}): make room, then the same command with --resume goes on") from None
+        yield json.loads(result)
