@@ -57,6 +57,7 @@ def main(argv=None):
     from virtue.generate import check_context, fits, sample_dialogues
     from virtue.judge import judge_pairs, label_ids, pair_fits, verdict
     from virtue.lora import use_stack
+    from virtue.parallel import barrier
     from virtue.resume import finish, may_write, settings_of, start
     from virtue.rollout import load_sft
 
@@ -151,6 +152,7 @@ def main(argv=None):
             write_jsonl(out / f"{lens}.jsonl", records)
     written = ["revisions.jsonl"] if args.command == "revisions" else [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"]
     write_json(out / "summary.json", summary)
+    barrier()
     write_manifest(out, stage=args.command, base=base.info, template=base.template, seed=args.seed, settings=settings_of(args),
                    parents=parents,
                    extra={"judge": judge_base.info} if args.command == "preferences" else {},

@@ -92,6 +92,7 @@ def compare_models(args):
     from virtue.logprobs import kl_k1
     from virtue.lora import flatten, use_stack
     from virtue.models import logprobs_at
+    from virtue.parallel import barrier
     from virtue.report import curve_of, differences, mask_names, measure, side_by_side, table, warnings_of
     from virtue.resume import finish, may_write, settings_of, start
     from virtue.rollout import dialogue_logprobs, load_reward_models, load_sft, score_dialogues
@@ -198,6 +199,7 @@ def compare_models(args):
                                      "models": columns, "differences": compared, "wins": wins, "curve": curve, "warnings": warned,
                                      "interval": "paired bootstrap over prompts, 95 %, 2000 resamples; p: permutation test; p_holm: Holm over the pair's rows"}
     write_json(out / "scores.json", scores)
+    barrier()
     write_manifest(out, stage="eval", seed=args.seed, settings=settings_of(args), parents={**parents, "policy": args.policy}, extra={}, **known)
     as_read = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     write_atomic(out / "report.html", html.render(as_read, [r for _, r in read_jsonl(out / "samples.jsonl")], metrics, read_manifest(out), curve).encode())

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, check_finite, finite_float, fraction, lora_settings, make_parser, nonnegative_float, nonnegative_int,
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, check_finite, finite_float, fraction, lora_settings, main_rank, make_parser, nonnegative_float, nonnegative_int,
                             open_base, parse_with_parent, positive_float, positive_int, progress, run_main, stream, torch_seed)
 
 
@@ -86,6 +86,7 @@ def main(argv=None):
     from virtue.masked import whiten
     from virtue.models import ScalarHead, logprobs_at
     from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
+    from virtue.parallel import share, size as processes, sum_gradients, total
     from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
     from virtue.rollout import ended_share, in_chunks, load_reward_models, load_sft, loss_mask, place_scores, score_dialogues, values_at
 
@@ -111,6 +112,8 @@ def main(argv=None):
     if len(prompts) < args.rollout_size:
         raise VirtueError(f"{args.prompts}: {len(prompts)} prompts fit into --max-prompt-tokens {args.max_prompt_tokens}, "
                           f"fewer than --rollout-size {args.rollout_size}: give more prompts, or change these flags")
+    if args.minibatch_size < processes():
+        raise VirtueError(f"--minibatch-size {args.minibatch_size} leaves some of {processes()} processes without a dialogue: raise it")
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
     add_adapter(model, "policy", seed=torch_seed(args.seed, "policy"), **lora_settings(args))
     add_adapter(model, "value", seed=torch_seed(args.seed, "value"), **lora_settings(args))
@@ -203,12 +206,12 @@ def main(argv=None):
         advantages = advantages if args.no_whiten else whiten(advantages, mask)
 
         # 5. Update
-        stats = {}
+        stats, norms = {}, {}
         for epoch in range(args.ppo_epochs):
             permutation = torch.from_numpy(stream(args.seed, "ppo", iteration, epoch).permutation(len(dialogues)))
             for minibatch in permutation.split(args.minibatch_size):
                 tokens = int(mask[minibatch].sum())  # of the whole optimiser step
-                for rows in minibatch.split(chunk):
+                for rows in share(minibatch).split(chunk):
                     part = rollout.index(rows)
                     new_logprobs, entropy = logprobs((*sft, "policy"), part.input_ids, attention[rows], part.mask, entropy=True)
                     loss, micro = ppo_loss(
@@ -218,15 +221,17 @@ def main(argv=None):
                     loss.backward()
                     for name, value in micro.items():  # sums over micro-batches, means over optimiser steps
                         stats[name] = stats.get(name, 0.0) + value.item() / updates
+                sum_gradients([*policy_parameters, *value_parameters])
                 for name, parameters in (("policy", policy_parameters), ("value", value_parameters)):
                     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     check_finite(norm, f"ppo, iteration {iteration}, {name}", "--lr and --value-lr")
-                    stats[f"{name}/grad_norm"] = stats.get(f"{name}/grad_norm", 0.0) + norm.item() / updates
+                    norms[f"{name}/grad_norm"] = norms.get(f"{name}/grad_norm", 0.0) + norm.item() / updates
                 if iteration <= args.value_warmup:  # the policy waits
                     for parameter in policy_parameters:
                         parameter.grad = None  # Adam then passes over it, moments too
                 optimizer.step(), optimizer.zero_grad()
         schedule.step()
+        stats = dict(zip(stats, total(torch.tensor([*stats.values()], dtype=torch.float64)).tolist()))
 
         # 6. KL: report, adapt the coefficient
         k1 = kl_k1(old_logprobs, ref_logprobs)[mask].sum().item() / len(dialogues)
@@ -243,7 +248,7 @@ def main(argv=None):
         # 7. Log, save, show
         metrics |= {f"objective/score/{lens}": row.mean().item() for lens, row in zip(LENSES, scores)}
         metrics |= {f"objective/aggregate/{name}": aggregate(scores, name, **ensemble).mean().item() for name in AGGREGATORS}
-        metrics |= stats | {"val/explained_variance": explained_variance(old_values, returns, mask),
+        metrics |= stats | norms | {"val/explained_variance": explained_variance(old_values, returns, mask),
                             "tokens/eos_rate": ended_share(dialogues), "tokens/length": mask.sum().item() / len(dialogues),
                             "time/seconds": time.perf_counter() - started}
         log.write(metrics)
@@ -255,7 +260,7 @@ def main(argv=None):
             messages = messages_of(tokenizer, d, turns=len(d.turns))
             rollouts.write({"iteration": iteration, "id": d.id, "prompt": d.prompt[-1]["content"], "kl": kl_one, "scores": s,
                             "turns": dict(zip(LENSES, (m["content"] for m in messages[len(d.prompt)::2])))})
-        if plots.available():
+        if main_rank() and plots.available():
             write_atomic(out / "curves.svg", plots.training_curves([m for _, m in read_jsonl(out / "metrics.jsonl")]).encode())
         if iteration % args.save_every == 0 or iteration == args.iterations:
             save()

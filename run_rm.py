@@ -51,6 +51,7 @@ def main(argv=None):
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import ScalarHead, score_at
     from virtue.preference import accuracy, calibration_error, log_loss, pairwise_loss
+    from virtue.parallel import share, sum_gradients, total as over_ranks
     from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
     from virtue.rollout import load_sft, score_dialogues
 
@@ -153,12 +154,15 @@ def main(argv=None):
                     if step <= resumed:
                         continue
                     whole, total = shuffled[begin:begin + step_size], 0.0
-                    for i in range(0, len(whole), args.batch_size):  # accumulation: normalised by the whole step's pairs
-                        batch = whole[i:i + args.batch_size]
+                    mine = share(whole)
+                    for i in range(0, len(mine), args.batch_size):  # accumulation: normalised by the whole step's pairs
+                        batch = mine[i:i + args.batch_size]
                         d = margins(batch)
                         loss = pairwise_loss(d, torch.zeros_like(d), targets(batch)).sum() / len(whole)
                         loss.backward()
                         total += loss.item()
+                    sum_gradients(parameters)
+                    total = over_ranks(torch.tensor(total, dtype=torch.float64)).item()
                     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     check_finite(norm, f"rm {lens}, step {step}", "--lr")
                     optimizer.step(), optimizer.zero_grad(), schedule.step()

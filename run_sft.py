@@ -40,6 +40,7 @@ def main(argv=None):
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import logprobs_at
+    from virtue.parallel import share, sum_gradients, total as over_ranks
     from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
     from virtue.rollout import load_sft, span_mask
 
@@ -110,10 +111,13 @@ def main(argv=None):
                 whole = shuffled[begin:begin + step_size]
                 tokens = sum(b - a for _, spans in whole for a, b in spans)
                 total = 0.0
-                for i in range(0, len(whole), args.batch_size):  # accumulation: normalised by the whole step's tokens
-                    loss = nll(whole[i:i + args.batch_size])[0] / tokens
+                mine = share(whole)
+                for i in range(0, len(mine), args.batch_size):  # accumulation: normalised by the whole step's tokens
+                    loss = nll(mine[i:i + args.batch_size])[0] / tokens
                     loss.backward()
                     total += loss.item()
+                sum_gradients(parameters)
+                total = over_ranks(torch.tensor(total, dtype=torch.float64)).item()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 check_finite(norm, f"sft, step {step}", "--lr")
                 optimizer.step(), optimizer.zero_grad(), schedule.step()

@@ -376,14 +376,14 @@ def test_bad_input(fp32, tmp_path, toy_folder):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_explained(script, monkeypatch):
-    """Each flag is an `args.name` in the script or in runtime's readers of common flags, and has a help text."""
+    """Each flag is an `args.name` in the script or in what reads the common flags, and has a help text."""
     import argparse
     seen = []
     add = argparse._ActionsContainer.add_argument
     monkeypatch.setattr(argparse._ActionsContainer, "add_argument", lambda self, *a, **k: seen.append(add(self, *a, **k)) or seen[-1])
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse(["--help"])
-    sources = [(ROOT / f"{script}.py").read_text(), (ROOT / "virtue/runtime.py").read_text()]
+    sources = [(ROOT / name).read_text() for name in (f"{script}.py", "virtue/runtime.py", "virtue/resume.py")]
     read = {node.attr for source in sources for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"}
     flags = {a.dest: a for a in seen if a.option_strings and a.dest != "help"}

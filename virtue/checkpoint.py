@@ -21,6 +21,7 @@ from torch import nn
 from virtue import VirtueError
 from virtue.lora import adapter_config, adapter_state, load_adapter_state
 from virtue.models import ScalarHead
+from virtue.runtime import main_rank
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "virtue.json"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy")
@@ -29,7 +30,9 @@ _AGAIN = "run again the stage that writes this folder"
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Writes `data` under a temporary name, to the disk, and renames: never half a file."""
+    """Writes `data` under a temporary name, to the disk, and renames: never half a file. Under torchrun rank 0 does."""
+    if not main_rank():
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -135,6 +138,8 @@ def save_artifact(folder: str | Path, *, stage: str, model: nn.Module, adapter: 
     """
     for parent in parents.values():
         file_hash(parent)  # refuses one that is missing before anything is touched
+    if not main_rank():
+        return
     folder, state = Path(folder), adapter_state(model, adapter)
     config = adapter_config(model, adapter, base["id"], ["score"] if head is not None else None)
     if head is not None:
@@ -151,6 +156,8 @@ def write_manifest(folder: Path, *, stage: str, base: Mapping[str, str], templat
                    parents: Mapping[str, str | Path], settings: Mapping, seed: int,
                    extra: Mapping | None = None, sha256: str | None = None) -> None:
     """Writes virtue.json, of an adapter (see `save_artifact`) or of a folder of data."""
+    if not main_rank():
+        return
     write_json(folder / MANIFEST, {
         "stage": stage, "base": dict(base), "template": template,
         "parents": {role: {"folder": str(parent), "sha256": file_hash(parent)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from virtue import VirtueError
 from virtue.dialogue import QUESTIONS, Dialogue, Messages, Turn
 from virtue.dialogue import encode_prompt, followup_ids, left_pad
+from virtue.parallel import gather, share
 from virtue.resume import replay
 from virtue.runtime import progress, stream
 
@@ -107,6 +108,7 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
     rows = [encode_prompt(tokenizer, record["prompt"]) for record in prompts]
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
     batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    mine = share(batches)
 
     def dialogues_of(batch: list[int]) -> list[tuple[list[int], list[Turn]]]:
         spans: dict[int, list[Turn]] = {i: [] for i in batch}
@@ -125,7 +127,7 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
         return [(rows[i], spans[i]) for i in batch]
 
     done: dict[int, Dialogue] = {}
-    for batch, found in zip(batches, replay(keep, progress(batches, desc) if desc else batches, dialogues_of)):
+    for batch, found in zip(batches, gather([*replay(keep, progress(mine, desc) if desc else mine, dialogues_of)])):
         for i, (ids, of_turns) in zip(batch, found, strict=True):
             done[i] = Dialogue(prompts[i]["id"], prompts[i]["prompt"], ids, tuple(Turn(*t) for t in of_turns))
     return [done[i] for i in range(len(prompts))]

@@ -19,6 +19,7 @@ from virtue import VirtueError
 from virtue.dialogue import encode_conversation, encode_prompt
 from virtue.ethics import CONSTITUTION, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS, VIRTUES
 from virtue.models import hidden_states
+from virtue.parallel import share, total
 from virtue.resume import replay
 from virtue.runtime import progress
 
@@ -115,7 +116,7 @@ def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], le
     jobs = [(i, order, encode_questions(tokenizer, *(pair if order == 0 else pair[::-1]), lens, asked, wording))
             for i, pair in enumerate(pairs) for order in range(orders)]
     jobs.sort(key=lambda job: len(job[2][0]))  # batches of like length
-    result, mass = torch.empty(len(pairs), orders, len(asked)), 0.0
+    result, mass = torch.zeros(len(pairs), orders, len(asked)), 0.0
     device = model.device
 
     def read(batch):
@@ -125,12 +126,12 @@ def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], le
         logprobs = model.lm_head(last).float().log_softmax(-1)[..., labels.to(device)]  # (B, 5, 2)
         return logprobs.softmax(-1)[..., 0].tolist(), logprobs.exp().sum().item()
 
-    batches = [jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)]
+    batches = share([jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)])
     for batch, (probs, of_labels) in zip(batches, replay(keep, progress(batches, f"judge {lens}"), read)):
         mass += of_labels
         for (i, order, _), first in zip(batch, torch.tensor(probs)):
             result[i, order] = first if order == 0 else 1.0 - first
-    return result, mass / max(1, result.numel())
+    return total(result), total(torch.tensor(mass, dtype=torch.float64)).item() / max(1, result.numel())
 
 
 def verdict(probs: Tensor, preference: str = "votes") -> dict:

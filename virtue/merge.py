@@ -13,7 +13,9 @@ import torch
 from virtue.checkpoint import write_atomic
 from virtue.dialogue import Dialogue
 from virtue.lora import merged_state_dict
+from virtue.parallel import barrier
 from virtue.rollout import score_dialogues
+from virtue.runtime import main_rank
 
 
 def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: torch.nn.Module,
@@ -26,15 +28,18 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
     from safetensors.torch import save
     from transformers import AutoModelForSequenceClassification, MistralConfig
 
-    folder.mkdir(parents=True, exist_ok=True)
+    if main_rank():
+        folder.mkdir(parents=True, exist_ok=True)
     dtype = torch.float32 if model.dtype == torch.float16 else model.dtype  # fp16 could overflow when folded
     state = {k: v for k, v in merged_state_dict(model, stack, dtype).items() if k != "lm_head.weight"}
     state["score.weight"] = head.weight.detach().cpu().to(dtype)
     config = MistralConfig(**{**model.config.to_dict(), "architectures": ["MistralForSequenceClassification"],
                               "num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "dtype": str(dtype).removeprefix("torch.")})
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if main_rank():
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     write_atomic(folder / "model.safetensors", save({k: v.contiguous() for k, v in state.items()}, metadata={"format": "pt"}))
+    barrier()
 
     before = score_dialogues(model, [(stack, head)], dialogues, [turn], tokenizer.pad_token_id, batch_size=8)[0]
     merged = AutoModelForSequenceClassification.from_pretrained(folder).to(model.device).eval()

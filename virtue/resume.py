@@ -24,6 +24,8 @@ from torch import Tensor
 
 from virtue import VirtueError
 from virtue.checkpoint import MANIFEST, check_output, prepare_output, read_manifest, write_atomic, write_json
+from virtue.parallel import rank, size, total
+from virtue.runtime import main_rank
 
 FOLDER, SETTINGS = "resume", "settings.json"
 KEPT = 2  # checkpoints on the disk: where the newest is damaged, the one before it serves
@@ -47,7 +49,7 @@ def settings_of(args: argparse.Namespace) -> dict:
 def _agree(was: Mapping, now: Mapping, where: Path) -> None:
     for name in sorted(was.keys() | now.keys()):
         if name not in FREE and was.get(name) != now.get(name):
-            what = f"--{name.replace('_', '-')}" if not name.startswith("sha256") else f"the file behind {name[7:]}"
+            what = "torchrun's number of processes" if name == "processes" else f"--{name.replace('_', '-')}" if not name.startswith("sha256") else f"the file behind {name[7:]}"
             raise VirtueError(f"{where}: was begun with {what} {was.get(name)}, which is now {now.get(name)}: "
                               "give it as it was, or start anew with --overwrite")
 
@@ -58,6 +60,11 @@ def start(args: argparse.Namespace, out: Path, **inputs: str | None) -> Path | N
     With --resume the flags, and the hashes of `inputs`, must be those that the run was begun with.
     """
     settings = json.loads(json.dumps(settings_of(args), default=str)) | {f"sha256 {name}": digest for name, digest in inputs.items()}
+    state = _start(args, out, settings | {"processes": size()}) if main_rank() else out / FOLDER
+    return None if total(torch.tensor(float(state is None))) else state  # the others wait for rank 0
+
+
+def _start(args: argparse.Namespace, out: Path, settings: dict) -> Path | None:
     state = out / FOLDER
     try:
         if args.resume and (state / SETTINGS).is_file():
@@ -67,7 +74,7 @@ def start(args: argparse.Namespace, out: Path, **inputs: str | None) -> Path | N
                 raise VirtueError(f"{state / SETTINGS}: not JSON: start anew with --overwrite") from None
             _agree(was, settings, out)
         elif args.resume and (out / MANIFEST).is_file():
-            _agree(read_manifest(out)["settings"], {k: v for k, v in settings.items() if not k.startswith("sha256")}, out)
+            _agree(read_manifest(out)["settings"], {k: v for k, v in settings.items() if k != "processes" and not k.startswith("sha256")}, out)
             print(f"{out}: finished already")
             return None
         else:
@@ -84,6 +91,8 @@ def start(args: argparse.Namespace, out: Path, **inputs: str | None) -> Path | N
 
 def finish(out: Path) -> None:
     """Removes the state of a run that wrote its artefact; the settings first, so that no half of it is resumed."""
+    if not main_rank():
+        return
     (out / FOLDER / SETTINGS).unlink(missing_ok=True)
     shutil.rmtree(out / FOLDER, ignore_errors=True)
 
@@ -99,6 +108,8 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def save_checkpoint(state: Path, step: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, schedule,
                     logs: Sequence[Path], **numbers) -> None:
     """Writes <step>-<sha256>.safetensors: parameters, moments, learning rates, the logs' sizes, and `numbers`."""
+    if not main_rank():
+        return
     sizes = {}
     for log in logs:
         with open(log, "ab") as file:
@@ -143,11 +154,13 @@ def load_checkpoint(state: Path, parameters: Sequence[Tensor], optimizer: torch.
         for log in logs:
             if not log.is_file() or log.stat().st_size < known["logs"][log.name]:
                 raise VirtueError(f"{log}: shorter than it was at the checkpoint {path.name}: start anew with --overwrite")
-            os.truncate(log, known["logs"][log.name])
+            if main_rank():
+                os.truncate(log, known["logs"][log.name])
         print(f"resuming after step {known['step']}", file=sys.stderr)
         return {"step": known["step"], **known["numbers"]}
     for log in logs:  # no checkpoint yet: what the log holds is done again
-        log.unlink(missing_ok=True)
+        if main_rank():
+            log.unlink(missing_ok=True)
     return None
 
 
@@ -162,6 +175,8 @@ def replay(path: Path | None, batches: Iterable[T], compute: Callable[[T], objec
     if path is None:
         yield from (json.loads(json.dumps(compute(batch))) for batch in batches)
         return
+    if size() > 1:
+        path = path.with_suffix(f".{rank()}.jsonl")
     found, good = [], 0
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
         try:

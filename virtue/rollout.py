@@ -17,6 +17,7 @@ from virtue.ensemble import ADDITIVE, aggregate, shares
 from virtue.ethics import LENSES
 from virtue.lora import use_stack
 from virtue.models import hidden_states, logprobs_at, score_at
+from virtue.parallel import share, total
 from virtue.ppo import place_rewards
 
 
@@ -61,8 +62,14 @@ def loss_mask(dialogues: Sequence[Dialogue], length: int, train_turns: str = "al
 
 @torch.no_grad()
 def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
-    """``function`` over chunks of ``size`` rows of all tensors, without gradient, joined on the CPU."""
-    return torch.cat([function(*chunk).cpu() for chunk in zip(*(t.split(size) for t in tensors), strict=True)])
+    """``function`` over chunks of ``size`` rows of all tensors, without gradient, on the CPU.
+
+    Its result has the shape of the last tensor's chunk, the mask. Ranks share the chunks.
+    """
+    result = torch.zeros(tensors[-1].shape)
+    for start in share(range(0, len(result), size)):
+        result[start:start + size] = function(*(t[start:start + size] for t in tensors)).cpu()
+    return total(result)
 
 
 def values_at(model, head: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
@@ -78,17 +85,17 @@ def score_dialogues(model, reward_models: Sequence[tuple[tuple[str, ...], torch.
     Model k is read at the end of turn ``turns[k]``, and the rows are cut there, so that no model pays
     for tokens it does not see.
     """
-    device, scores = model.device, torch.empty(len(reward_models), len(dialogues))
+    device, scores = model.device, torch.zeros(len(reward_models), len(dialogues))
     for k, (stack, head) in enumerate(reward_models):
         ends = [d.turns[turns[k]].score_position for d in dialogues]
         order = sorted(range(len(dialogues)), key=lambda i: ends[i])  # little padding in a batch
         with use_stack(model, *stack):
-            for start in range(0, len(order), batch_size):
+            for start in share(range(0, len(order), batch_size)):
                 rows = order[start:start + batch_size]
                 ids, mask = right_pad([dialogues[i].ids[: ends[i] + 1] for i in rows], pad_id)
                 positions = torch.tensor([[ends[i]] for i in rows], device=device)
                 scores[k, rows] = score_at(model, head, ids.to(device), mask.to(device), positions)[:, 0].cpu()
-    return scores
+    return total(scores)
 
 
 def dialogue_logprobs(model, stack: Sequence[str], dialogues: Sequence[Dialogue], pad_id: int, *,

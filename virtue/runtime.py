@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -147,10 +148,20 @@ def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     return parser.parse_args(argv)
 
 
+def main_rank() -> bool:
+    """Whether this process writes and prints: the only one, or torchrun's first."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def run_main(main: Callable[[], object]) -> None:
     """Runs a script's `main` and exits: 0; 2 after a VirtueError's one line; 130 on Ctrl-C."""
+    if not main_rank():
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from virtue.parallel import leave
+            leave()
     except VirtueError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
@@ -191,7 +202,7 @@ def progress(iterable: Iterable, desc: str, total: int | None = None) -> Iterabl
     """`iterable` with a progress bar on stderr."""
     from tqdm import tqdm
 
-    return tqdm(iterable, desc=desc, total=total, file=sys.stderr, dynamic_ncols=True)
+    return tqdm(iterable, desc=desc, total=total, file=sys.stderr, dynamic_ncols=True, disable=not main_rank())
 
 
 class MetricsLog:
@@ -201,7 +212,9 @@ class MetricsLog:
         self.path = Path(path)
 
     def write(self, metrics: dict) -> None:
-        """`metrics`: names to texts and scalars (torch's and numpy's too); nan is written null."""
+        """`metrics`: names to texts and scalars (torch's and numpy's too); nan is written null. Rank 0 writes."""
+        if not main_rank():
+            return
         plain = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
         line = json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v
                            for k, v in plain.items()}, ensure_ascii=False)
@@ -247,10 +260,11 @@ class Base(NamedTuple):
 def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
     """The model that the common flags name (or `name`, with the same flags) and its tokenizer."""
     from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, template_fingerprint
+    from virtue.parallel import join
 
     torch_threads(args.threads)
     name = name or args.model
     folder = resolve(name)
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, quantize=args.quantize, dtype=args.dtype, device=str(pick_device(args.device)))
+    model = load_model(folder, quantize=args.quantize, dtype=args.dtype, device=str(join(pick_device(args.device))))
     return Base(model, tokenizer, {"id": str(name), "fingerprint": base_fingerprint(folder)}, template_fingerprint(tokenizer))
