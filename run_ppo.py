@@ -16,6 +16,7 @@ One base in memory; stacks of adapters play every role: reference (sft), policy 
 """
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def parse(argv):
     kl = parser.add_argument_group("KL penalty").add_argument
     kl("--kl-coef", type=nonnegative_float, default=0.06, help="coefficient of k1 per token in the reward")
     kl("--kl-target", type=positive_float, help="adapt the coefficient towards this KL per dialogue, in nats (default: fixed)")
+    kl("--stop-kl", type=positive_float, help="end the run when KL per dialogue exceeds this, in nats; best/ holds the best policy until then")
     kl("--kl-horizon", type=positive_int, default=2000, help="dialogues in which the coefficient adapts")
     ppo = parser.add_argument_group("PPO").add_argument
     ppo("--iterations", type=positive_int, default=18, help="rollout batches")
@@ -88,6 +90,7 @@ def main(argv=None):
     from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
     from virtue.parallel import share, size as processes, sum_gradients, total
     from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
+    from virtue.report import run_away
     from virtue.rollout import ended_share, in_chunks, load_reward_models, load_sft, loss_mask, place_scores, score_dialogues, values_at
 
     if (args.aggregate == "weighted") != (args.weights is not None):
@@ -170,15 +173,17 @@ def main(argv=None):
     prepare_output(out / "value", overwrite=True)
     prepare_output(out / "best", overwrite=True)
     log, rollouts, kl_coef = MetricsLog(out / "metrics.jsonl"), MetricsLog(out / "rollouts.jsonl"), args.kl_coef
-    best, best_iteration, resumed = -float("inf"), 0, 0
+    best, best_iteration, resumed, stop = -float("inf"), 0, 0, False
     flatten(model, ("policy",), "best")
     learned = lambda: [*policy_parameters, *value_parameters, *adapter_parameters(model, "best")]  # noqa: E731 (flatten makes "best" anew)
     if done := load_checkpoint(state, learned(), optimizer, schedule, [log.path, rollouts.path]):
-        resumed, kl_coef, best, best_iteration, before, metrics = (done[k] for k in ("step", "kl_coef", "best", "best_iteration", "before", "metrics"))
+        resumed, kl_coef, best, best_iteration, before, first, metrics = (
+            done[k] for k in ("step", "kl_coef", "best", "best_iteration", "before", "first", "metrics"))
+        stop = args.stop_kl is not None and metrics["objective/kl"] > args.stop_kl
     bar = progress(range(1, args.iterations + 1), "ppo")
     updates = args.ppo_epochs * -(-args.rollout_size // args.minibatch_size)  # optimiser steps an iteration
     for iteration in bar:
-        if iteration <= resumed:
+        if iteration <= resumed or stop:
             continue
         started = time.perf_counter()
         # 1. Sample a batch of prompts, and dialogues from the policy
@@ -189,7 +194,9 @@ def main(argv=None):
         flatten(model, ("policy",), "sampled")  # a copy of what sampled, before the update changes it
 
         # 2. Score: three reward models, old and reference log-probs, values
-        scores = standardize(score(dialogues), mean, std).clamp(-args.score_clip, args.score_clip)  # (K, B)
+        raw = score(dialogues)
+        check_finite(raw, f"ppo, iteration {iteration}", "the score", "train the reward models again with a lower --lr", [d.id for d in dialogues], state)
+        scores = standardize(raw, mean, std).clamp(-args.score_clip, args.score_clip)  # (K, B)
         input_ids, attention = right_pad([d.ids for d in dialogues], pad_id)
         mask = loss_mask(dialogues, input_ids.shape[1], args.train_turns)
         old_logprobs = in_chunks(lambda *t: logprobs((*sft, "policy"), *t), chunk, input_ids, attention, mask)
@@ -224,7 +231,8 @@ def main(argv=None):
                 sum_gradients([*policy_parameters, *value_parameters])
                 for name, parameters in (("policy", policy_parameters), ("value", value_parameters)):
                     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                    check_finite(norm, f"ppo, iteration {iteration}, {name}", "--lr and --value-lr")
+                    check_finite(norm, f"ppo, iteration {iteration}, {name}", "the gradient", "lower --lr and --value-lr",
+                                 [dialogues[i].id for i in minibatch.tolist()], state)
                     norms[f"{name}/grad_norm"] = norms.get(f"{name}/grad_norm", 0.0) + norm.item() / updates
                 if iteration <= args.value_warmup:  # the policy waits
                     for parameter in policy_parameters:
@@ -253,7 +261,10 @@ def main(argv=None):
                             "time/seconds": time.perf_counter() - started}
         log.write(metrics)
         if iteration == 1:
-            before = metrics["objective/score"]
+            before, first = metrics["objective/score"], metrics
+        for warning in run_away(first, metrics):
+            bar.write(f"warning: iteration {iteration}: {warning}", file=sys.stderr) if main_rank() else None
+        stop = args.stop_kl is not None and k1 > args.stop_kl
         bar.set_postfix(score=f"{metrics['objective/score']:.2f}", kl=f"{k1:.1f}", eos=f"{metrics['tokens/eos_rate']:.2f}")
         kl_each = (kl_k1(old_logprobs, ref_logprobs) * mask).sum(1).tolist()
         for d, s, kl_one in zip(dialogues, scores.T.tolist(), kl_each):
@@ -262,13 +273,17 @@ def main(argv=None):
                             "turns": dict(zip(LENSES, (m["content"] for m in messages[len(d.prompt)::2])))})
         if main_rank() and plots.available():
             write_atomic(out / "curves.svg", plots.training_curves([m for _, m in read_jsonl(out / "metrics.jsonl")]).encode())
-        if iteration % args.save_every == 0 or iteration == args.iterations:
+        if iteration % args.save_every == 0 or iteration == args.iterations or stop:
             save()
             save_checkpoint(state, iteration, learned(), optimizer, schedule, [log.path, rollouts.path], kl_coef=kl_coef, best=best,
-                            best_iteration=best_iteration, before=before, metrics=metrics)
+                            best_iteration=best_iteration, before=before, first=first, metrics=metrics)
+        if stop:
+            bar.close()
+            print(f"stopped at iteration {iteration}: KL {k1:.2f} nats a dialogue is above --stop-kl {args.stop_kl}")
+            break
     finish(out)
 
-    print(f"ppo: {args.iterations} iterations of {args.rollout_size} dialogues; score {before:.3f} -> {metrics['objective/score']:.3f}, "
+    print(f"ppo: {metrics['iteration']} iterations of {args.rollout_size} dialogues; score {before:.3f} -> {metrics['objective/score']:.3f}, "
           f"KL {metrics['objective/kl']:.2f} nats a dialogue, {metrics['tokens/eos_rate']:.1%} of turns ended")
     print(f"wrote adapter policy in {out}, the one with the greatest score less penalty ({best:.3f}, before iteration {best_iteration}) in {out / 'best'}, "
           f"value function in {out / 'value'}, metrics.jsonl, every dialogue in rollouts.jsonl"

@@ -73,7 +73,7 @@ def main(argv=None):
 
     unseen = held_out_ids((d.id for d in dialogues), args.seed, args.held_out)
     held_out_dialogues = [d for d in dialogues if d.id in unseen]
-    # 1. Pairs as tokens, (chosen ids, rejected ids, P(chosen better)), by lens and by whether they are held out
+    # 1. Pairs as tokens, (chosen ids, rejected ids, P(chosen better), record id), by lens and by whether they are held out
     pairs = {lens: ([], []) for lens in lenses}
     over_long = dict.fromkeys(lenses, 0)
     for lens in lenses:
@@ -86,7 +86,7 @@ def main(argv=None):
                 rows = [row[:args.max_tokens] for row in rows]
                 if args.over_long == "drop" or rows[0] == rows[1]:  # what the cut left may hold no difference
                     continue
-            pairs[lens][r["id"] in unseen].append((*rows, r["label"] if args.labels == "soft" else 1.0))
+            pairs[lens][r["id"] in unseen].append((*rows, r["label"] if args.labels == "soft" else 1.0, r["id"]))
         train, held_out = pairs[lens]
         if not train or not held_out or not held_out_dialogues:
             raise VirtueError(f"{args.data}: {len(train)} pairs to train on and {len(held_out)} held out for lens {lens} "
@@ -95,7 +95,7 @@ def main(argv=None):
     if args.label_noise:
         for lens in lenses:
             noise = stream(args.seed, "rm", lens, "noise").random(len(pairs[lens][0])) < args.label_noise
-            pairs[lens] = ([(*pair[:2], 1 - pair[2]) if turn else pair for pair, turn in zip(pairs[lens][0], noise)], pairs[lens][1])
+            pairs[lens] = ([(*pair[:2], 1 - pair[2], pair[3]) if turn else pair for pair, turn in zip(pairs[lens][0], noise)], pairs[lens][1])
 
     summary = []
     for lens in lenses:
@@ -164,7 +164,7 @@ def main(argv=None):
                     sum_gradients(parameters)
                     total = over_ranks(torch.tensor(total, dtype=torch.float64)).item()
                     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                    check_finite(norm, f"rm {lens}, step {step}", "--lr")
+                    check_finite(norm, f"rm {lens}, step {step}", "the gradient", "lower --lr", [pair[3] for pair in whole], state)
                     optimizer.step(), optimizer.zero_grad(), schedule.step()
                     log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
                     bar.set_postfix(loss=f"{total:.3f}")

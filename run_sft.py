@@ -48,11 +48,11 @@ def main(argv=None):
     made = read_manifest(args.data)
     chosen = made["stage"] == "preferences"
     if chosen:
-        conversations = [r["chosen"] for lens in LENSES for r in read_preferences(args.data / f"{lens}.jsonl", lens)]
+        conversations = [(r["chosen"], r["id"]) for lens in LENSES for r in read_preferences(args.data / f"{lens}.jsonl", lens)]
     else:
         if made["stage"] != "revisions":
             raise VirtueError(f"{args.data}: of stage {made['stage']!r}: give a folder of revisions or of preferences")
-        conversations = [[*r["prompt"], {"role": "assistant", "content": r["revision"]}] for r in read_revisions(args.data / "revisions.jsonl")]
+        conversations = [([*r["prompt"], {"role": "assistant", "content": r["revision"]}], r["id"]) for r in read_revisions(args.data / "revisions.jsonl")]
     out = may_write(args, args.out, [args.data, args.sft])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
@@ -64,8 +64,8 @@ def main(argv=None):
         name, stack = "policy", (*below, "policy")
     add_adapter(model, name, **lora_settings(args), seed=torch_seed(args.seed, "sft"))
     parameters = adapter_parameters(model, name)
-    rows = [encode_conversation(tokenizer, c) for c in conversations]
-    rows = [(ids, spans[-1:]) for ids, spans in rows if len(ids) <= args.max_tokens]  # the last assistant turn is the new one
+    rows = [(*encode_conversation(tokenizer, c), record) for c, record in conversations]
+    rows = [(ids, spans[-1:], record) for ids, spans, record in rows if len(ids) <= args.max_tokens]  # the last assistant turn is the new one
     count = round(len(rows) * args.held_out)
     if not 0 < count < len(rows):
         raise VirtueError(f"{args.data}: {len(rows)} conversations of at most --max-tokens {args.max_tokens} cannot be split by "
@@ -75,8 +75,8 @@ def main(argv=None):
 
     def nll(batch):
         """Sum of -log p over the batch's assistant tokens, and their number."""
-        ids, attention = right_pad([ids for ids, _ in batch], tokenizer.pad_token_id)
-        mask = span_mask([spans for _, spans in batch], ids.shape[1])
+        ids, attention = right_pad([ids for ids, *_ in batch], tokenizer.pad_token_id)
+        mask = span_mask([spans for _, spans, _ in batch], ids.shape[1])
         with use_stack(model, *stack):
             return -logprobs_at(model, ids.to(device), attention.to(device), mask.to(device)).sum(), int(mask.sum())
 
@@ -109,7 +109,7 @@ def main(argv=None):
                 if step <= resumed:
                     continue
                 whole = shuffled[begin:begin + step_size]
-                tokens = sum(b - a for _, spans in whole for a, b in spans)
+                tokens = sum(b - a for _, spans, _ in whole for a, b in spans)
                 total = 0.0
                 mine = share(whole)
                 for i in range(0, len(mine), args.batch_size):  # accumulation: normalised by the whole step's tokens
@@ -119,7 +119,7 @@ def main(argv=None):
                 sum_gradients(parameters)
                 total = over_ranks(torch.tensor(total, dtype=torch.float64)).item()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                check_finite(norm, f"sft, step {step}", "--lr")
+                check_finite(norm, f"sft, step {step}", "the gradient", "lower --lr", [r for *_, r in whole], state)
                 optimizer.step(), optimizer.zero_grad(), schedule.step()
                 log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
                 bar.set_postfix(loss=f"{total:.3f}")

@@ -12,7 +12,7 @@ from virtue import VirtueError
 from virtue.dialogue import Dialogue, Turn, read_dialogues
 from virtue.ethics import LENSES
 from virtue.feedback import agreement, gold_agreement, summarize, truth, virtue_agreement
-from virtue.report import curve_of, differences, distinct_share, mask_names, measure, side_by_side, table, warnings_of
+from virtue.report import curve_of, differences, distinct_share, mask_names, measure, run_away, side_by_side, table, warnings_of
 from virtue.runtime import add_common_flags, make_parser, parse_with_parent
 
 
@@ -185,3 +185,12 @@ def test_summary_of_seeds_prints_what_it_reads(tmp_path):
     result = subprocess.run([sys.executable, root / "experiments/summary.py", tmp_path / "0", tmp_path / "1"], capture_output=True, text=True)
     assert "| ppo - sft | +0.100 [+0.000, +0.200], +0.100 [+0.000, +0.200] | +0.300 [+0.300, +0.300] | +0.300 [+0.300, +0.300] |" in result.stdout, result.stderr
     assert "closes (>= 0.5) | 0.600, 0.600 |" in result.stdout
+
+
+def test_run_away_says_what_and_why():
+    first = {"objective/kl": 0.0, "policy/entropy": 1.0, "tokens/length": 70.0, "tokens/eos_rate": 1.0}
+    assert run_away(first, first) == []
+    for change, words in (({"objective/kl": 30.0}, "--kl-coef is too low"), ({"objective/kl": -2.0}, "cannot be negative"), ({"policy/entropy": 0.1}, "entropy fell from 1.00 to 0.10"),
+                          ({"tokens/length": 150.0}, "grew from 70 to 150"), ({"tokens/length": 30.0}, "shrank"), ({"tokens/eos_rate": 0.5}, "only 50% of turns ended")):
+        found, = run_away(first, first | change)
+        assert words in found

@@ -151,6 +151,36 @@ def test_the_best_policy_is_kept(fp32, tmp_path):
         call("run_eval", "models", "--policy", tmp_path / "q/best", "--out", tmp_path / "r", "--limit", 4)
 
 
+def test_ppo_stops_when_it_runs_away(fp32, tmp_path, capsys):
+    flags = ["--rm", fp32 / "rm", "--iterations", 4, "--rollout-size", 8, "--minibatch-size", 4, "--rank", 4, "--limit", 16, "--save-every", 1]
+    call("run_ppo", *flags, "--out", tmp_path / "p", "--lr", 0.02, "--stop-kl", 0.5)
+    metrics = lines(tmp_path / "p/metrics.jsonl")
+    assert 1 < len(metrics) < 4 and metrics[-1]["objective/kl"] > 0.5 >= metrics[-2]["objective/kl"]
+    assert (tmp_path / "p/best/virtue.json").is_file() and not (tmp_path / "p/resume").exists()
+    assert f"stopped at iteration {len(metrics)}" in capsys.readouterr().out
+
+
+def test_numbers_that_go_wrong_name_step_records_and_checkpoint(fp32, tmp_path, monkeypatch):
+    import virtue.rollout
+    real, calls = virtue.rollout.score_dialogues, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        scores = real(*args, **kwargs)
+        if len(calls) == 3:
+            scores[1, 2] = float("nan")
+        return scores
+
+    monkeypatch.setattr(virtue.rollout, "score_dialogues", broken)
+    flags = ["--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 4, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 8, "--save-every", 1]
+    with pytest.raises(VirtueError, match=r"ppo, iteration 3: the score of records (\w+) is not finite: .*checkpoint is .*resume.00000002-") as caught:
+        call("run_ppo", *flags)
+    assert lines(tmp_path / "p/rollouts.jsonl")[0]["id"] and str(tmp_path) in str(caught.value)
+    monkeypatch.undo()
+    call("run_ppo", *flags, "--resume")
+    assert [m["iteration"] for m in lines(tmp_path / "p/metrics.jsonl")] == [1, 2, 3, 4]
+
+
 def test_whole_matrices_and_merged_reward_models(fp32, tmp_path):
     call("run_sft", "--data", fp32 / "revisions", "--out", tmp_path / "sft", "--whole", "--lr", 1e-4, "--epochs", 1, *SMALL)
     config = json.loads((tmp_path / "sft/adapter_config.json").read_text())
@@ -363,7 +393,7 @@ def test_bad_input(fp32, tmp_path, toy_folder):
     for script, *flag, folder in (("run_sft", "--data", "revisions"), ("run_eval", "models", "--policy", "policy")):  # an input is never written over
         with pytest.raises(VirtueError, match="an input of this stage"):
             call(script, *flag, fp32 / folder, "--out", fp32 / folder, "--overwrite")
-    with pytest.raises(VirtueError, match="not finite"):
+    with pytest.raises(VirtueError, match=r"sft, step 1: the gradient of records \w+, .* and \d+ more is not finite: lower --lr|sft, step 2"):
         call("run_sft", "--data", fp32 / "revisions", "--out", tmp_path / "nan", "--lr", 1e30, "--max-grad-norm", 1e30, *SMALL)
     assert not (tmp_path / "nan/virtue.json").exists()
     occupied = bad_line(tmp_path / "full/notes.txt", "mine")

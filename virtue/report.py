@@ -116,6 +116,23 @@ def curve_of(rollouts: Sequence[dict], gold_of=None) -> list[dict]:
              if gold_of and all(len(r["turns"]) == len(LENSES) for r in found) else None} for i, found in sorted(rows.items())]
 
 
+def run_away(first: dict, now: dict) -> list[str]:
+    """What a person should know while PPO runs: metrics of the first iteration and of this one -> warnings with the usual cause.
+
+    Bounds are this project's: KL a dialogue beyond 25 nats (Gao et al. 2022 see reward models fail long before),
+    entropy below a fifth of the first, length beyond twice or below half of it, fewer than 90 % of turns ended.
+    """
+    kl, entropy, length = now["objective/kl"], now["policy/entropy"], now["tokens/length"]
+    checks = [(kl > 25, f"KL is {kl:.0f} nats a dialogue: --kl-coef is too low or --lr too high; --stop-kl ends such a run"),
+              (kl < -1, f"KL is {kl:.1f} nats a dialogue, and it cannot be negative: sampling and training disagree (temperature, template, adapters)"),
+              (entropy < 0.2 * first["policy/entropy"], f"entropy fell from {first['policy/entropy']:.2f} to {entropy:.2f} nats a token: the policy says always the same; "
+                                                        "raise --kl-coef or --entropy-coef"),
+              (length > 2 * first["tokens/length"], f"dialogues grew from {first['tokens/length']:.0f} to {length:.0f} tokens: the reward models may pay for length"),
+              (length < 0.5 * first["tokens/length"], f"dialogues shrank from {first['tokens/length']:.0f} to {length:.0f} tokens: the KL penalty is per token, so silence is cheap"),
+              (now["tokens/eos_rate"] < 0.9, f"only {now['tokens/eos_rate']:.0%} of turns ended: raise --eos-penalty or --max-new-tokens")]
+    return [text for bad, text in checks if bad]
+
+
 def warnings_of(columns: dict[str, dict], compared: dict[str, dict], wins: dict[str, dict]) -> list[str]:
     """What a sceptic would say: where reward rose and something else fell. Bounds are this project's."""
     names = list(columns)

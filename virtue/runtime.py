@@ -242,10 +242,23 @@ def torch_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def check_finite(norm, where: str, flag: str) -> None:
-    """VirtueError where a gradient norm is NaN or infinite: nothing that follows could be right."""
-    if not math.isfinite(float(norm)):
-        raise VirtueError(f"{where}: the gradient is not finite: lower {flag}, or train in another --dtype")
+def check_finite(value, where: str, what: str, remedy: str, records: Sequence[str] = (), state: Path | None = None) -> None:
+    """VirtueError where a number is NaN or infinite, since nothing that follows could be right.
+
+    `value`: a scalar, or a tensor with one column a record; the message names the step (`where`), the records (those
+    of bad columns), and the last checkpoint in `state`, which holds what was before.
+    """
+    import torch
+
+    finite = torch.as_tensor(value).isfinite()
+    if finite.all():
+        return
+    if finite.ndim:
+        records = [r for r, good in zip(records, finite.reshape(-1, finite.shape[-1]).all(0).tolist()) if not good]
+    of = f" of records {', '.join(records[:4])}{f' and {len(records) - 4} more' if len(records) > 4 else ''}" if records else ""
+    last = max((p.name for p in state.glob("*.safetensors")), default=None) if state else None
+    kept = f"; the last good checkpoint is {state / last}" if last else ""
+    raise VirtueError(f"{where}: {what}{of} is not finite: {remedy}, or train in another --dtype{kept}")
 
 
 class Base(NamedTuple):
