@@ -37,7 +37,7 @@ def parse(argv):
     group("--label-noise", type=fraction, default=0.0, help="share of training pairs whose label is turned round, to study a worse judge")
     group("--merge", action="store_true", help="also write the merged model, as MistralForSequenceClassification")
     add_lora_flags(parser, rank=16, alpha=32)
-    add_training_flags(parser, lr=2e-3, epochs=3, batch_size=8)
+    add_training_flags(parser, lr=2e-3, epochs=5, batch_size=8)
     return parse_with_parent(parser, argv, "preferences", "data")
 
 
