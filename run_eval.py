@@ -83,7 +83,7 @@ def compare_models(args):
     from virtue import VirtueError, html
     from virtue.checkpoint import (file_hash, load_artifact, read_manifest, sha256_file, write_atomic, write_json, write_jsonl,
                                    write_manifest)
-    from virtue.dialogue import encode_prompt, load_prompts, messages_of, prompt_record, read_jsonl, right_pad
+    from virtue.dialogue import encode_prompt, load_prompts, messages_of, prompt_record, read_jsonl, read_metrics, read_rollouts, right_pad
     from virtue.ensemble import standardize
     from virtue.ethics import LENSES, PROBES
     from virtue.feedback import win_rates
@@ -113,8 +113,10 @@ def compare_models(args):
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
     if args.eval_rm:
         eval_models, eval_mean, eval_std = load_reward_models(args.eval_rm, model, sft, parents, prefix="eval-", **known)
-    recorded = read_manifest(args.policy, "policy")["parents"]
-    trained_upon = {**parents, **{role: args.rm / lens for lens in LENSES if (role := f"rm/{lens}") in recorded}}
+    trained = read_manifest(args.policy, "policy")
+    rollouts, metrics = (read(path) if (path := args.policy / name).is_file() else []
+                         for name, read in (("rollouts.jsonl", read_rollouts), ("metrics.jsonl", read_metrics)))
+    trained_upon = {**parents, **{role: args.rm / lens for lens in LENSES if (role := f"rm/{lens}") in trained["parents"]}}
     load_artifact(args.policy, model, "policy", stage="policy", **known, parents=trained_upon)
     stacks = {"base": (), **({"sft": sft} if sft else {}), "ppo": (*sft, "policy")}
     kept = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
@@ -183,9 +185,7 @@ def compare_models(args):
                     sides = [[m[:len(kept[i]["prompt"]) + 2 * k + 1] for i, m in enumerate(spoken[name])] for name in (names[-1], other)]
                     wins[key][lens] = win_rates(judge_base.model, judge_base.tokenizer, *sides, lens, batch_size=args.judge_batch_size,
                                                 seed=args.seed, wording=wording, keep=state / f"{len(wins)}-{lens}.jsonl")
-    rollouts, metrics = ([record for _, record in read_jsonl(path)] if (path := args.policy / name).is_file() else []
-                         for name in ("rollouts.jsonl", "metrics.jsonl"))
-    curve = curve_of(rollouts, gold_of if args.prompts == "toy" else None)
+    curve = curve_of(rollouts, gold_of if args.prompts == trained["settings"]["prompts"] == "toy" else None)
     warned = warnings_of(columns, compared, wins)
 
     # Save and show
@@ -273,7 +273,7 @@ def evaluate_rewards(args):
     import torch
     from virtue import VirtueError
     from virtue.checkpoint import check_made_by, read_manifest, write_json
-    from virtue.dialogue import encode_conversation, messages_of, read_dialogues, read_pairs, read_preferences, right_pad
+    from virtue.dialogue import check_ids, encode_conversation, messages_of, read_dialogues, read_pairs, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import use_stack
     from virtue.models import score_at
@@ -290,6 +290,7 @@ def evaluate_rewards(args):
     out = may_write(args, args.out, [args.rm, args.data, args.sft])
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
+    check_ids(dialogues, model.config.vocab_size, args.data)
     known = dict(base=base.info, template=base.template)
     check_made_by(args.data, base.info, base.template, args.sft)
     sft, parents = load_sft(args.sft, model, **known)

@@ -46,7 +46,7 @@ def main(argv=None):
     import torch
     from virtue import VirtueError
     from virtue.checkpoint import check_made_by, data_hash, file_hash, load_artifact, save_artifact
-    from virtue.dialogue import encode_conversation, read_dialogues, read_preferences, right_pad
+    from virtue.dialogue import check_ids, encode_conversation, read_dialogues, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import ScalarHead, score_at
@@ -68,6 +68,7 @@ def main(argv=None):
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     device = model.device
+    check_ids(dialogues, model.config.vocab_size, args.data)
     made = check_made_by(args.data, base.info, base.template, args.sft)
     sft, parents = load_sft(args.sft, model, base=base.info, template=base.template)
 

@@ -1,12 +1,12 @@
-"""Damaged and hostile input for every reader: a value that can be used, or one VirtueError; nothing else.
+"""Damaged and hostile input for every reader: a value that can be used, or one VirtueError, and nothing else.
 
-    python tests/fuzz.py --cases 10000 --seed 0      # 200 cases go through the real scripts as well
-    python tests/fuzz.py --only adapter --case 4711  # one case again, its folder kept
+    python tests/fuzz.py --cases 10000 --seed 0     # 2 minutes on a core; every 50th case runs a whole script
+    python tests/fuzz.py --seed 0 --case 4711       # this case again, its folder kept
 
 Each case copies a small valid input, damages one file of it (bytes, JSON nodes, tensors, the file itself) and
-reads it. The reader must end within LIMIT seconds with a value that `USE` finds usable, or with a VirtueError
-that names the file and what to do. Meanwhile an audit hook watches for files written outside the case's
-folder, for unpickling, sockets, and code that runs from the input.
+reads it. A reader must end within LIMIT seconds, with a value that stands the assertions here or with a
+VirtueError that names the file and says what to do. Meanwhile an audit hook watches for writes outside the
+case's folder, unpickling, sockets, sub-processes, questions, and code of the input that runs.
 """
 from __future__ import annotations
 
@@ -33,24 +33,25 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with running threads cannot be forked
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}  # a process with threads cannot be forked
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-sys.dont_write_bytecode = True  # a first import would be a write outside
+sys.dont_write_bytecode = True  # else a first import is a write outside
 
 import torch  # noqa: E402
-from safetensors import SafetensorError, safe_open  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
 from tiny import make_tiny_model  # noqa: E402
 from virtue import VirtueError, checkpoint, dialogue, models, resume, runtime  # noqa: E402
 from virtue.ethics import LENSES, VIRTUES  # noqa: E402
 from virtue.lora import active_stack, adapter_names, adapter_parameters, add_adapter, remove_adapter, use_stack  # noqa: E402
-from virtue.rollout import load_reward_models, load_sft  # noqa: E402
+from virtue.report import curve_of  # noqa: E402
+from virtue.rollout import load_reward_models  # noqa: E402
 
 LIMIT = 20  # seconds a case
 IDS = torch.tensor([[1, 7, 9, 30, 2]])
-DO = re.compile(r"\b(check|give|write|fetch|convert|correct|run|restore|train|take|choose|start|name|use|add|make|lower|remove|raise)\b")
+REMEDY = re.compile(r"\b(check|give|write|fetch|convert|correct|run|restore|train|take|choose|start|name|use|add|make|lower|remove|raise)\b")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # \r moves progress bars
 
 # ---- valid inputs
 
@@ -60,96 +61,89 @@ def chat(*texts: str) -> list[dict]:
 
 
 class Kit:
-    """A tiny base, and a folder of valid inputs of each kind upon it."""
+    """A tiny base with its adapters, and under seeds/ a valid input of each kind."""
 
     def __init__(self, root: Path):
         self.root, self.seeds, self.cases = root, root / "seeds", root / "cases"
         self.seeds.mkdir(parents=True), self.cases.mkdir()
-        (root / "outside.txt").write_text("untouched")
-        base = make_tiny_model(self.seeds / "base")
-        shutil.copytree(make_tiny_model(root / "sharded", max_shard_size="100KB"), self.seeds / "sharded")
-        for folder in (base, self.seeds / "sharded"):
-            (folder / "evil.py").write_text(f"open({str(root / 'outside.txt')!r}, 'w').write('code ran')\nclass Evil: pass\n")
-        self.model, self.tokenizer = models.load_model(base), models.load_tokenizer(base)
-        self.known = dict(base={"id": str(base), "fingerprint": models.base_fingerprint(base)}, template=models.template_fingerprint(self.tokenizer))
-        known = dict(**self.known, seed=0, settings={"model": str(base), "quantize": "none", "dtype": "fp32", "prompts": "toy", "max_prompt_tokens": 400,
-                                                     "max_new_tokens": 4, "temperature": 1.0, "seed": 0, "held_out": 0.3, "sft": None})
-        # text: prompts, revisions, preferences, pairs of each kind
+        for folder, shard in (("base", "50GB"), ("sharded", "100KB")):
+            make_tiny_model(self.seeds / folder, max_shard_size=shard)
+            (self.seeds / folder / "evil.py").write_text(f"open({str(root / 'evil')!r}, 'w')\nclass Evil: pass\n")
+        self.model, self.tokenizer = models.load_model(self.seeds / "base"), models.load_tokenizer(self.seeds / "base")
+        self.known = dict(base={"id": str(self.seeds / "base"), "fingerprint": models.base_fingerprint(self.seeds / "base")},
+                          template=models.template_fingerprint(self.tokenizer))
+        made = dict(**self.known, seed=0, settings={
+            "model": str(self.seeds / "base"), "quantize": "none", "dtype": "fp32", "prompts": "toy", "max_prompt_tokens": 400,
+            "max_new_tokens": 4, "temperature": 1.0, "seed": 0, "held_out": 0.3, "sft": None})
+        # prompts, revisions, preferences, dialogues, pairs of each kind
         prompts = [dialogue.prompt_record(chat(f"What should I do about the letter {i}?")) for i in range(16)]
-        human = "\n\nHuman: Why {}?\n\nAssistant: Yes.\n\nHuman: Now {}?\n\nAssistant: "
-        hh = [{"chosen": human.format(i, i) + "No.", "rejected": human.format(i, i) + "Go."} for i in range(6)]
-        one_turn = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(4)]
+        talk = "\n\nHuman: Why {0}?\n\nAssistant: Yes.\n\nHuman: Now {0}?\n\nAssistant: "
+        hh = [{"chosen": talk.format(i) + "No.", "rejected": talk.format(i) + "Go."} for i in range(6)]
         self.put("text/prompts.jsonl", [{"prompt": p["prompt"][0]["content"]} for p in prompts])
         self.put("text/messages.jsonl.gz", [{"prompt": chat("One?", "Two.", f"Three {i}?")} for i in range(16)])
         self.put("text/hh.jsonl.gz", hh)
-        self.put("text/pairs.jsonl", [*hh, *one_turn, {"prompt": chat("q"), "chosen": chat("q", "a")[1:], "rejected": chat("q", "b")[1:], "lens": "motivation"}])
-        self.put("revisions/revisions.jsonl", [p | {"initial": "a", "critique": "", "revision": "I give it back.", "virtue": VIRTUES[i % 5], "truncated": False}
+        self.put("text/pairs.jsonl", [*hh, *({"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(4)),
+                                      {"prompt": chat("q"), "chosen": chat("q", "a")[1:], "rejected": chat("q", "b")[1:], "lens": "motivation"}])
+        self.put("revisions/revisions.jsonl", [{**p, "initial": "a", "critique": "", "revision": "I give it back.", "virtue": VIRTUES[i % 5], "truncated": False}
                                                for i, p in enumerate(prompts)])
         for k, lens in enumerate(LENSES):
-            tail = [x for q in dialogue.QUESTIONS[:k] for x in (q, "It is honest.")]
-            self.put(f"preferences/{lens}.jsonl", [{
-                "id": p["id"], "lens": lens, "chosen": chat(p["prompt"][0]["content"], "yes", *tail), "rejected": chat(p["prompt"][0]["content"], "no", *tail),
-                "virtues": dict.fromkeys(VIRTUES, 0.7), "label": 0.7, "votes": 5, "position_flips": 1, "truncated": False} for p in prompts])
+            tail = [text for question in dialogue.QUESTIONS[:k] for text in (question, "It is honest.")]
+            self.put(f"preferences/{lens}.jsonl", [{"id": p["id"], "lens": lens, **{side: chat(p["prompt"][0]["content"], side, *tail) for side in ("chosen", "rejected")},
+                                                    "virtues": dict.fromkeys(VIRTUES, 0.7), "label": 0.7, "votes": 5, "position_flips": 1, "truncated": False} for p in prompts])
         self.put("preferences/dialogues.jsonl", [{**p, "ids": [*range(1, 40)], "turns": [[5, 9, False], [12, 20, True], [25, 39, False]]} for p in prompts])
         for stage in ("revisions", "preferences"):
-            checkpoint.write_manifest(self.seeds / stage, stage=stage, parents={}, **known)
+            checkpoint.write_manifest(self.seeds / stage, stage=stage, parents={}, **made)
+        self.put("policy/rollouts.jsonl", [{"iteration": i, "id": "0" * 16, "prompt": "q", "kl": 0.5, "scores": [0.1, 0.2, 0.3], "turns": dict.fromkeys(LENSES, "a")} for i in (1, 2)])
+        self.put("policy/metrics.jsonl", [{"iteration": i, "objective/kl": 0.5, "objective/aggregate/mean": 0.1, "val/explained_variance": None} for i in (1, 2)])
         # artefacts: SFT, and three reward models upon it
         for name in ("sft", *LENSES):
             add_adapter(self.model, name, rank=2, alpha=4, targets=("q_proj", "v_proj"))
-            folder = checkpoint.prepare_output(self.seeds / ("sft" if name == "sft" else f"rm/{name}"), overwrite=False)
-            checkpoint.save_artifact(folder, stage="sft" if name == "sft" else "rm", model=self.model, adapter=name,
-                                     head=None if name == "sft" else models.ScalarHead(64, bias=name == "action", seed=3),
-                                     parents={} if name == "sft" else {"sft": self.seeds / "sft"}, **known,
-                                     extra={} if name == "sft" else {"lens": name, "score_mean": 0.5, "score_std": 2.0})
-        for name in LENSES:
+            rm = dict(stage="rm", head=models.ScalarHead(64, bias=name == "action", seed=3), parents={"sft": self.seeds / "sft"},
+                      extra={"lens": name, "score_mean": 0.5, "score_std": 2.0})
+            checkpoint.save_artifact(checkpoint.prepare_output(self.seeds / ("sft" if name == "sft" else f"rm/{name}"), overwrite=False), model=self.model,
+                                     adapter=name, **(dict(stage="sft", parents={}) if name == "sft" else rm), **made)
+        for name in ("sft", *LENSES):
             remove_adapter(self.model, name)
-        # a run that was killed: checkpoints, kept batches, settings
-        (self.seeds / "run/resume").mkdir(parents=True)
-        (self.seeds / "run/metrics.jsonl").write_text("")
-        for step in (1, 2):
+        # a run that was killed: settings, two checkpoints, kept batches
+        resume.start(argparse.Namespace(**{**vars(self.flags), "resume": False}), self.seeds / "run", data="abc")
+        for _ in range(2):
             self.train(self.seeds / "run")
         list(resume.replay(self.seeds / "run/resume/kept.jsonl", range(5), self.compute))
-        checkpoint.write_json(self.seeds / "run/resume/settings.json", {**vars(self.flags(self.seeds / "run")), "resume": None, "processes": 1} | {"sha256 data": "abc"})
-        state = self.seeds / "run/resume/settings.json"
-        state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k not in ("resume", "overwrite")}))
 
     def put(self, name: str, records: list[dict]) -> None:
         path, data = self.seeds / name, "".join(json.dumps(r) + "\n" for r in records).encode()
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
-    @staticmethod
-    def flags(out: Path) -> argparse.Namespace:
-        return argparse.Namespace(out=str(out), lr=0.1, seed=0, resume=True, overwrite=False)
+    flags = argparse.Namespace(lr=0.1, data="x", resume=True, overwrite=False)
 
     @staticmethod
     def compute(i: int) -> list:
         return [i, {"ids": [i, 2 * i], "p": i / 7}]
 
     @staticmethod
-    def train(out: Path) -> list[torch.Tensor]:
+    def train(out: Path) -> None:
         """One step of a loop that goes on where its checkpoint says."""
-        weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+        weights, log = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))], out / "metrics.jsonl"
         optimizer = torch.optim.Adam([{"params": weights[:1], "lr": 0.1}, {"params": weights[1:], "lr": 0.03}])
-        schedule, log = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 7), out / "metrics.jsonl"
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 7)
         done = resume.load_checkpoint(out / "resume", weights, optimizer, schedule, [log])
-        step = done["step"] + 1 if done else 1
+        assert done is None or isinstance(done["step"], int) and done["step"] >= 0
         sum((w ** 2).sum() for w in weights).backward()
         optimizer.step(), schedule.step()
         with open(log, "a") as file:
             file.write("{}\n")
-        resume.save_checkpoint(out / "resume", step, weights, optimizer, schedule, [log], total=1.5)
-        assert all(w.isfinite().all() for w in weights) and all(math.isfinite(g["lr"]) for g in optimizer.param_groups) and 0 < step < 10 ** 6
-        return weights
+        resume.save_checkpoint(out / "resume", (done["step"] if done else 0) + 1, weights, optimizer, schedule, [log], total=1.5)
+        assert all(w.isfinite().all() for w in weights) and all(math.isfinite(g["lr"]) for g in optimizer.param_groups)
 
 
-# ---- readers: each reads the damaged input and asserts that what it accepts can be used
+# ---- readers: they read what was damaged, and assert that what they accept can be used
 
 
 def sound(messages: list[dict], last: str) -> None:
-    assert messages and messages[-1]["role"] == last
+    assert messages[-1]["role"] == last
     for i, m in enumerate(messages):
-        assert m["role"] == ("user", "assistant")[i % 2] and m["content"].strip() and m["content"].encode() is not None
+        assert m["role"] == ("user", "assistant")[i % 2] and m["content"].encode().strip()
 
 
 def prompts(kit: Kit, path: Path) -> None:
@@ -163,7 +157,7 @@ def prompts(kit: Kit, path: Path) -> None:
 def revisions(kit: Kit, path: Path) -> None:
     for r in dialogue.read_revisions(path):
         sound([*r["prompt"], {"role": "assistant", "content": r["revision"]}], "assistant")
-        assert r["virtue"] in VIRTUES and r["truncated"] in (True, False) and isinstance(r["critique"], str) and int(r["id"], 16) >= 0
+        assert r["virtue"] in VIRTUES and r["truncated"] in (True, False) and r["critique"].encode() is not None and int(r["id"], 16) >= 0
 
 
 def preferences(kit: Kit, path: Path) -> None:
@@ -175,244 +169,233 @@ def preferences(kit: Kit, path: Path) -> None:
 
 def dialogues(kit: Kit, path: Path) -> None:
     found = dialogue.read_dialogues(path)
-    dialogue.right_pad([d.ids for d in found], 0)
-    assert runtime.held_out_ids([d.id for d in found], 0, 0.5) is not None
+    dialogue.right_pad([d.ids for d in found], 0), runtime.held_out_ids([d.id for d in found], 0, 0.5)
     for d in found:
         sound(d.prompt, "user")
         assert re.fullmatch("[0-9a-f]{16}", d.id) and all(type(i) is int and 0 <= i < 2 ** 31 for i in d.ids)
-        assert len(d.turns) == 3 and all(0 < t.start < t.end <= t.score_position + 1 <= len(d.ids) for t in d.turns)
+        assert len(d.turns) == 3 and all(0 < t.start < t.end <= len(d.ids) > t.score_position for t in d.turns)
         assert all(a.end <= b.start for a, b in zip(d.turns, d.turns[1:]))
 
 
 def pairs(kit: Kit, path: Path) -> None:
-    found, skipped = dialogue.read_pairs(path)
-    assert skipped >= 0
-    for r in found:
+    for r in dialogue.read_pairs(path)[0]:
         sound(r["chosen"], "assistant"), sound(r["rejected"], "assistant")
         assert r["lens"] in LENSES and r["chosen"] != r["rejected"]
 
 
 def manifest(kit: Kit, path: Path) -> None:
-    """As run_sft.py and run_data.py read it: flags that were left out come from there."""
+    """As the scripts read it: flags that were left out come from there."""
     made = checkpoint.read_manifest(path.parent)
-    for script, flags in (("run_sft", ["--data", str(path.parent)]), ("run_data", ["preferences", "--sft", str(path.parent)])):
-        if script == "run_sft" or made["stage"] == "sft":
-            args = importlib.import_module(script).parse([*flags, "--out", "x"])
-            assert args.quantize in models.QUANTIZE and args.dtype in models.DTYPES and isinstance(args.model, str)
-            if script == "run_data":
-                assert type(args.max_new_tokens) is int and args.max_new_tokens > 0 and 0 < args.temperature < math.inf and isinstance(args.prompts, str)
+    args = importlib.import_module("run_sft").parse(["--data", str(path.parent), "--out", "x"])
+    assert args.quantize in models.QUANTIZE and args.dtype in models.DTYPES and isinstance(args.model, str)
     if made["stage"] == "preferences":
         checkpoint.check_made_by(path.parent, kit.known["base"], kit.known["template"], None)
+    elif made["stage"] == "sft":
+        args = importlib.import_module("run_data").parse(["preferences", "--sft", str(path.parent), "--out", "x"])
+        assert type(args.max_new_tokens) is int and args.max_new_tokens > 0 and 0 < args.temperature < math.inf and isinstance(args.prompts, str)
 
 
 def adapter(kit: Kit, path: Path) -> None:
-    before = adapter_names(kit.model)
     try:
         if path.parent.name == "sft":
             checkpoint.load_artifact(path.parent, kit.model, "case", stage="sft", **kit.known)
-            stacks = [(("case",), None)]
+            loaded = [(("case",), None)]
         else:
-            stacks, mean, std = load_reward_models(path.parent.parent, kit.model, (), {"sft": kit.seeds / "sft"}, **kit.known, prefix="case")
-            assert mean.isfinite().all() and std.isfinite().all() and (std > 0).all()
-        for names, head in stacks:
+            loaded, mean, std = load_reward_models(path.parent.parent, kit.model, (), {"sft": kit.seeds / "sft"}, **kit.known)
+            assert mean.isfinite().all() and std.isfinite().all() and (std >= 0).all()
+        for names, head in loaded:
+            weights = [p for name in names for p in adapter_parameters(kit.model, name)] + (list(head.parameters()) if head else [])
             with torch.no_grad(), use_stack(kit.model, *names):
                 hidden = models.hidden_states(kit.model, IDS, torch.ones_like(IDS))
-            assert (hidden if head is None else head(hidden)).isfinite().all()
-            assert head is None or all(p.dtype == torch.float32 for p in head.parameters())
+            assert all(p.dtype == torch.float32 and p.isfinite().all() for p in weights)
+            assert (head(hidden) if head else hidden).isfinite().all() or max(p.abs().max() for p in weights) > 1e4
+    except VirtueError:
+        assert all(p.isfinite().all() for name in adapter_names(kit.model) for p in adapter_parameters(kit.model, name))
+        raise
     finally:
-        for name in set(adapter_names(kit.model)) - set(before):
-            assert all(p.dtype == torch.float32 for p in adapter_parameters(kit.model, name))
+        for name in adapter_names(kit.model):
             remove_adapter(kit.model, name)
-        assert adapter_names(kit.model) == before and active_stack(kit.model) == ()
+        assert active_stack(kit.model) == ()
 
 
 def base(kit: Kit, path: Path) -> None:
-    model = models.load_model(path.parent)
     with torch.no_grad():
-        logits = model(IDS).logits
+        logits = models.load_model(path.parent)(IDS).logits
     assert logits.shape == (1, 5, 300) and logits.isfinite().all() and len(models.base_fingerprint(path.parent)) == 64
 
 
 def tokenizer(kit: Kit, path: Path) -> None:
     found = models.load_tokenizer(path.parent)
     ids = dialogue.encode_prompt(found, chat("May I?"))
-    assert all(type(i) is int for i in (*ids, found.eos_token_id, found.pad_token_id)) and found.pad_token_id != found.eos_token_id
+    assert all(type(i) is int and 0 <= i < 300 for i in (*ids, found.eos_token_id, found.pad_token_id)) and found.pad_token_id != found.eos_token_id
     assert isinstance(found.decode(ids), str) and len(models.template_fingerprint(found)) == 64
 
 
 def state(kit: Kit, path: Path) -> None:
-    """As a stage goes on: settings, then a checkpoint or kept batches."""
-    out = path.parent.parent if path.parent.name == "resume" else path.parent
+    """As a stage goes on: from its settings, its kept batches, its checkpoint."""
     if path.name == "settings.json":
-        args = kit.flags(out)
-        args.out = str(kit.seeds / "run")
-        resume.start(args, out, data="abc")
+        resume.start(kit.flags, path.parent.parent, data="abc")
     elif path.name == "kept.jsonl":
         assert list(resume.replay(path, range(5), kit.compute)) == [json.loads(json.dumps(kit.compute(i))) for i in range(5)]
     else:
-        kit.train(out)
+        kit.train(path.parent.parent if path.parent.name == "resume" else path.parent)
 
 
-# reader -> (share of the cases, files to damage, the script that reads them)
-READERS = {
-    prompts: (12, ("text/prompts.jsonl", "text/messages.jsonl.gz", "text/hh.jsonl.gz"), "run_data revisions --prompts {file} --model {base} " + (few := "--limit 2 --max-prompt-tokens 400 --max-new-tokens 2")),
-    revisions: (12, ("revisions/revisions.jsonl",), "run_sft --data {top} --epochs 1 --rank 2"),
-    preferences: (16, tuple(f"preferences/{lens}.jsonl" for lens in LENSES), train_rm := "run_rm --data {top} --epochs 1 --rank 2 --held-out 0.3"),
-    dialogues: (10, ("preferences/dialogues.jsonl",), train_rm),
-    pairs: (12, ("text/pairs.jsonl",), "run_eval judge --pairs {file} --model {base}"),
-    manifest: (8, ("revisions/virtue.json", "preferences/virtue.json", "sft/virtue.json"), None),
-    adapter: (14, tuple(f"{top}/{name}" for top in ("sft", "rm/action", "rm/motivation") for name in (checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.MANIFEST)), None),
-    base: (7, ("base/config.json", "base/model.safetensors", "sharded/model.safetensors.index.json", "sharded/config.json"), "run_data revisions --model {top} " + few),
-    tokenizer: (4, ("base/tokenizer.json", "base/tokenizer_config.json"), "run_data revisions --model {top} " + few),
-    state: (12, ("run/resume/settings.json", "run/resume/kept.jsonl", "run/resume/*.safetensors", "run/metrics.jsonl"), None),
+def logs(kit: Kit, path: Path) -> None:
+    """As run_eval.py's report reads what a training wrote."""
+    if path.name == "rollouts.jsonl":
+        assert all(math.isfinite(row["kl"]) and math.isfinite(row["proxy"]) for row in curve_of(dialogue.read_rollouts(path)))
+    else:
+        assert all(value is None or math.isfinite(value) for row in dialogue.read_metrics(path) for value in row.values())
+
+
+READERS = {  # reader -> (share of the cases, files to damage)
+    prompts: (12, ("text/prompts.jsonl", "text/messages.jsonl.gz", "text/hh.jsonl.gz")),
+    revisions: (12, ("revisions/revisions.jsonl",)),
+    preferences: (16, tuple(f"preferences/{lens}.jsonl" for lens in LENSES)),
+    dialogues: (10, ("preferences/dialogues.jsonl",)),
+    pairs: (12, ("text/pairs.jsonl",)),
+    manifest: (8, ("revisions/virtue.json", "preferences/virtue.json", "sft/virtue.json")),
+    adapter: (14, tuple(f"{top}/{name}" for top in ("sft", "rm/action", "rm/motivation") for name in (checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.MANIFEST))),
+    base: (7, ("base/config.json", "base/model.safetensors", "sharded/model.safetensors.index.json", "sharded/config.json")),
+    tokenizer: (4, ("base/tokenizer.json", "base/tokenizer_config.json")),
+    logs: (4, ("policy/rollouts.jsonl", "policy/metrics.jsonl")),
+    state: (12, ("run/resume/settings.json", "run/resume/kept.jsonl", "run/resume/*.safetensors", "run/metrics.jsonl")),
+}
+_FEW = "--limit 2 --max-prompt-tokens 400 --max-new-tokens 4"
+SCRIPTS = {  # file or folder that was damaged -> a script that reads it
+    "text/pairs.jsonl": "run_eval judge --pairs {file} --model {seeds}/base",
+    "text": f"run_data preferences --prompts {{file}} --model {{seeds}}/base --truncated keep {_FEW}",
+    "revisions": "run_sft --data {top} --epochs 1 --rank 2",
+    "preferences": "run_rm --data {top} --epochs 1 --rank 2 --held-out 0.3",
+    "sft": f"run_data preferences --sft {{top}} --truncated keep {_FEW}",
+    "rm": f"run_eval best-of-n --rm {{top}} --sft {{seeds}}/sft --n 1 {_FEW}",
+    "base": f"run_data preferences --model {{top}} --truncated keep {_FEW}",
+    "sharded": f"run_data preferences --model {{top}} --truncated keep {_FEW}",
 }
 
 # ---- damage
 
 RAW = {"@1e999": "1e999", "@digits": "9" * 5000, "@deep": "[" * 100_000 + "]" * 100_000, "@open": '{"a":' * 2000,
-       **{f"@nested{n}": "[" * n + "]" * n for n in (100, 400, 800, 940, 980)}}  # texts that JSON's writer would not write
-NASTY = [*RAW, None, True, False, math.nan, math.inf, -math.inf, -1, 0, 1, 2, 3, 0.5, 1.5, -0.0, 2 ** 31, 2 ** 63, 10 ** 30, 10 ** 400, 1e308, 5e-324, "", " ", "x", "0" * 16,
-         "1e5", "</s>", "[INST]", "\n\nHuman: ", "\x1b[31mred\x1b[0m\x07\x9b", "\ud800", "a\0b", "\u202egnp.exe", "<script>alert(1)</script>", "../../../../etc/passwd", "/etc/passwd",
-         "~nobody/x", "a" * 300, "é" * 100_000, [], {}, [None], [[1]], {"a": 1}, [1] * 1000, {"role": "user", "content": "x"}, [{"role": "user", "content": "x"}], "nf4", "toy"]
-KEYS = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}, "tokenizer_class": "Evil", "num_labels": 10 ** 9, "use_dora": True,
-        "__class__": "x", "quantization_config": {"load_in_4bit": True}, "base_model_name_or_path": "../x", "trust_remote_code": True, "\x1b[2J": 1, "lens": "action",
-        "chat_template": "{% for i in range(99999999) %}x{% endfor %}", "\ud800": 0, "a" * 100_000: 1}
+       **{f"@nested{n}": "[" * n + "]" * n for n in (100, 400, 800, 940, 980)}}  # what json.dumps would not write
+NASTY = [*RAW, None, True, False, math.nan, math.inf, -math.inf, -1, 0, 1, 2, 3, 299, 0.5, 1.5, -0.0, 2 ** 31, 2 ** 63, 10 ** 30, 10 ** 400, 1e308, 5e-324, "", " ", "x",
+         "0" * 16, "1e5", "</s>", "[INST]", "\n\nHuman: ", "\x1b[31mred\x1b[0m\x07\x9b", "\ud800", "a\0b", "\u202egnp.exe", "<script>alert(1)</script>",
+         "../../../../etc/passwd", "/etc/passwd", "~nobody/x", "a" * 300, "é" * 100_000, [], {}, [None], [[1]], {"a": 1}, [1] * 1000, chat("x")[0], chat("x"), "nf4", "toy"]
+ADDED = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}, "tokenizer_class": "Evil", "num_labels": 10 ** 9, "use_dora": True,
+         "quantization_config": {"load_in_4bit": True}, "\x1b[2J": 1, "lens": "action", "chat_template": "{% for i in range(99999999) %}x{% endfor %}", "\ud800": 0, "a" * 100_000: 1}
+JUNK = [b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"\xc3\x28", b"\xed\xa0\x80", b"\x1b[31m", b"\r", b"\n", b"\n\n", b"\xe2\x80\xa8", *(bytes([c]) for c in b'"{}[],\\-'), b"\\ud800", b"NaN",
+        b"null", b"[" * 100_000, b'{"a":' * 100_000, b"x" * 3_000_000, b" " * 3_000_000, b'"' + b"y" * 3_000_000 + b'"', b"\n" * 300_000]
 
 
-def nodes(value, found=None) -> list[tuple]:
+def nodes(value) -> list[tuple]:
     """All (container, key) in a JSON value."""
-    found = [] if found is None else found
-    for key in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()):
-        found.append((value, key))
-        nodes(value[key], found)
-    return found
+    keys = [*value] if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [node for key in keys for node in ((value, key), *nodes(value[key]))]
 
 
-def damage_json(rng: random.Random, value, times: int = 1) -> str:
-    """Text of the value after nodes of it were replaced, deleted, doubled, moved or added to."""
-    value = [copy.deepcopy(value)]
-    for _ in range(times):
-        holder, key = rng.choice(nodes(value))
-        kind = rng.choice(["replace"] * 6 + ["delete", "double", "swap", "wrap", "add"])
-        if kind == "delete" and holder is not value:
+def damage_json(rng: random.Random, text: bytes) -> bytes:
+    """JSON whose nodes were replaced, deleted, doubled, moved, wrapped or added to."""
+    root = [json.loads(text)]
+    for _ in range(rng.choice([1, 1, 1, 3])):
+        (holder, key), (other, at) = rng.choices(nodes(root), k=2)
+        kind = rng.choice(["replace"] * 6 + ["delete", "double", "move", "wrap", "add"])
+        if kind == "delete" and holder is not root:
             del holder[key]
-        elif kind == "double":
-            holder.insert(key, copy.deepcopy(holder[key])) if isinstance(holder, list) else holder.update({f"{key} ": holder[key]})
-        elif kind == "swap":
-            other, at = rng.choice(nodes(value))
+        elif kind == "double" and isinstance(holder, list):
+            holder.insert(key, copy.deepcopy(holder[key]))
+        elif kind == "move":
             holder[key] = copy.deepcopy(other[at])
         elif kind == "wrap":
             holder[key] = rng.choice([[holder[key]], {"x": holder[key]}, str(holder[key])])
         elif kind == "add" and isinstance(holder, dict):
-            name = rng.choice([*KEYS])
-            holder[name] = KEYS[name]
+            name = rng.choice([*ADDED])
+            holder[name] = ADDED[name]
         else:
             holder[key] = copy.deepcopy(rng.choice(NASTY))
-    text = json.dumps(value[0], ensure_ascii=rng.random() < 0.7)
-    return re.sub(r'"(@\w+)"', lambda m: RAW.get(m[1], m[0]), text)
+    text = json.dumps(root[0], ensure_ascii=rng.random() < 0.7)
+    return re.sub(r'"(@\w+)"', lambda m: RAW.get(m[1], m[0]), text).encode("utf-8", "surrogatepass")
 
 
 def damage_bytes(rng: random.Random, data: bytes) -> bytes:
-    at = rng.randrange(len(data) + 1)
-    junk = rng.choice([b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"\xc3\x28", b"\xed\xa0\x80", b"\x1b[31m", b"\r", b"\n", b"\n\n", b"\xe2\x80\xa8", b'"', b"{", b"}", b"[", b"]", b",",
-                       b"\\", b"\\ud800", b"NaN", b"-", b"null", b"[" * 100_000, b'{"a":' * 100_000, b"x" * 3_000_000, b" " * 3_000_000, b'"' + b"y" * 3_000_000 + b'"', b"\n" * 300_000])
-    kind = rng.choice(["cut", "cut", "flip", "flip", "insert", "insert", "insert", "insert", "drop", "double", "utf-16", "latin", "noise", "head"])
-    if kind == "cut":
-        return data[:at]
-    if kind == "head":
-        return data[at:]
-    if kind == "flip":
-        data = bytearray(data)
-        for _ in range(rng.choice([1, 1, 10])):
-            if data:
-                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        return bytes(data)
-    if kind == "drop":
-        return data[:at] + data[at + rng.choice([1, 2, 50]):]
-    if kind == "double":
-        return data + data[at:]
-    if kind in ("utf-16", "latin"):
-        return data.decode("latin-1").encode(rng.choice(["utf-16", "utf-16-be", "utf-32", "utf-7"]) if kind == "utf-16" else "utf-8")
-    if kind == "noise":
-        return rng.randbytes(rng.choice([0, 1, 8, 100, 5000]))
-    return data[:at] + junk + data[at:]
+    at, few = rng.randrange(len(data) + 1), rng.choice([1, 1, 10, 50])
+    flipped = bytearray(data)
+    for i in rng.choices(range(len(data)), k=few) if data else ():
+        flipped[i] ^= 1 << rng.randrange(8)
+    junk, recoded = rng.choice(JUNK), data.decode("latin-1").encode(rng.choice(["utf-8", "utf-16", "utf-16-be", "utf-32", "utf-7"]))
+    return rng.choice([data[:at], data[:at], data[at:], bytes(flipped), bytes(flipped), *[data[:at] + junk + data[at:]] * 5, data[:at] + data[at + few:],
+                       data + data[at:], recoded, rng.randbytes(few), b""])
 
 
 def damage_tensors(rng: random.Random, path: Path) -> bytes:
-    """A safetensors file with other tensors, or another header over the same bytes."""
+    """A safetensors file with other tensors, or with another header over the same bytes."""
     data = path.read_bytes()
     if rng.random() < 0.3:
         size = struct.unpack("<Q", data[:8])[0]
-        header = damage_json(rng, json.loads(data[8:8 + size]), rng.choice([1, 1, 3])).encode("utf-8", "surrogatepass")
+        header = damage_json(rng, data[8:8 + size])
         return struct.pack("<Q", rng.choice([len(header)] * 5 + [0, 2 ** 40, 2 ** 64 - 1])) + header + data[8 + size:]
     with safe_open(path, "pt") as file:
         about, tensors = dict(file.metadata() or {}), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    if "state" in about and rng.random() < 0.4:
-        return save(tensors, {"state": damage_json(rng, json.loads(about["state"]))})
     name = rng.choice([*tensors])
     t = tensors[name]
-    kind = rng.choice(["gone", "name", "shape", "shape", "dtype", "dtype", "value", "value", "extra"])
-    if kind == "gone":
+    new = rng.choice(["", "x", "../../x", "\x1b[31m", "a" * 5000, name + ".x", "base_model.model.score.evil", "optimizer/99/x", "parameter/9", "optimizer", rng.choice([*tensors])])
+    shapes = [t.flatten(), t.flatten()[:1], t.flatten()[:0], t.mT if t.ndim > 1 else t[None], t[None], t.new_zeros(()), torch.cat([t[None]] * 2)]
+    types = [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]
+    kind = rng.choice(["gone", "name", "extra", "shape", "type", "value", "state"])
+    if kind in ("gone", "name"):
         del tensors[name]
-    elif kind in ("name", "extra"):
-        new = rng.choice(["", "x", "../../x", "\x1b[31m", "a" * 5000, name + ".x", "base_model.model.score.evil", "optimizer/99/x", "parameter/9", "optimizer", rng.choice([*tensors])])
-        tensors[new] = tensors.pop(name).clone() if kind == "name" else t.clone()
-    elif kind == "shape":
-        new = rng.choice([t.flatten(), t[..., :1], t[:0], t.T, t[None], t.new_zeros(()), t.repeat(2, *[1] * (t.ndim - 1)) if t.ndim else t[None]])
-        tensors[name] = new.clone().contiguous()
-    elif kind == "dtype":
-        types = [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]
-        tensors[name] = t.to(rng.choice(types))
-    else:
-        tensors[name] = torch.full_like(t, rng.choice([math.nan, math.inf, -math.inf, 1e38, 0.0]))
+    if kind in ("name", "extra"):
+        tensors[new] = t.clone()
+    elif kind == "state" and "state" in about:  # what a checkpoint knows besides its tensors
+        about["state"] = damage_json(rng, about["state"]).decode("utf-8", "replace")
+    elif kind != "gone":
+        tensors[name] = {"shape": rng.choice(shapes).clone().contiguous(), "type": t.to(rng.choice(types))}.get(
+            kind, torch.full_like(t, rng.choice([math.nan, math.inf, -math.inf, 0.0])))
     return save(tensors, about)
+
+
+def sign(path: Path, data: bytes) -> Path:
+    """Puts the checksum of tensors right, as whoever changed them may have -> where they are now."""
+    digest, made = hashlib.sha256(data).hexdigest(), path.parent / "virtue.json"
+    if path.parent.name == "resume":
+        return path.rename(path.with_name(f"{path.stem.partition('-')[0]}-{digest[:16]}.safetensors"))
+    if made.exists():
+        made.write_text(json.dumps({**json.loads(made.read_text()), "sha256": digest}))
+    return path
 
 
 def damage(rng: random.Random, path: Path) -> Path:
     """Damages one file in place -> where it is now (a checkpoint's name holds its checksum)."""
     if rng.random() < 0.04:
         path.unlink()
-        kind = rng.choice(["gone", "folder", "empty", "loop"])
-        if kind == "folder":
-            path.mkdir()
-        elif kind == "empty":
-            path.touch()
-        elif kind == "loop":
-            path.symlink_to(path.name)
+        rng.choice([lambda: None, path.mkdir, path.touch, lambda: path.symlink_to(path.name)])()
         return path
     data = path.read_bytes()
     packed = path.suffix == ".gz" and rng.random() < 0.7
     data = gzip.decompress(data) if packed else data
-    if rng.random() < 0.35 or (path.suffix == ".gz" and not packed):
+    if rng.random() < 0.35 or path.suffix == ".gz" and not packed or path.name == "kept.jsonl" or not data:
         data = damage_bytes(rng, data)
     elif path.suffix == ".safetensors":
         data = damage_tensors(rng, path)
-    elif ".jsonl" in path.name:
+    elif path.suffix == ".json":
+        data = damage_json(rng, data)
+    else:
         lines = data.splitlines()
         for i in rng.sample(range(len(lines)), min(len(lines), rng.choice([1, 1, 1, 3]))):
-            lines[i] = damage_json(rng, json.loads(lines[i]), rng.choice([1, 1, 2])).encode("utf-8", "surrogatepass")
+            lines[i] = damage_json(rng, lines[i])
         data = b"\n".join([*lines, *lines[:rng.choice([0, 0, 1])]]) + b"\n"
-    else:
-        data = damage_json(rng, json.loads(data), rng.choice([1, 1, 1, 3])).encode("utf-8", "surrogatepass")
     path.write_bytes(gzip.compress(data, 1, mtime=0) if packed else data)
-    if path.suffix == ".safetensors" and rng.random() < 0.8:  # the checksum's owner may be careless, or hostile
-        digest, made = hashlib.sha256(path.read_bytes()).hexdigest(), path.parent / "virtue.json"
-        if path.parent.name == "resume":
-            return path.rename(path.with_name(f"{path.stem.partition('-')[0]}-{digest[:16]}.safetensors"))
-        if made.exists():
-            made.write_text(json.dumps({**json.loads(made.read_text()), "sha256": digest}))
-    return path
+    return sign(path, data) if path.suffix == ".safetensors" and rng.random() < 0.8 else path
 
 
 # ---- cases
 
 
 class Hang(BaseException):
-    """Not an Exception, so that no reader takes it for one of its own."""
+    """No Exception, so that no reader takes it for one of its own."""
 
 
 class Watch:
-    """What a reader may not do while it reads, as Python's audit events tell it."""
+    """What a reader does while it reads, by Python's audit events, that it may not do."""
     folder, seen = None, []
 
     @classmethod
@@ -423,10 +406,11 @@ class Watch:
         if event == "open":
             writes = set(args[1] or "") & set("wax+") or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             bad = writes and not inside(args[0]) and args[0] != os.devnull
-        elif event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod", "shutil.rmtree"):
-            bad = not all(map(inside, args))
+        elif event in ("os.remove", "os.rmdir", "os.rename", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod", "shutil.rmtree"):
+            relative = event in ("os.remove", "os.rmdir") and args[-1] != -1  # within a tree that shutil.rmtree was allowed
+            bad = not relative and not all(map(inside, args))
         elif event == "exec":
-            bad = hasattr(args[0], "co_filename") and args[0].co_filename.startswith(cls.folder)
+            bad = getattr(args[0], "co_filename", "").startswith(cls.folder)
         else:
             bad = event in ("pickle.find_class", "socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "builtins.input")
         if bad:
@@ -437,32 +421,21 @@ sys.addaudithook(Watch.hook)
 
 
 def listing(kit: Kit) -> list[tuple]:
-    return sorted((str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in kit.root.rglob("*") if kit.cases not in p.parents and p != kit.cases)
+    """All files but the cases': extensions in C or Rust make no audit events."""
+    return sorted((str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for top in (kit.root, kit.seeds) for p in top.rglob("*") if kit.cases not in (p, *p.parents))
 
 
-def single(message: str, names: set[str]) -> str | None:
-    """What is wrong with an error message, or None."""
-    if not message.strip() or len(message) > 2000:
-        return f"a message of {len(message)} characters"
-    if not any(name in message for name in names):
-        return "the message does not name the file"
-    return None if DO.search(message) else "the message does not say what to do"
-
-
-def through_script(kit: Kit, command: str, out: Path, refused: bool) -> str | None:
-    """Runs a script in a forked child -> what is wrong with its end, or None."""
+def through_script(command: str, out: Path, refused: bool, sound: bool = False) -> str | None:
+    """Runs a script in a forked child, upon input that was refused or is sound -> what is wrong with its end, or None."""
     script, *flags = command.split()
-    err, pid = out.with_name("stderr"), os.fork()
+    err, status, pid = out.with_name("stderr"), 70, os.fork()
     if not pid:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL), signal.alarm(6 * LIMIT)
-        status = 70
         try:
-            sys.stdout.flush(), sys.stderr.flush()
+            signal.signal(signal.SIGALRM, signal.SIG_DFL), signal.alarm(6 * LIMIT)
             with open(err, "wb", buffering=0) as file, open(os.devnull, "wb") as null:
                 os.dup2(null.fileno(), 1), os.dup2(file.fileno(), 2)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", errors="backslashreplace", closefd=False)
-            main = importlib.import_module(script).main
-            runtime.run_main(lambda: main([*flags, "--out", str(out)]))
+            runtime.run_main(lambda: importlib.import_module(script).main([*flags, "--out", str(out)]))
         except SystemExit as e:
             status = e.code
         except BaseException:
@@ -473,68 +446,63 @@ def through_script(kit: Kit, command: str, out: Path, refused: bool) -> str | No
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     said = err.read_text(errors="replace")
     errors = [line for line in re.split(r"[\r\n]+", said) if "error:" in line]
-    if "Traceback" in said or status not in ((2,) if refused else (0, 2)):
-        return f"{command}: status {status}\n{said[-2500:]}"
-    if status == 2 and (len(errors) != 1 or not errors[0].startswith("error:")):
-        return f"{command}: {len(errors)} lines of error\n{said[-2500:]}"
-    return None
+    fine = status == 0 and not refused or not sound and status == 2 and len(errors) == 1 and errors[0].startswith("error:") and not CONTROL.search(errors[0])
+    return None if fine and "Traceback" not in said else f"{command}: status {status}, {len(errors)} lines of error\n{said[-3000:]}"
 
 
-def one(kit: Kit, number: int, seed: int, only: str | None = None, script: bool = False, keep: bool = False) -> tuple[str, str, str | None]:
-    """One case -> (reader, "accepted" or "refused", what is wrong or None)."""
-    rng = random.Random(f"{seed} {number} {only}")
-    known = {r.__name__: r for r in READERS}
-    reader = known[only] if only else rng.choices([*READERS], [share for share, *_ in READERS.values()])[0]
-    _, files, command = READERS[reader]
-    file = rng.choice(files)
-    top = file.split("/")[0]
-    case = kit.cases / f"case{number}"
+def one(kit: Kit, number: int, seed: int, script: bool = False, keep: bool = False) -> tuple[str, str, str | None]:
+    """One case -> (reader, accepted or refused, what is wrong or None)."""
+    rng = random.Random(f"{seed} {number}")
+    reader = rng.choices([*READERS], [share for share, _ in READERS.values()])[0]
+    file = rng.choice(READERS[reader][1])
+    case, top = kit.cases / f"case{number}", file.split("/")[0]
     shutil.copytree(kit.seeds / top, case / top, copy_function=shutil.copyfile)
-    path = damage(rng, sorted((case / top).parent.glob(file))[-1])
+    path = damage(rng, sorted(case.glob(file))[-1])
     before, result, wrong = listing(kit), "accepted", None
-    names = {path.name, str(path.parent), str(case / top)}
+
+    def ring(*_):
+        raise Hang
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(LIMIT)
     Watch.folder, Watch.seen = str(case), []
-    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(Hang())), signal.alarm(LIMIT)
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
             reader(kit, path)
     except VirtueError as e:
-        result, wrong = "refused", single(str(e), names)
-        wrong = wrong and f"{wrong}: {str(e)[:500]!r}"
-    except SystemExit as e:
-        result, wrong = "refused", None if e.code == 2 and "error:" in err.getvalue() else f"exit {e.code}"
+        result, said = "refused", str(e)
+        named = any(name in said for name in (path.name, str(path.parent), str(case / top)))
+        if not named or not REMEDY.search(said) or not len(said) < 2000:
+            wrong = f"the file named: {named}, a remedy: {bool(REMEDY.search(said))}, {len(said)} characters: {said[:500]!r}"
+    except KeyboardInterrupt:
+        raise
     except BaseException as e:
-        if isinstance(e, KeyboardInterrupt):
-            raise
         wrong = "".join(traceback.format_exception(e, limit=-6))[-3000:]
     finally:
-        signal.alarm(0)
+        signal.alarm(0), signal.signal(signal.SIGALRM, previous)
         Watch.folder = None
-    if not wrong and re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", err.getvalue()):
-        wrong = f"control characters on the terminal: {err.getvalue()[:300]!r}"
+    if not wrong and (control := CONTROL.search(err.getvalue() + out.getvalue())):
+        wrong = f"{control} on the terminal"
+    if not wrong and script and (command := SCRIPTS.get(file, SCRIPTS.get(top))):
+        wrong = through_script(command.format(file=path, top=case / top, seeds=kit.seeds), case / "out", result == "refused")
     if Watch.seen or listing(kit) != before:
-        wrong = f"{wrong or ''} it touched what is not its own: {Watch.seen[:3]}"
-    if script and command and not wrong:
-        wrong = through_script(kit, command.format(file=path, top=case / top, base=kit.seeds / "base"), case / "out", result == "refused")
-        if listing(kit) != before:
-            wrong = f"{wrong or ''} the script touched what is not its own"
+        wrong = f"touched what is not its own: {Watch.seen[:3]} {set(listing(kit)) ^ set(before)} {wrong or ''}"
     if not keep:
         shutil.rmtree(case)
-    return f"{reader.__name__}", result, wrong and f"case {number} ({reader.__name__}, {file}): {wrong}"
+    return reader.__name__, result, wrong and f"case {number} ({reader.__name__}, {file}): {wrong}"
 
 
-def run(folder: Path, cases: range, seed: int, only: str | None = None, scripts: int = 0, keep: bool = False, most: int = 20) -> tuple[Counter, Counter, list[str]]:
-    """-> (reader, result) counted, seconds by reader, and what went wrong; `scripts`: every so many cases through the script."""
+def run(folder: Path, cases: range, seed: int, scripts: int = 0, keep: bool = False, most: int = 20) -> tuple[Counter, Counter, list[str]]:
+    """-> counts of (reader, result), seconds by reader, faults; every so many cases (`scripts`) run a script too."""
     kit, counts, seconds, faults = Kit(folder), Counter(), Counter(), []
     for number in cases:
         started = time.perf_counter()
-        name, result, wrong = one(kit, number, seed, only, bool(scripts) and number % scripts == 0, keep)
+        name, result, wrong = one(kit, number, seed, bool(scripts) and number % scripts == 0, keep)
         counts[name, result] += 1
         seconds[name] += time.perf_counter() - started
         if wrong:
             faults.append(wrong)
             print(wrong, end="\n\n", flush=True)
-            if len(faults) >= most:
+            if len(faults) == most:
                 break
     return counts, seconds, faults
 
@@ -544,21 +512,19 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--case", type=int, help="this one alone, its folder kept")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=[r.__name__ for r in READERS])
-    parser.add_argument("--scripts", type=int, default=100, help="every so many cases go through the real script; 0 for none")
+    parser.add_argument("--scripts", type=int, default=50, help="every so many cases run a script too; 0 for none")
     parser.add_argument("--most", type=int, default=20, help="stop after so many faults")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))  # a bomb is to hit this process alone
-    cases = range(args.cases) if args.case is None else range(args.case, args.case + 1)
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    counts, seconds, faults = run(folder / "kit", cases, args.seed, args.only, args.scripts, args.case is not None, args.most)
-    if args.case is None:
-        shutil.rmtree(folder)
+    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))  # what fills the memory fails here alone
+    folder, alone = Path(tempfile.mkdtemp(prefix="fuzz-")), args.case is not None
+    counts, seconds, faults = run(folder / "kit", range(args.case, args.case + 1) if alone else range(args.cases), args.seed, args.scripts, alone, args.most)
     print(f"{'reader':12}{'accepted':>10}{'refused':>10}{'seconds':>10}")
-    for name in seconds:
-        print(f"{name:12}{counts[name, 'accepted']:10}{counts[name, 'refused']:10}{seconds[name]:10.0f}")
-    print(f"{counts.total()} cases, seed {args.seed}: {len(faults)} faults, {sum(seconds.values()):.0f} s" + (f", see {folder}" if args.case is not None else ""))
+    for name in sorted(seconds):
+        print(f"{name:12}{counts[name, 'accepted']:10}{counts[name, 'refused']:10}{seconds[name]:10.1f}")
+    print(f"{counts.total()} cases, seed {args.seed}: {len(faults)} faults, {sum(seconds.values()):.0f} s" + (f", see {folder}" if alone else ""))
+    if not alone:
+        shutil.rmtree(folder)
     sys.exit(bool(faults))
 
 

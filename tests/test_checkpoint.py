@@ -57,7 +57,7 @@ def saved(model, tmp_path):
                   settings={}, **MINE)
     save_artifact(tmp_path / "rm", stage="rm", model=model, adapter="action", head=head, seed=7,
                   parents={"sft": tmp_path / "sft"}, settings={"lr": 1e-3, "out": tmp_path / "rm"},
-                  extra={"lens": "action", "mean": torch.tensor(0.5), "std": np.float32(2)}, **MINE)
+                  extra={"lens": "action", "score_mean": torch.tensor(0.5), "score_std": np.float32(2)}, **MINE)
     return tmp_path, head
 
 
@@ -104,7 +104,7 @@ def test_files_are_pefts_and_tell_their_origin(saved):
     digest = hashlib.sha256((path / "sft" / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert manifest["parents"] == {"sft": {"folder": str(path / "sft"), "sha256": digest}}
     assert checkpoint.file_hash(path / "sft") == digest
-    assert manifest["extra"] == {"lens": "action", "mean": 0.5, "std": 2.0}
+    assert manifest["extra"] == {"lens": "action", "score_mean": 0.5, "score_std": 2.0}
     assert manifest["settings"] == {"lr": 1e-3, "out": str(path / "rm")} and manifest["seed"] == 7
     assert manifest["stage"] == "rm" and manifest["base"] == BASE and manifest["template"] == "t1"
     assert manifest["versions"]["torch"] == torch.__version__ and "python" in manifest["versions"]

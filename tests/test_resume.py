@@ -162,3 +162,47 @@ def test_a_finished_stage_is_left_alone_and_another_command_refused(tmp_path):
     assert before == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "r").iterdir()}
     with pytest.raises(VirtueError, match="--limit 8, which is now 9"):
         run_data.main(["revisions", "--limit", "9", "--max-new-tokens", "48", "--out", str(tmp_path / "r"), "--resume"])
+
+
+LIMITED = """
+import resource, sys
+sys.path.insert(0, {root!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+from virtue.runtime import run_main
+import run_sft
+sys.argv = ["run_sft.py", *{flags!r}]
+run_main(run_sft.main)
+"""
+
+
+def test_a_full_disk_and_a_changed_source_leave_the_state_whole(tmp_path):
+    """A limit on the size of files is a disk that fills up; after it is lifted, --resume ends with the same bytes."""
+    sys.path.insert(0, str(ROOT))
+    import run_data
+    import run_sft
+    data, out = tmp_path / "r", tmp_path / "s"
+    run_data.main(["revisions", "--limit", "16", "--max-new-tokens", "48", "--out", str(data)])
+    flags = ["--data", str(data), "--epochs", "2", "--batch-size", "4", "--rank", "4", "--save-every", "1", "--out", str(out), "--threads", "1"]
+    for limit in (1500, 200_000):  # the metrics no longer fit; no checkpoint fits
+        script = LIMITED.format(root=str(ROOT), limit=limit, flags=[*flags, "--resume"])
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        assert result.returncode == 2 and len(errors) == 1 and "Traceback" not in result.stderr and str(out) in errors[0], result.stderr
+        assert not (out / "virtue.json").exists()
+    source = data / "revisions.jsonl"
+    kept = source.read_bytes()
+    source.write_bytes(kept.splitlines(keepends=True)[0] * 9)
+    with pytest.raises(VirtueError, match="the file behind data .* which is now"):
+        run_sft.main([*flags, "--resume"])
+    source.write_bytes(kept)
+    run_sft.main([*flags, "--resume"])
+    run_sft.main([*flags[:-4], "--out", str(tmp_path / "t"), "--threads", "1"])
+    assert (out / "adapter_model.safetensors").read_bytes() == (tmp_path / "t/adapter_model.safetensors").read_bytes()
+    assert (out / "metrics.jsonl").read_bytes() == (tmp_path / "t/metrics.jsonl").read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error():
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from virtue.runtime import run_main; import run_data; " \
+             "sys.argv = ['run_data.py', 'revisions', '--limit', '2', '--out', '/proc/nowhere']; run_main(run_data.main)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and "error: /proc/nowhere" in result.stderr and "Traceback" not in result.stderr

@@ -143,9 +143,9 @@ def test_the_best_policy_is_kept(fp32, tmp_path):
     manifest = json.loads((tmp_path / "p/best/virtue.json").read_text())
     assert manifest["stage"] == "policy" and manifest["extra"]["iterations"] == found.index(max(found))
     call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "q", "--iterations", 2, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
-         "--lr", 1e-3, "--kl-coef", 1e6)
+         "--lr", 0.02, "--kl-coef", 1e6)
     best = load_file(tmp_path / "q/best/adapter_model.safetensors")
-    assert not any((t != 0).any() for k, t in best.items() if "lora_B" in k)  # any change is dear: the start is the best
+    assert not any((t != 0).any() for k, t in best.items() if "lora_B" in k)  # a change so large is dear: the start is the best
     assert any((t != 0).any() for k, t in load_file(tmp_path / "q/adapter_model.safetensors").items() if "lora_B" in k)
     with pytest.raises(VirtueError, match="equal those of sft"):
         call("run_eval", "models", "--policy", tmp_path / "q/best", "--out", tmp_path / "r", "--limit", 4)

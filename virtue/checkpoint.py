@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import reprlib
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +20,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from virtue import VirtueError
+from virtue.dialogue import is_number
 from virtue.lora import adapter_config, adapter_state, load_adapter_state
-from virtue.models import ScalarHead
+from virtue.models import DTYPES, QUANTIZE, ScalarHead, is_sound
 from virtue.runtime import main_rank
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "virtue.json"
@@ -55,12 +57,12 @@ def _json(value: object, indent: int | None = None) -> str:
 
 def write_json(path: str | Path, value: object) -> None:
     """Writes `value` as indented JSON, atomically."""
-    write_atomic(path, _json(value, indent=2).encode())
+    write_atomic(path, _json(value, indent=2).encode(errors="backslashreplace"))
 
 
 def write_jsonl(path: str | Path, records: Iterable[Mapping]) -> None:
     """Writes one JSON object a line, atomically."""
-    write_atomic(path, "".join(map(_json, records)).encode())
+    write_atomic(path, "".join(map(_json, records)).encode(errors="backslashreplace"))
 
 
 def sha256_file(path: str | Path) -> str:
@@ -85,8 +87,8 @@ def data_hash(folder: Path, names: Iterable[str]) -> str:
 def check_made_by(folder: Path, base: Mapping[str, str], template: str, sft: Path | None) -> dict:
     """A preference folder's manifest; VirtueError where its dialogues came from another base, template or SFT."""
     manifest = read_manifest(folder, "preferences")
-    if (manifest["base"]["fingerprint"], manifest["template"]) != (base["fingerprint"], template):
-        raise VirtueError(f"{folder}: sampled by another base or tokenizer, {manifest['base']['id']}: give that --model")
+    if (manifest["base"].get("fingerprint"), manifest["template"]) != (base["fingerprint"], template):
+        raise VirtueError(f"{folder}: sampled by another base or tokenizer, {manifest['base'].get('id')}: give that --model")
     was, now = manifest["parents"].get("sft", {}), file_hash(sft) if sft else None
     if was.get("sha256") != now:
         raise VirtueError(f"{folder}: sampled upon {was.get('folder', 'the bare base')}, not upon {sft or 'the bare base'} as it is now: "
@@ -177,9 +179,32 @@ def _read_json(path: Path, fields: Iterable[str]) -> dict:
         problem = f"not an object with {', '.join(fields)}"
     except OSError as e:
         problem = f"cannot be read ({e.strerror})"
-    except ValueError:
+    except (ValueError, RecursionError):
         problem = "not JSON"
     raise VirtueError(f"{path}: {problem}: {_AGAIN}")
+
+
+# What later stages take from an artefact's settings, and what it may be.
+_SETTINGS = {
+    **dict.fromkeys(("model", "prompts", "sft", "rm"), lambda v: isinstance(v, str)), "quantize": QUANTIZE.__contains__, "dtype": [*DTYPES].__contains__,
+    **dict.fromkeys(("max_prompt_tokens", "max_new_tokens"), lambda v: type(v) is int and v >= 1), "temperature": lambda v: is_number(v) and v > 0,
+    "seed": lambda v: type(v) is int, "held_out": lambda v: is_number(v) and 0 <= v <= 1,
+}
+
+
+def _odd_field(manifest: Mapping) -> str | None:
+    """The first field of a manifest whose type or value is none that a stage writes."""
+    kinds = {"stage": str, "base": dict, "template": str, "parents": dict, "seed": int, "settings": dict, "extra": dict, "sha256": str | None}
+    if odd := [name for name, kind in kinds.items() if not isinstance(manifest[name], kind)]:
+        return odd[0]
+    settings, extra = manifest["settings"], manifest["extra"]
+    sound = {
+        "base": all(isinstance(v, str) for v in manifest["base"].values()),
+        "parents": all(isinstance(p, dict) and isinstance(p.get("folder"), str) and isinstance(p.get("sha256"), str) for p in manifest["parents"].values()),
+        **{f"settings, {name}": settings.get(name) is None or check(settings[name]) for name, check in _SETTINGS.items()},
+        "extra, score_mean and score_std": manifest["stage"] != "rm" or is_number(extra.get("score_mean")) and is_number(extra.get("score_std")) and extra["score_std"] >= 0,
+    }
+    return next((name for name, fine in sound.items() if not fine), None)
 
 
 def read_manifest(folder: str | Path, stage: str | None = None, lens: str | None = None) -> dict:
@@ -190,10 +215,12 @@ def read_manifest(folder: str | Path, stage: str | None = None, lens: str | None
                           "run the stage that writes it to its end")
     fields = ("stage", "base", "template", "parents", "sha256", "seed", "settings", "extra")
     manifest = _read_json(path, fields)
+    if odd := _odd_field(manifest):
+        raise VirtueError(f"{path}: {odd}: no value that a stage writes: {_AGAIN}")
     for name, want, found in (("stage", stage, manifest["stage"]),
                               ("lens", lens, manifest["extra"].get("lens"))):
         if want is not None and found != want:
-            raise VirtueError(f"{folder}: of {name} {found!r}: give the folder of {name} {want!r}")
+            raise VirtueError(f"{folder}: of {name} {reprlib.repr(found)}: give the folder of {name} {want!r}")
     return manifest
 
 
@@ -210,8 +237,8 @@ def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, st
     """
     folder, manifest = Path(folder), read_manifest(folder, stage, lens)
     recorded = {role: parent["sha256"] for role, parent in manifest["parents"].items()}
-    if manifest["base"]["fingerprint"] != base["fingerprint"]:
-        raise VirtueError(f"{folder}: made for another base, {manifest['base']['id']}, whose files "
+    if manifest["base"].get("fingerprint") != base["fingerprint"]:
+        raise VirtueError(f"{folder}: made for another base, {manifest['base'].get('id')}, whose files "
                           f"differ from those of {base['id']}: give the --model it was made with")
     if manifest["template"] != template:
         raise VirtueError(f"{folder}: made with another tokenizer or chat template than that of "
@@ -225,17 +252,22 @@ def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, st
     config = _read_json(folder / CONFIG, ("r", "lora_alpha", "target_modules", "modules_to_save"))
     try:
         state, head = load_file(folder / WEIGHTS), None
+        if odd := [k for k, t in state.items() if not is_sound(t)]:
+            raise RuntimeError(f"{odd[0]} is no floating-point tensor, or holds NaN or infinity")
+        if not (type(config["r"]) is int and (config["r"],) in {t.shape[:1] for t in state.values()} and is_number(config["lora_alpha"])
+                and isinstance(config["target_modules"], list) and all(isinstance(name, str) for name in config["target_modules"])):
+            raise VirtueError(f"{folder / CONFIG}: r, lora_alpha or target_modules is not what the weights have: {_AGAIN}")
         score = {k.removeprefix(_SCORE): state.pop(k) for k in [*state] if k.startswith(_SCORE)}
         if score or config["modules_to_save"]:
             head = ScalarHead(model.config.hidden_size, bias="bias" in score)
             head.load_state_dict(score)  # a head that is missing or misshapen: RuntimeError
             head.to(next(model.parameters()).device)
     except (SafetensorError, RuntimeError) as e:
-        what = str(e).splitlines()[-1].strip()
+        what = str(e).splitlines()[-1].strip()[:300]
         raise VirtueError(f"{folder / WEIGHTS}: damaged, or without its scalar head ({what}): "
                           f"{_AGAIN}") from None
     try:
         load_adapter_state(model, adapter_name, state, config)
     except VirtueError as e:
-        raise VirtueError(f"{folder}: {e}") from None
+        raise VirtueError(f"{folder}: {str(e)[:500]}: {_AGAIN}") from None
     return manifest, head

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import re
+import reprlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES
 Messages = list[dict[str, str]]
 QUESTIONS = tuple(FOLLOW_UPS.values())
 SPLITS = (("sft", 0.25), ("rm", 0.60), ("ppo", 0.90), ("eval", 1.00))  # cumulative shares
+LONGEST = 64 << 20  # bytes of a line: a small .gz can hold one that fills the memory
 
 
 class Turn(NamedTuple):
@@ -150,9 +152,23 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     return _pad(rows, pad_id, left=True)
 
 
+def is_number(value: object) -> bool:
+    """Whether a value from a JSON file is a number that arithmetic can take: no bool, NaN, infinity."""
+    return type(value) in (int, float) and abs(value) < 1e18
+
+
 def _need(ok: object, problem: str) -> None:
     if not ok:
         raise ValueError(problem)
+
+
+def _need_text(value: object, what: str) -> None:
+    _need(isinstance(value, str), f"{what} must be a text")
+    _need(not re.search("[\ud800-\udfff]", value), f"{what} must have no half of a surrogate pair")
+
+
+def _need_id(value: object) -> None:
+    _need(isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value), '"id" must be 16 hex digits')
 
 
 def check_messages(messages: object, name: str, last: str) -> None:
@@ -160,12 +176,12 @@ def check_messages(messages: object, name: str, last: str) -> None:
     contents hold more than white space and can be UTF-8."""
     _need(isinstance(messages, list) and messages, f'"{name}" must be a non-empty list of messages')
     for i, message in enumerate(messages):
-        role, where = ("user", "assistant")[i % 2], f'"{name}" message {i + 1} must have'
+        role, where = ("user", "assistant")[i % 2], f'"{name}" message {i + 1}'
         _need(isinstance(message, dict) and message.get("role") == role,
-              f"{where} the role {role!r} (user and assistant alternate)")
+              f"{where} must have the role {role!r} (user and assistant alternate)")
         content = message.get("content")
-        _need(isinstance(content, str) and content.strip(), f"{where} a non-empty text as content")
-        _need(not re.search("[\ud800-\udfff]", content), f"{where} no half of a surrogate pair")
+        _need(isinstance(content, str) and content.strip(), f"{where} must have a non-empty text as content")
+        _need_text(content, where)
     _need(messages[-1]["role"] == last, f'"{name}" must end with a message of the {last}')
 
 
@@ -191,7 +207,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     path, number, found = Path(path), 0, False
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            for number, raw in enumerate(lines, 1):  # of bytes: only \n ends a line
+            for number, raw in enumerate(iter(lambda: lines.readline(LONGEST + 1), b""), 1):  # of bytes: only \n ends a line
+                _need(len(raw) <= LONGEST, f"longer than {LONGEST >> 20} MiB")
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
                     record, found = json.loads(text), True
@@ -254,7 +271,7 @@ def _records(path: str | Path, convert: Callable[[dict], dict], remedy: str) -> 
     for number, record in read_jsonl(path):
         try:
             yield convert(record)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise VirtueError(f"{path}, line {number}: {e}: {remedy}") from None
 
 
@@ -271,8 +288,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict]:
 def _stage_record(record: dict, fields: Sequence[str]) -> None:
     missing = [name for name in ("id", *fields, "truncated") if name not in record]
     _need(not missing, f"lacks {', '.join(missing)}")
-    _need(isinstance(record["id"], str) and re.fullmatch("[0-9a-f]{16}", record["id"]),
-          '"id" must be 16 hex digits')
+    _need_id(record["id"])
     _need(isinstance(record["truncated"], bool), '"truncated" must be true or false')
 
 
@@ -280,17 +296,17 @@ def _revision(record: dict) -> dict:
     _stage_record(record, ("prompt", "initial", "critique", "revision", "virtue"))
     check_messages(record["prompt"], "prompt", "user")
     for name in ("initial", "critique", "revision"):
-        _need(isinstance(record[name], str), f'"{name}" must be a text')
+        _need_text(record[name], f'"{name}"')
     _need(record["revision"].strip(), '"revision" is empty')
     _need(record["virtue"] in VIRTUES,
-          f"unknown virtue {record['virtue']!r}, known are {', '.join(VIRTUES)}")
+          f"unknown virtue {reprlib.repr(record['virtue'])}, known are {', '.join(VIRTUES)}")
     return record
 
 
 def _preference(record: dict, lens: str) -> dict:
     _stage_record(record, ("lens", "chosen", "rejected", "virtues", "label", "votes",
                            "position_flips"))
-    _need(record["lens"] == lens, f"lens {record['lens']!r} where {lens!r} is asked for, give the "
+    _need(record["lens"] == lens, f"lens {reprlib.repr(record['lens'])} where {lens!r} is asked for, give the "
                                   "file of that lens")
     chosen, rejected, virtues = record["chosen"], record["rejected"], record["virtues"]
     check_messages(chosen, "chosen", "assistant")
@@ -299,11 +315,11 @@ def _preference(record: dict, lens: str) -> dict:
     _need(shared > 0 and len(chosen) == len(rejected) and chosen[:shared] == rejected[:shared],
           f'"chosen" and "rejected" must be one prompt, each continued up to the {lens}')
     _need(isinstance(virtues, dict), '"virtues" must map each virtue to a probability')
-    odd = ", ".join(sorted(set(virtues) ^ set(VIRTUES)))
+    odd = ", ".join(reprlib.repr(name)[1:-1] for name in sorted(set(virtues) ^ set(VIRTUES))[:9])
     _need(not odd, f'"virtues" with unknown or missing {odd}, it must have {", ".join(VIRTUES)}')
     for name, value in [*virtues.items(), ("label", record["label"])]:
         _need(type(value) in (int, float) and 0 <= value <= 1,  # nan is not, True is no number
-              f'"{name}" must be a probability, not {value!r}')
+              f'"{name}" must be a probability, not {reprlib.repr(value)}')
     for name in ("votes", "position_flips"):
         _need(type(record[name]) is int and 0 <= record[name] <= len(VIRTUES),
               f'"{name}" must be a whole number from 0 to {len(VIRTUES)}')
@@ -344,7 +360,7 @@ def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], 
 
     def convert(record: dict) -> dict:
         lens = record.get("lens", "action")
-        _need(lens in LENSES, f"unknown lens {lens!r}, known are {', '.join(LENSES)}")
+        _need(lens in LENSES, f"unknown lens {reprlib.repr(lens)}, known are {', '.join(LENSES)}")
         return {"chosen": side(record, "chosen"), "rejected": side(record, "rejected"), "lens": lens}
 
     found, skipped = [], 0
@@ -352,7 +368,7 @@ def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], 
         try:
             for name in ("chosen", "rejected"):
                 check_messages(pair[name], name, "assistant")
-            _need(pair["chosen"] != pair["rejected"], "identical")
+            _need([m["content"] for m in pair["chosen"]] != [m["content"] for m in pair["rejected"]], "identical")
             found.append(pair)
         except ValueError:
             skipped += 1
@@ -379,12 +395,43 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
         missing = [name for name in ("id", "prompt", "ids", "turns") if name not in record]
         _need(not missing, f"lacks {', '.join(missing)}")
         check_messages(record["prompt"], "prompt", "user")
+        _need_id(record["id"])
         ids, turns = record["ids"], record["turns"]
-        _need(isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids), '"ids" must be token ids')
+        _need(isinstance(ids, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in ids), '"ids" must be token ids')
         _need(isinstance(turns, list) and len(turns) == len(LENSES) and all(
             isinstance(t, list) and len(t) == 3 and all(type(x) is int for x in t[:2]) and type(t[2]) is bool
-            and 0 < t[0] < t[1] <= len(ids) - t[2] for t in turns),
-            f'"turns" must be {len(LENSES)} spans [start, end, truncated] within the ids')
+            and 0 < t[0] < t[1] <= len(ids) - t[2] for t in turns) and all(a[1] <= b[0] for a, b in zip(turns, turns[1:])),
+            f'"turns" must be {len(LENSES)} spans [start, end, truncated] within the ids, one after the other')
         return record
     return [Dialogue(r["id"], r["prompt"], r["ids"], tuple(Turn(*t) for t in r["turns"]))
             for r in _records(path, convert, "run run_data.py preferences again")]
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Lines of a MetricsLog that holds numbers only, as a training's metrics.jsonl: numbers, or None for nan."""
+    def convert(record: dict) -> dict:
+        for name, value in record.items():
+            _need(value is None or is_number(value), f"{reprlib.repr(name)} must be a number or null, not {reprlib.repr(value)}")
+        return record
+    return list(_records(path, convert, "correct or remove it"))
+
+
+def check_ids(dialogues: Sequence[Dialogue], vocab_size: int, folder: Path) -> None:
+    """VirtueError where a token id lies beyond the model's vocabulary."""
+    for d in dialogues:
+        if max(d.ids) >= vocab_size:
+            raise VirtueError(f"{folder / 'dialogues.jsonl'}: record {d.id} has the token id {max(d.ids)}, but the model knows {vocab_size}: "
+                              "give the --model that sampled it, or sample again")
+
+
+def read_rollouts(path: str | Path) -> list[dict]:
+    """Lines of run_ppo.py's rollouts.jsonl: {iteration, id, prompt (text), kl, scores (one a lens), turns {lens: text}}."""
+    def convert(record: dict) -> dict:
+        scores, turns = record.get("scores"), record.get("turns")
+        _need(type(record.get("iteration")) is int and is_number(record.get("kl")), '"iteration" and "kl" must be numbers')
+        _need(isinstance(scores, list) and len(scores) == len(LENSES) and all(map(is_number, scores)), f'"scores" must be {len(LENSES)} numbers')
+        _need(isinstance(turns, dict) and set(turns) <= set(LENSES), '"turns" must map lenses to texts')
+        for text in (record.get("prompt"), *turns.values()):
+            _need_text(text, '"prompt" and each of "turns"')
+        return record
+    return list(_records(path, convert, "correct or remove it"))

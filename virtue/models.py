@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +31,19 @@ TOY_FOLDER = Path(__file__).parent / "toy" / "model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZE = ("none", "nf4")
 _INDEX = "model.safetensors.index.json"
+_SIZES = {"num_hidden_layers": 1000, **dict.fromkeys((  # the largest values believed of a config.json
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"), 1 << 30)}
 _HUB_FILES = (  # no pickles, no duplicate "consolidated" weights, no sentencepiece
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "model*.safetensors", _INDEX,
 )
+
+
+def is_sound(tensor: Tensor) -> bool:
+    """Whether a tensor from a file can be weights: floating point of at least two bytes, all finite."""
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        return False
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())  # one pass, no copy of 14 GB
 
 
 def resolve(name: str | Path) -> Path:
@@ -41,9 +51,13 @@ def resolve(name: str | Path) -> Path:
 
     A hub id (owner/model) is downloaded to Hugging Face's cache. VirtueError: none of the three.
     """
-    folder = TOY_FOLDER if name == TOY else Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    folder = TOY_FOLDER if name == TOY else Path(name)
+    try:
+        folder = folder.expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError):  # a name too long, a home of nobody
+        pass
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise VirtueError(f"{folder}: no such folder; give 'toy', a local folder or a hub id")
     from huggingface_hub import snapshot_download
@@ -69,9 +83,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks whether to run code
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise VirtueError(f"{folder}: cannot read the tokenizer: {error}") from error
+        raise VirtueError(f"{folder}: cannot read the tokenizer ({_said(error)}); fetch its files again") from error
     where = folder / "tokenizer_config.json"
     if not tokenizer.chat_template:
         raise VirtueError(f"{where}: no chat template; take an instruction-tuned model or add one")
@@ -83,7 +97,18 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.unk_token
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise VirtueError(f"{where}: pad_token is eos_token; name another, such as <unk>")
+    if (folder / "config.json").is_file() and max(tokenizer.get_vocab().values()) >= (size := _read_config(folder).vocab_size):
+        raise VirtueError(f"{where}: has tokens beyond the model's {size} embeddings; fetch the tokenizer that belongs to it")
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
+    except Exception as error:  # jinja2's, and whatever odd settings lead to
+        raise VirtueError(f"{where}: the chat template cannot be used ({_said(error)}); fetch the tokenizer's files again") from error
     return tokenizer
+
+
+def _said(error: Exception) -> str:
+    """Another library's words on one line, not too long."""
+    return " ".join(str(error).split())[:200]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -95,11 +120,13 @@ def _weight_files(folder: Path) -> list[Path]:
         raise VirtueError(f"{folder}: neither model.safetensors nor {_INDEX}; convert the weights")
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VirtueError(f"{index}: not an index of weights; fetch it again") from error
+        if not all(re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", name) for name in names):
+            raise ValueError("a name that leads out of the folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise VirtueError(f"{index}: not an index of safetensors files in this folder; fetch it again") from error
     for name in names:
         if not (folder / name).is_file():
-            raise VirtueError(f"{folder / name}: the index names this file, but it is missing")
+            raise VirtueError(f"{folder / name}: the index names this file, but it is missing; fetch it")
     return [folder / name for name in names]
 
 
@@ -111,8 +138,8 @@ def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
             with safe_open(path, "pt") as file:
                 for key in file.keys():  # noqa: SIM118 (a handle, not a dict)
                     yield path, key, file.get_tensor(key)
-        except SafetensorError as error:
-            raise VirtueError(f"{path}: damaged ({error}); fetch it again") from error
+        except (SafetensorError, OSError) as error:
+            raise VirtueError(f"{path}: damaged ({_said(error)}); fetch it again") from error
 
 
 def _read_config(folder: Path) -> MistralConfig:
@@ -121,12 +148,16 @@ def _read_config(folder: Path) -> MistralConfig:
     path = folder / "config.json"
     try:
         fields = json.loads(path.read_text("utf-8"))
-        kind, quantized = fields.get("model_type"), fields.get("quantization_config")
-        config = MistralConfig.from_pretrained(folder) if kind == "mistral" else None
+        kind, quantized = fields.get("model_type"), fields.pop("quantization_config", None)
+        fields.pop("num_labels", None)  # a list of that many names would be made
+        for name, most in _SIZES.items():  # before anything of that size is
+            if fields.get(name) is not None and not 1 <= fields[name] <= most:
+                raise ValueError(f"{name} is not between 1 and {most}")
+        config = MistralConfig.from_dict(fields) if kind == "mistral" else None
     except Exception as error:  # transformers' validation has exceptions of its own
-        raise VirtueError(f"{path}: not a readable model configuration ({error})") from error
+        raise VirtueError(f"{path}: not a readable model configuration ({_said(error)}); fetch it again") from error
     if config is None:
-        raise VirtueError(f"{path}: model_type is {kind!r}; only the Mistral architecture is known")
+        raise VirtueError(f"{path}: model_type is {reprlib.repr(kind)}, only the Mistral architecture is known; choose such a model")
     if quantized:
         raise VirtueError(f"{path}: weights are quantised; take the original and --quantize nf4")
     return config
@@ -186,7 +217,12 @@ def load_model(
     config, files = _read_config(folder), _weight_files(folder)
     from tqdm import tqdm
 
-    model = _skeleton(config, quantize, DTYPES[dtype], device)
+    try:
+        model = _skeleton(config, quantize, DTYPES[dtype], device)
+    except VirtueError:
+        raise
+    except Exception as error:  # an activation or a kind of rope that transformers does not know
+        raise VirtueError(f"{folder / 'config.json'}: no model can be made of it ({_said(error)}); fetch it again") from error
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     shapes = {key: value.shape for key, value in model.state_dict().items() if key not in tied}
     seen: set[str] = set()
@@ -196,20 +232,26 @@ def load_model(
                 continue  # computed, or tied, below
             if shapes.get(key) != tensor.shape:
                 want = tuple(shapes[key]) if key in shapes else "no such tensor"
-                raise VirtueError(f"{path}: {key} is {tuple(tensor.shape)}, config.json has {want}")
+                raise VirtueError(f"{path}: {key[:200]} is {tuple(tensor.shape)}, config.json has {want}; fetch both again")
+            if not is_sound(tensor):
+                raise VirtueError(f"{path}: {key} is no floating-point tensor, or holds NaN or infinity; fetch it again")
             module, _, leaf = key.rpartition(".")
             _place(model.get_submodule(module), leaf, tensor, DTYPES[dtype], device)
             seen.add(key)
             bar.update()
     if missing := sorted(shapes.keys() - seen):
-        raise VirtueError(f"{folder}: {len(missing)} tensors are missing, e.g. {missing[0]}")
+        raise VirtueError(f"{folder}: {len(missing)} tensors are missing, e.g. {missing[0]}; fetch the weights again")
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     # inv_freq is in no file and still on meta: compute it again, and in fp32 whatever the dtype.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         assert not tensor.is_meta, f"{key} was never loaded"
-    return model.eval()
+    with torch.no_grad():
+        first = model.eval()(torch.zeros(1, 2, dtype=torch.long, device=device)).logits
+    if not first.isfinite().all():
+        raise VirtueError(f"{folder}: the logits are not finite: take another --dtype, or fetch config.json and the weights again")
+    return model
 
 
 def base_fingerprint(folder: str | Path) -> str:

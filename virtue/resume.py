@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,16 +23,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from virtue import VirtueError
+from virtue import VirtueError, printable
 from virtue.checkpoint import MANIFEST, check_output, prepare_output, read_manifest, write_atomic, write_json
 from virtue.parallel import rank, size, total
+from virtue.dialogue import is_number
+from virtue.models import is_sound
 from virtue.runtime import main_rank
 
 FOLDER, SETTINGS = "resume", "settings.json"
 KEPT = 2  # checkpoints on the disk: where the newest is damaged, the one before it serves
-FREE = ("out", "overwrite", "threads")  # flags that may differ when a run goes on
+# Flags that may differ when a run goes on: they change speed and memory, and results by rounding only.
+FREE = ("out", "overwrite", "threads", "device", "micro_batch_size")
 
 T = TypeVar("T")
+
+
+def _said(value: object) -> str:
+    """What a file holds, as a message can show it."""
+    return printable(value[:300]) if isinstance(value, str) else reprlib.repr(value)
 
 
 def may_write(args: argparse.Namespace, out: Path, inputs: Iterable[Path | None] = ()) -> Path:
@@ -49,8 +58,8 @@ def settings_of(args: argparse.Namespace) -> dict:
 def _agree(was: Mapping, now: Mapping, where: Path) -> None:
     for name in sorted(was.keys() | now.keys()):
         if name not in FREE and was.get(name) != now.get(name):
-            what = "torchrun's number of processes" if name == "processes" else f"--{name.replace('_', '-')}" if not name.startswith("sha256") else f"the file behind {name[7:]}"
-            raise VirtueError(f"{where}: was begun with {what} {was.get(name)}, which is now {now.get(name)}: "
+            what = "torchrun's number of processes" if name == "processes" else f"--{_said(name).replace('_', '-')}" if not name.startswith("sha256") else f"the file behind {_said(name[7:])}"
+            raise VirtueError(f"{where}: was begun with {what} {_said(was.get(name))}, which is now {_said(now.get(name))}: "
                               "give it as it was, or start anew with --overwrite")
 
 
@@ -70,8 +79,9 @@ def _start(args: argparse.Namespace, out: Path, settings: dict) -> Path | None:
         if args.resume and (state / SETTINGS).is_file():
             try:
                 was = json.loads((state / SETTINGS).read_bytes())
-            except ValueError:
-                raise VirtueError(f"{state / SETTINGS}: not JSON: start anew with --overwrite") from None
+                was.keys()
+            except (ValueError, RecursionError, AttributeError):
+                raise VirtueError(f"{state / SETTINGS}: not JSON, or no object: start anew with --overwrite") from None
             _agree(was, settings, out)
         elif args.resume and (out / MANIFEST).is_file():
             _agree(read_manifest(out)["settings"], {k: v for k, v in settings.items() if k != "processes" and not k.startswith("sha256")}, out)
@@ -124,10 +134,38 @@ def save_checkpoint(state: Path, step: int, parameters: Sequence[Tensor], optimi
         old.unlink()
 
 
+def _like(found: object, known: object) -> bool:
+    """Whether a JSON value has the keys, lengths and types of a known one."""
+    if isinstance(known, dict):
+        return isinstance(found, dict) and found.keys() == known.keys() and all(_like(found[k], v) for k, v in known.items())
+    if isinstance(known, list):
+        return isinstance(found, list) and len(found) == len(known) and all(map(_like, found, known))
+    return is_number(found) if is_number(known) else type(found) is type(known)
+
+
+def _fits(known: Mapping, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, schedule, logs: Sequence[Path]) -> bool:
+    """Whether a checkpoint, whose bytes are sound, is of this run: by another version of the code it may not be."""
+    constant = lambda s: {k: v for k, v in s.items() if k != "last_epoch" and k[0] != "_"}  # noqa: E731 (the flags say these)
+    now = schedule.state_dict()
+    if not _like(known, {"step": 0, "lr": [g["lr"] for g in optimizer.param_groups], "schedule": now, "logs": {log.name: 0 for log in logs}, "numbers": known.get("numbers")}):
+        return False
+    if constant(known["schedule"]) != constant(now) or not isinstance(known["numbers"], dict):
+        return False
+    if not all(type(n) is int and n >= 0 for n in (known["step"], *known["logs"].values())):
+        return False
+    owners = [p for group in optimizer.param_groups for p in group["params"]]
+    want = {f"parameter/{i}": p for i, p in enumerate(parameters)}
+    for i, p in enumerate(owners):
+        if f"optimizer/{i}/step" in tensors:  # parameters without gradient have no moments
+            want |= {f"optimizer/{i}/step": torch.zeros(()), f"optimizer/{i}/exp_avg": p, f"optimizer/{i}/exp_avg_sq": p}
+    return want.keys() == tensors.keys() and all((t.shape, t.dtype) == (want[k].shape, want[k].dtype) and is_sound(t) for k, t in tensors.items())
+
+
 def load_checkpoint(state: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, schedule, logs: Sequence[Path]) -> dict | None:
     """Puts everything back as the newest sound checkpoint has it, cuts the logs back -> {"step", **numbers}, or None.
 
-    A checkpoint whose bytes are not those that were written is passed over, with a warning.
+    A checkpoint whose bytes are not those that were written is passed over, with a warning. VirtueError: sound bytes
+    of another run.
     """
     for path in sorted(state.glob("*.safetensors"), reverse=True):
         try:
@@ -135,9 +173,11 @@ def load_checkpoint(state: Path, parameters: Sequence[Tensor], optimizer: torch.
                 raise ValueError("its bytes are not those that were written")
             with safe_open(path, "pt") as file:
                 known, tensors = json.loads(file.metadata()["state"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
-            print(f"warning: {path}: damaged ({e}): trying the checkpoint before it", file=sys.stderr)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as e:
+            print(f"warning: {path}: damaged ({_said(str(e))}): trying the checkpoint before it", file=sys.stderr)
             continue
+        if not isinstance(known, dict) or not _fits(known, tensors, parameters, optimizer, schedule, logs):
+            raise VirtueError(f"{path}: not of this run, or of another version of the code: start anew with --overwrite")
         with torch.no_grad():
             for i, p in enumerate(parameters):
                 p.copy_(tensors[f"parameter/{i}"])
@@ -170,21 +210,23 @@ def load_checkpoint(state: Path, parameters: Sequence[Tensor], optimizer: torch.
 def replay(path: Path | None, batches: Iterable[T], compute: Callable[[T], object]) -> Iterator:
     """compute(batch) for each batch, as JSON gives it back; results on `path` are read, new ones appended.
 
-    A last line that is only half there is computed again. Without a path nothing is kept.
+    Each line begins with a checksum; what comes from the first damaged one on is computed again. Without a path
+    nothing is kept.
     """
     if path is None:
         yield from (json.loads(json.dumps(compute(batch))) for batch in batches)
         return
     if size() > 1:
         path = path.with_suffix(f".{rank()}.jsonl")
+
+    def sealed(i: int, text: bytes) -> bytes:
+        return hashlib.sha256(b"%d " % i + text).hexdigest()[:16].encode() + b" " + text + b"\n"
+
     found, good = [], 0
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
-        try:
-            if not line.endswith(b"\n"):
-                break
-            found.append(json.loads(line))
-        except ValueError:
+        if line != sealed(len(found), line[17:-1]):
             break
+        found.append(json.loads(line[17:-1]))
         good += len(line)
     if path.is_file():
         os.truncate(path, good)
@@ -194,8 +236,8 @@ def replay(path: Path | None, batches: Iterable[T], compute: Callable[[T], objec
             continue
         result = json.dumps(compute(batch))
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(result + "\n")
+            with open(path, "ab") as file:
+                file.write(sealed(i, result.encode()))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as e:

@@ -5,6 +5,7 @@ Imports no torch at the top, so that ``--help`` is instant.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import math
@@ -157,6 +158,7 @@ def run_main(main: Callable[[], object]) -> None:
     """Runs a script's `main` and exits: 0; 2 after a VirtueError's one line; 130 on Ctrl-C."""
     if not main_rank():
         sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     try:
         main()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -166,9 +168,13 @@ def run_main(main: Callable[[], object]) -> None:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            print(f"error: {error.filename or 'a file'}: {error.strerror}: make room or get permission, then the same command with --resume goes on", file=sys.stderr)
+            sys.exit(2)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise
-        print("error: out of memory: lower --batch-size, --micro-batch-size or --judge-batch-size, or take --quantize nf4", file=sys.stderr)
+        print("error: out of memory: lower --batch-size, --micro-batch-size or --judge-batch-size, or take --quantize nf4; "
+              "with another --micro-batch-size the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

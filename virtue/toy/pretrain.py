@@ -1,8 +1,13 @@
 """Make the toy's tiny Mistral: tokenizer, pre-training on samples of the grammar, a check, save.
 
-    python -m virtue.toy.pretrain --out runs/toy                # as the shipped folder was made: 45 minutes
     python -m virtue.toy.pretrain --out runs/quick --steps 50   # a quick look
-    python -m virtue.toy.pretrain --out runs/fit --init runs/toy --fit-steps 900   # a second phase: see below
+
+The shipped folder was made by three commands, 45, 50 and 10 minutes on one core:
+
+    python -m virtue.toy.pretrain --out runs/toy-1
+    python -m virtue.toy.pretrain --out runs/toy-2 --init runs/toy-1 --fit-steps 2000
+    python -m virtue.toy.pretrain --out runs/toy-3 --init runs/toy-2 --fit-steps 300 --seed 7 \
+                                  --texts 40 --pairs 12 --reviews 10 --lr 7.5e-4 --matrix-lr 0.005
 
 Good and bad clauses are mixed evenly, so that the base model is no better than the world it has read.
 It learns four tasks in the one chat format: dialogues; revisions (answer, critique, new answer); the
@@ -13,12 +18,13 @@ time only which dialogue is better overall. Labels come from the grammar's laten
 gold. Pairs of answers, the shortest, dominate the judge's first third: what is learned on them
 carries over to the longer lenses.
 
-The judge of the shipped model takes almost any virtuous motive for a good one, also one that its action
-does not bear out. A second phase (--fit-steps, not in the shipped model: docs/experiments.md says what it gained
-and lost) teaches the difference: most pairs of motivations and consequences share one good action and differ
-by how they fit it; broken and repeated sentences cost more; what is true to the action is asked in words,
-sentence by sentence. In it the model also meets the judge's other wording and the extra questions of
-virtue/ethics.py, and questions with their words shuffled, so that naming the person does not hang on places.
+After the first phase the judge takes almost any virtuous motive for a good one, also one that its action
+does not bear out. The second (--fit-steps) teaches the difference: most pairs of motivations and
+consequences share one good action and differ by how they fit it; broken and repeated sentences cost more; what is
+true to the action is asked in words, sentence by sentence. In it the model also meets the judge's other
+wording and the extra questions of virtue/ethics.py, and questions with their words shuffled, so that naming the
+person does not hang on places. The third command, with more text at a quarter of the rates, gives back some of the
+naming that the second loses (docs/experiments.md, section 4).
 """
 from __future__ import annotations
 

@@ -1,0 +1,40 @@
+"""What the tests against PEFT, transformers, TRL and datasets share: a tiny base, and adapters with values in them.
+
+    pip install -e ".[test,interop]" && pytest tests/interop
+
+Where a library is absent, the tests that need it are skipped. None needs a network.
+"""
+import os
+
+import pytest
+import torch
+from tiny import make_tiny_model
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL and datasets would report that they run
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A random Mistral of two layers and its tokenizer, as files."""
+    return make_tiny_model(tmp_path_factory.mktemp("interop") / "base")
+
+
+@pytest.fixture
+def model(folder):
+    from virtue.models import load_model
+
+    return load_model(folder)
+
+
+@pytest.fixture
+def adapt():
+    """adapt(model, name, seed, **settings): adds an adapter of random values, so that a lost one shows."""
+    from virtue.lora import adapter_parameters, add_adapter
+
+    def add(model, name, seed, **settings):
+        add_adapter(model, name, **{"rank": 4, "alpha": 6.0, "seed": seed, **settings})
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in adapter_parameters(model, name):
+            if parameter.requires_grad:  # the identity of a whole matrix stays
+                parameter.data = torch.randn(parameter.shape, generator=generator) * (0.1 if settings.get("rank", 4) else 0.02)
+    return add

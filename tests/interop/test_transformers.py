@@ -1,0 +1,70 @@
+"""Merged reward models in transformers: Auto classes and the pipeline, one by one and in padded batches."""
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import make_tiny_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from virtue.dialogue import Dialogue, Turn, encode_conversation
+from virtue.merge import write_merged
+from virtue.models import ScalarHead, load_model, load_tokenizer
+from virtue.rollout import score_dialogues
+
+# Scores differ by about 1. The base rounds as its type does, 8 bits of bf16 and 11 of fp16, whose merged weights are fp32; the
+# tiny base has wide random weights, which makes that large.
+PRECISION = {"fp32": 1e-5, "bf16": 0.15, "fp16": 0.01}
+CONVERSATIONS = [
+    [{"role": "user", "content": "What should I do about the letter?"}, {"role": "assistant", "content": "I would give it back."}],
+    [{"role": "user", "content": "A letter?"}, {"role": "assistant", "content": "Yes."},
+     {"role": "user", "content": "What is the motivation behind the answer?"}, {"role": "assistant", "content": "Honesty, and compassion for the owner."}],
+    [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base whose configuration names no PAD, as Mistral's."""
+    return make_tiny_model(tmp_path_factory.mktemp("merge") / "base", pad_token_id=None)
+
+
+@pytest.fixture(params=PRECISION)
+def merged(request, folder, adapt, tmp_path):
+    """A merged folder, our scores of CONVERSATIONS, and how exact the folder can be."""
+    model, tokenizer = load_model(folder, dtype=request.param), load_tokenizer(folder)
+    adapt(model, "sft", 1)
+    adapt(model, "action", 2)
+    head = ScalarHead(model.config.hidden_size, seed=3)
+    dialogues = []
+    for messages in CONVERSATIONS:
+        ids, spans = encode_conversation(tokenizer, messages)
+        dialogues.append(Dialogue("0" * 16, messages[:1], ids, (Turn(*spans[-1], False),)))
+    scores = score_dialogues(model, [(("sft", "action"), head)], dialogues, [0], tokenizer.pad_token_id, batch_size=8)[0]
+    change = write_merged(tmp_path, model, tokenizer, ("sft", "action"), head, dialogues, 0)
+    assert scores.std() > 0.1 and change < PRECISION[request.param]
+    return tmp_path, tokenizer, scores, PRECISION[request.param]
+
+
+def test_auto_classes_give_our_scores_in_padded_batches(merged):
+    folder, ours, scores, precision = merged
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert model.config.num_labels == 1 and model.config.pad_token_id == tokenizer.pad_token_id is not None
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in CONVERSATIONS]
+    assert [tokenizer(text, add_special_tokens=False).input_ids for text in texts] == [encode_conversation(ours, messages)[0] for messages in CONVERSATIONS]
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            found = model(**batch).logits[:, 0].float()
+        torch.testing.assert_close(found, scores, atol=precision, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_pipeline_gives_our_scores(merged, batch_size):
+    """The template writes BOS, so the tokenizer must not; with one label the pipeline takes a sigmoid unless told otherwise."""
+    folder, tokenizer, scores, precision = merged
+    pipe = pipeline("text-classification", model=str(folder), device="cpu")
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in CONVERSATIONS]
+    for function, expected in (("none", scores), ("sigmoid", scores.sigmoid())):
+        found = pipe(texts, batch_size=batch_size, function_to_apply=function, add_special_tokens=False)
+        torch.testing.assert_close(torch.tensor([f["score"] for f in found]), expected, atol=precision, rtol=0)

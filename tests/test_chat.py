@@ -1,0 +1,164 @@
+"""The chat: what it prints are the scores of the very dialogue, /why is a branch, Ctrl-C and bad input end nothing but the answer."""
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+
+import pytest
+import torch
+
+import virtue.generate
+import virtue.runtime
+from virtue.chat import HELP, chat, columns
+from virtue.checkpoint import save_artifact
+from virtue.dialogue import encode_conversation
+from virtue.ethics import FOLLOW_UPS, LENSES
+from virtue.lora import adapter_parameters, add_adapter, use_stack
+from virtue.models import ScalarHead, score_at
+from virtue.runtime import open_base
+
+MOTIVATION, CONSEQUENCE = FOLLOW_UPS.values()
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A policy upon SFT and three reward models on the toy base, with random values: saved as the stages save them."""
+    out = tmp_path_factory.mktemp("chat")
+    args = Namespace(model="toy", quantize="none", dtype="fp32", device="cpu", threads=1, seed=0, policy=out / "policy", sft=out / "sft", rm=out / "rm",
+                     max_new_tokens=24, max_prompt_tokens=100, temperature=1.0, batch_size=4)
+    base = open_base(args)
+    heads = {}
+    for seed, (name, folder, stage) in enumerate((("sft", args.sft, "sft"), *((lens, args.rm / lens, "rm") for lens in LENSES), ("policy", args.policy, "policy"))):
+        folder.mkdir(parents=True)
+        add_adapter(base.model, name, rank=4, alpha=8, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in adapter_parameters(base.model, name):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * (0.1 if stage == "policy" else 0.03)
+        heads[name] = ScalarHead(base.model.config.hidden_size, seed=seed) if stage == "rm" else None
+        extra = {"lens": name, "score_mean": 0.5 * seed, "score_std": 1.0 + seed} if stage == "rm" else {}
+        save_artifact(folder, stage=stage, model=base.model, adapter=name, head=heads[name], base=base.info, template=base.template,
+                      parents={"sft": args.sft} if name != "sft" else {}, seed=0, settings={}, extra=extra)
+    return args, base, heads
+
+
+@pytest.fixture
+def talk(chain, monkeypatch, capsys):
+    """talk(*lines) -> what the program prints, when a person types the lines; an exception among them is raised at the prompt."""
+    def run(*lines, **changes):
+        typed = iter(lines)
+
+        def read(prompt):
+            line = next(typed)
+            if isinstance(line, type):
+                raise line
+            return line
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setenv("COLUMNS", "240")
+        chat(Namespace(**{**vars(chain[0]), **changes}))
+        assert next(typed, None) is None  # all was read
+        return capsys.readouterr().out
+    return run
+
+
+@pytest.fixture
+def said(chain, monkeypatch):
+    """Both models say what is put into this list, word for word; a class is raised. Rows that they were given are in `said.rows`."""
+    class Said(list):
+        rows: list[list[int]] = []
+    said, tokenizer = Said(), chain[1].tokenizer
+    said.rows = []
+
+    def sample(model, rows, uniforms, **kwargs):
+        said.rows.append(rows[0])
+        text = said.pop(0)
+        if isinstance(text, type):
+            raise text
+        return [(tokenizer.encode(" " + text, add_special_tokens=False) + [tokenizer.eos_token_id] * (not text.endswith("...")), text.endswith("..."))]
+    monkeypatch.setattr(virtue.generate, "sample", sample)
+    return said
+
+
+def numbers(text):
+    """All printed rewards, in the order of the page: [(lens, score, whether in brackets)]."""
+    return [(lens, float(score), bracket == "(") for bracket, lens, score in re.findall(r"(\(?)(action|motivation|consequence) ([+-]\d+\.\d\d)", text)]
+
+
+@torch.no_grad()
+def rewards(chain, *texts):
+    """The same by another way: the conversation as messages, tokenised anew, each reward model at its end."""
+    _, base, heads = chain
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    ids = torch.tensor([encode_conversation(base.tokenizer, messages)[0]])
+    found = []
+    for k, lens in enumerate(LENSES, 1):
+        with use_stack(base.model, "sft", lens):
+            score = score_at(base.model, heads[lens], ids, torch.ones_like(ids), torch.tensor([[ids.shape[1] - 1]])).item()
+        found.append((score - 0.5 * k) / (1.0 + k))
+    return found
+
+
+def check(found, expected, lens):
+    assert [name for name, *_ in found] == [*LENSES] and [score for _, score, _ in found] == pytest.approx(expected, abs=0.006)
+    assert [name for name, _, bracket in found if not bracket] == [lens]  # what it was trained to read
+
+
+def test_rewards_are_those_of_the_dialogue_so_far(chain, talk, said):
+    said += ["I give it back.", "I keep it.", "Honesty.", "Greed.", "It makes me honest.", "It makes me cold.", "Yes.", "No."]
+    out = talk("What about the letter?", "/why", "", "And the dog?", "/quit")
+    found = numbers(out)
+    assert len(found) == 4 * 2 * 3
+    base = rewards(chain, "What about the letter?", "I give it back."), rewards(chain, "What about the letter?", "I keep it.")
+    check(found[0:3], base[0], "action")
+    check(found[3:6], base[1], "action")
+    check(found[6:9], rewards(chain, "What about the letter?", "I give it back.", MOTIVATION, "Honesty."), "motivation")
+    check(found[15:18], rewards(chain, "What about the letter?", "I keep it.", MOTIVATION, "Greed.", CONSEQUENCE, "It makes me cold."), "consequence")
+    check(found[18:21], rewards(chain, "What about the letter?", "I give it back.", "And the dog?", "Yes."), "action")  # /why left no trace
+    assert abs(base[0][0] - base[1][0]) > 0.05
+    assert out.index(MOTIVATION) < out.index("Honesty.") < out.index(CONSEQUENCE) < out.index("It makes me honest.")
+    first = next(line for line in out.splitlines() if "I give it back." in line)
+    assert first.index("I give it back.") < first.index("I keep it.")  # side by side: base, tuned
+
+
+def test_new_forgets(talk, said):
+    said += ["a.", "b.", "c.", "d."]
+    talk("What about the letter?", "/new", "/why", "What about the letter?", "/quit")
+    assert said.rows[0] == said.rows[1] == said.rows[2] == said.rows[3] and not said
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_program(talk, said):
+    said += ["a.", "b.", "c.", KeyboardInterrupt, "e.", "f."]
+    out = talk("One?", "Two?", "Two?", KeyboardInterrupt)
+    assert "stopped; the question is forgotten" in out and out.endswith("bye\n") and len(numbers(out)) == 2 * 2 * 3
+    assert said.rows[4] == said.rows[2] and said.rows[5] == said.rows[3]  # asked again as if for the first time
+    assert talk(EOFError).endswith("bye\n")
+
+
+def test_what_cannot_be_answered_ends_nothing(chain, talk, said):
+    said += ["a.", "b."]
+    out = talk("/why", "/what", "word " * 101, "One\udcff?", "/quit")
+    assert "there is no answer yet" in out and out.count(HELP) == 2 and "longer than --max-prompt-tokens 100" in out and len(numbers(out)) == 6
+
+
+def test_a_conversation_that_fills_the_context_is_told(talk, said, monkeypatch):
+    def small(args):
+        base = open_base(args)
+        base.model.config.max_position_embeddings = 400
+        return base
+    monkeypatch.setattr(virtue.runtime, "open_base", small)
+    said += ["a..."] * 20  # cut answers: an EOS is forced after each
+    out = talk(*["word " * 90] * 5, "/new", "One?", "/quit")
+    assert out.count("too long for the model: /new") == 2 and "a... ..." in out and len(said) == 20 - 2 * (3 + 1)
+    assert 250 < max(map(len, said.rows)) <= 400 - 24
+
+
+def test_real_answers_differ_and_are_drawn_again_from_the_same_seed(talk):
+    """Nothing is put into the models' mouths here."""
+    first, again, other = (talk("Lena lost the letter. What do you do?", "/why", "/quit", seed=seed) for seed in (3, 3, 4))
+    assert first == again != other and len(numbers(first)) == 18
+    found = numbers(first)
+    assert [score for _, score, _ in found[:3]] != [score for _, score, _ in found[3:6]]
+
+
+def test_columns():
+    shown = columns({"base": "one two three four five six\nx", "tuned": "\x1b[2J"}, 44)
+    assert shown.splitlines() == ["base                  tuned", "one two three four    \\x1b[2J", "five six", "x"]
