@@ -1,5 +1,6 @@
 # make demo   the whole method on the toy model, into runs/demo/ (about 8 minutes on 2 cores)
 # make test   the test suite (no network, no GPU)
+# make interop  the tests against PEFT, TRL and datasets, which it installs; make test skips those where they are absent
 # make compare REV=HEAD SEEDS="0 1 2"   did a change to the code help? FLAGS for more, e.g. FLAGS='--jobs 2 --ppo "--iterations 6"'
 # Each installs what it needs into .venv first. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to
 # pip (README: how to get torch's small CPU build), SEED and OUT go to the demo.
@@ -13,7 +14,7 @@ FLAGS     ?=
 RUN        = .venv/bin/python
 COMMON     = --seed $(SEED) --overwrite
 
-.PHONY: demo test compare clean
+.PHONY: demo test interop compare clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -31,6 +32,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(RUN) -m pytest -q
+
+interop: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-interop.txt
+	$(RUN) -m pytest -q tests/interop
 
 compare: .venv/installed
 	$(RUN) experiments/compare.py $(REV) --seeds $(SEEDS) $(FLAGS)

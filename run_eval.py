@@ -1,9 +1,10 @@
-"""Evaluate: two models side by side, the judge, the reward models, best-of-n.
+"""Evaluate: two models side by side, the judge, the reward models, best-of-n; or talk to the result.
 
   python run_eval.py models    --policy runs/demo/policy --out runs/demo/report
   python run_eval.py judge     --pairs harmless-base.jsonl.gz --limit 200 --out runs/demo/judge
   python run_eval.py rewards   --rm runs/demo/rm --data runs/demo/preferences --out runs/demo/rewards
   python run_eval.py best-of-n --rm runs/demo/rm --out runs/demo/best
+  python run_eval.py chat      --policy runs/demo/policy
 
 models: base, SFT and PPO model answer the same held-out prompts with whole dialogues. The study's Score is
 mean - 0.5 * population std over the 3n scores RM_lens(dialogue up to the lens's turn), on raw scores, as the
@@ -21,6 +22,9 @@ degenerate answers; with --pairs accuracy on any external preference file.
 
 best-of-n: gold and rewards of the best of 1, 2, 4, ... answers of the starting policy under each aggregator,
 by the unbiased estimator. If best-of-n does not help, PPO is unlikely to.
+
+chat: talk to base and tuned model at once in the terminal, with the three rewards of every answer; /why asks
+for motivation and consequence.
 """
 from __future__ import annotations
 
@@ -33,21 +37,24 @@ from virtue.runtime import (add_common_flags, add_sampling_flags, held_out_ids, 
 
 def parse(argv):
     parser = make_parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="models|judge|rewards|best-of-n")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="models|judge|rewards|best-of-n|chat")
     parts = {text.split(":")[0]: text for text in __doc__.split("\n\n")}
-    models, judge, rewards, best = (commands.add_parser(name, help=title, description=parts[name]) for name, title in (
+    models, judge, rewards, best, talk = (commands.add_parser(name, help=title, description=parts[name]) for name, title in (
         ("models", "base, SFT and PPO model side by side"), ("judge", "the judge against human preferences"),
-        ("rewards", "the reward models on pairs, lengths and degenerate answers"), ("best-of-n", "what choosing among answers gains")))
-    models.parent, judge.parent, rewards.parent, best.parent = (
-        ("policy", "policy", ""), (None, None, ""), ("rm", "rm", "action"), ("rm", "rm", "action"))
+        ("rewards", "the reward models on pairs, lengths and degenerate answers"), ("best-of-n", "what choosing among answers gains"), ("chat", "talk to base and tuned model")))
+    models.parent, judge.parent, rewards.parent, best.parent, talk.parent = (
+        ("policy", "policy", ""), (None, None, ""), ("rm", "rm", "action"), ("rm", "rm", "action"), ("policy", "policy", ""))
     for sub in (models, best):
         add_common_flags(sub)
         add_sampling_flags(sub)
+    add_common_flags(talk, out=False)
+    add_sampling_flags(talk)
     for sub in (judge, rewards):
         add_common_flags(sub)
         sub.add_argument("--batch-size", type=positive_int, default=32, help="pairs or dialogues scored at once")
     group = models.add_argument_group("what to compare").add_argument
-    group("--policy", type=Path, required=True, help="folder of run_ppo.py, or of run_sft.py on preferences")
+    for sub in (models, talk):
+        sub.add_argument("--policy", type=Path, required=True, help="folder of run_ppo.py, or of run_sft.py on preferences")
     group("--eval-rm", type=Path, help="a second ensemble, which PPO did not see (run_rm.py --share second --seed 1)")
     group("--judge", help="another model as the judge: toy, folder or hub id (default: the base, adapters off)")
     group("--judge-limit", type=positive_int, default=48, help="prompts on which the judge compares the models")
@@ -63,9 +70,10 @@ def parse(argv):
     group("--pairs", type=Path, help="an external preference file, scored at its last answer")
     for sub, limit, what in ((models, 240, "held-out prompts"), (judge, 200, "pairs"), (rewards, 500, "external pairs"), (best, 64, "held-out prompts")):
         sub.add_argument("--limit", type=positive_int, default=limit, help=f"use the first so many {what}")
-    for sub in (models, rewards, best):
+    for sub in (models, rewards, best, talk):
         sub.add_argument("--sft", type=Path, help="the SFT adapter below it")
-    models.add_argument("--rm", type=Path, help="folder of run_rm.py: the reward models of the training, for a folder that was moved")
+    for sub in (models, talk):
+        sub.add_argument("--rm", type=Path, help="folder of run_rm.py: the reward models of the training, for a folder that was moved")
     for sub in (models, best):
         sub.add_argument("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
     best.add_argument("--n", type=positive_int, default=16, help="answers to each prompt")
@@ -74,6 +82,9 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    if args.command == "chat":
+        from virtue.chat import chat
+        return chat(args)
     {"models": compare_models, "judge": evaluate_judge, "rewards": evaluate_rewards, "best-of-n": best_of_n}[args.command](args)
 
 

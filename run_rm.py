@@ -2,6 +2,7 @@
 
   python run_rm.py --data runs/demo/preferences --sft runs/demo/sft --out runs/demo/rm
   python run_rm.py --data runs/demo/preferences --sft runs/demo/sft --lens motivation --merge --out runs/rm-m
+  python run_rm.py --data runs/hh --lens action --pairs harmless-base.jsonl.gz --out runs/rm-people     # what people chose
   python run_rm.py --data runs/7b/preferences --out runs/7b/rm --quantize nf4 --dtype fp16 --labels hard --batch-size 20 --accumulation 16 \\
       --epochs 2 --lr 1.41e-5 --schedule constant --max-tokens 100 --over-long cut     # the study's values
 
@@ -27,6 +28,8 @@ def parse(argv):
     group("--data", type=Path, required=True, help="folder written by run_data.py preferences")
     group("--sft", type=Path, help="SFT adapter below the reward models: the one that answered")
     group("--lens", choices=(*LENSES, "all"), default="all", help="train one lens, or all three on one loaded base")
+    group("--pairs", type=Path, help="preferences to train the one --lens on instead: hh-rlhf .jsonl(.gz) or TRL's, read at the last answer, as hard labels; "
+                                     "--data still gives the dialogues for the score statistics")
     group("--labels", choices=("soft", "hard"), default="soft", help="target: the judge's probability, or its choice")
     group("--held-out", type=fraction, default=0.15, help="share of prompts kept for accuracy, calibration and score statistics")
     group("--max-tokens", type=positive_int, default=1024, help="longer conversations are over-long")
@@ -45,8 +48,8 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, data_hash, file_hash, load_artifact, save_artifact
-    from virtue.dialogue import check_ids, encode_conversation, read_dialogues, read_preferences, right_pad
+    from virtue.checkpoint import check_made_by, data_hash, file_hash, load_artifact, save_artifact, sha256_file
+    from virtue.dialogue import check_ids, encode_conversation, prompt_record, read_dialogues, read_pairs, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import ScalarHead, score_at
@@ -61,7 +64,12 @@ def main(argv=None):
         raise VirtueError(f"--pool trains one model on all three lenses: leave --lens {args.lens} out")
     if args.label_noise >= 0.5:
         raise VirtueError(f"--label-noise {args.label_noise}: half of the labels turned leaves nothing to learn: give less than 0.5")
-    data = {lens: read_preferences(args.data / f"{lens}.jsonl", lens) for lens in lenses}
+    if args.pairs and args.lens == "all":
+        raise VirtueError(f"--pairs {args.pairs} trains one reward model: give the --lens that it stands for")
+    if args.pairs:
+        data = {args.lens: [{**pair, "id": prompt_record(pair["chosen"][:-1])["id"], "label": 1.0} for pair in read_pairs(args.pairs)[0]]}
+    else:
+        data = {lens: read_preferences(args.data / f"{lens}.jsonl", lens) for lens in lenses}
     dialogues = read_dialogues(args.data / "dialogues.jsonl")
     for lens in lenses:
         may_write(args, args.out / lens, [args.data, args.sft])
@@ -74,6 +82,8 @@ def main(argv=None):
 
     unseen = held_out_ids((d.id for d in dialogues), args.seed, args.held_out)
     held_out_dialogues = [d for d in dialogues if d.id in unseen]
+    if args.pairs:
+        unseen |= held_out_ids((r["id"] for r in data[args.lens]), args.seed, args.held_out)
     # 1. Pairs as tokens, (chosen ids, rejected ids, P(chosen better), record id), by lens and by whether they are held out
     pairs = {lens: ([], []) for lens in lenses}
     over_long = dict.fromkeys(lenses, 0)
@@ -101,7 +111,8 @@ def main(argv=None):
     summary = []
     for lens in lenses:
         folder = args.out / lens
-        state = start(args, folder, data=data_hash(args.data, [*(f"{lens}.jsonl" for lens in lenses), "dialogues.jsonl"]), sft=file_hash(args.sft) if args.sft else None)
+        state = start(args, folder, data=data_hash(args.data, [*(f"{lens}.jsonl" for lens in lenses), "dialogues.jsonl"]), sft=file_hash(args.sft) if args.sft else None,
+                      **({"pairs": sha256_file(args.pairs)} if args.pairs else {}))
         name, (train, held_out) = lens, pairs[lens]
         if args.pool:  # one model, trained when its first lens comes by
             name, train = lenses[0], [pair for other in lenses for pair in pairs[other][0]]
@@ -179,7 +190,7 @@ def main(argv=None):
         scores = score_dialogues(model, [((*sft, name), head)], held_out_dialogues, [LENSES.index(lens)], tokenizer.pad_token_id,
                                  batch_size=args.batch_size)[0]
         extra = {"lens": lens, "score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item(),
-                 "scored_dialogues": len(scores), "held_out": result, "trained_on": len(train), "over_long": over_long[lens],
+                 "scored_dialogues": len(scores), "held_out": result, "held_out_pairs": len(held_out), "trained_on": len(train), "over_long": over_long[lens],
                  "data": made["sha256"]}
         save_artifact(folder, stage="rm", model=model, adapter=name, head=head, base=base.info, template=base.template,
                       parents=parents, seed=args.seed, settings=settings_of(args), extra=extra)

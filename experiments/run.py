@@ -168,7 +168,7 @@ class Stage:
     def command(self, runs: Path) -> list[str]:
         script = str(self.tree.path / self.argv[0]) if self.tree else self.argv[0]
         parents = [part for flag, p in self.parents for part in (flag, str(runs / p.folder))]
-        return [script, *self.argv[1:], "--seed", str(self.seed), *parents, "--out", str(runs / self.folder), "--overwrite"]
+        return [script, *self.argv[1:], "--seed", str(self.seed), *parents, "--out", str(runs / self.folder), "--resume"]
 
     def done(self, runs: Path) -> bool:
         folder = runs / self.folder  # run_ppo.py writes a manifest at every save: run.json says that it came to its end

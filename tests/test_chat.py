@@ -37,7 +37,7 @@ def chain(tmp_path_factory):
         heads[name] = ScalarHead(base.model.config.hidden_size, seed=seed) if stage == "rm" else None
         extra = {"lens": name, "score_mean": 0.5 * seed, "score_std": 1.0 + seed} if stage == "rm" else {}
         save_artifact(folder, stage=stage, model=base.model, adapter=name, head=heads[name], base=base.info, template=base.template,
-                      parents={"sft": args.sft} if name != "sft" else {}, seed=0, settings={}, extra=extra)
+                      parents={"sft": args.sft} if name != "sft" else {}, seed=0, settings={"rm": args.rm}, extra=extra)
     return args, base, heads
 
 
@@ -157,6 +157,15 @@ def test_real_answers_differ_and_are_drawn_again_from_the_same_seed(talk):
     assert first == again != other and len(numbers(first)) == 18
     found = numbers(first)
     assert [score for _, score, _ in found[:3]] != [score for _, score, _ in found[3:6]]
+
+
+def test_the_command_takes_what_the_policy_was_made_with(chain, monkeypatch):
+    import run_eval
+    seen = []
+    monkeypatch.setattr("virtue.chat.chat", seen.append)
+    args = chain[0]
+    run_eval.main(["chat", "--policy", str(args.policy), "--max-new-tokens", "7"])
+    assert (seen[0].policy, seen[0].max_new_tokens, seen[0].rm) == (args.policy, 7, args.rm) and not hasattr(seen[0], "out")
 
 
 def test_columns():

@@ -316,6 +316,22 @@ def test_batch_size_changes_no_draw(fp32, tmp_path):
             assert a["label"] == pytest.approx(b["label"], abs=1e-4) and a["id"] == b["id"]
 
 
+def test_a_reward_model_of_other_people_s_preferences(fp32, tmp_path):
+    """hh-rlhf's and TRL's layouts of the same pairs make the same model."""
+    pairs = [(f"What about {i}: the cake?", "I give it back.", "I keep it.") for i in range(40)]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps({"chosen": f"\n\nHuman: {q}\n\nAssistant: {a}", "rejected": f"\n\nHuman: {q}\n\nAssistant: {b}"}) + "\n"
+                                               for q, a, b in pairs))
+    said = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]  # noqa: E731
+    (tmp_path / "trl.jsonl").write_text("".join(json.dumps({"chosen": said(q, a), "rejected": said(q, b)}) + "\n" for q, a, b in pairs))
+    for name in ("hh", "trl"):
+        call("run_rm", "--data", fp32 / "preferences", "--pairs", tmp_path / f"{name}.jsonl", "--lens", "action", "--out", tmp_path / name, "--epochs", 2, *SMALL)
+    extra = json.loads((tmp_path / "hh/action/virtue.json").read_text())["extra"]
+    assert extra["trained_on"] == 34 and extra["held_out_pairs"] == 6 and extra["held_out"]["accuracy"] == 1 and extra["score_std"] > 0
+    assert (tmp_path / "hh/action/adapter_model.safetensors").read_bytes() == (tmp_path / "trl/action/adapter_model.safetensors").read_bytes()
+    with pytest.raises(VirtueError, match="give the --lens"):
+        call("run_rm", "--data", fp32 / "preferences", "--pairs", tmp_path / "hh.jsonl", "--out", tmp_path / "all")
+
+
 def test_merge_loads_in_transformers_with_the_same_scores(fp32, tmp_path, capsys):
     call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "consequence", "--merge", "--epochs", 1, *SMALL)
     change = float(capsys.readouterr().out.split("largest change of score ")[1].split()[0])
@@ -423,7 +439,7 @@ def test_every_flag_is_read_and_explained(script, monkeypatch):
 
 def test_help_of_sub_commands_teaches(capsys):
     for script, command, flag in (("run_data", "revisions", "--max-prompt-tokens"), ("run_data", "preferences", "--ask"), ("run_eval", "models", "--eval-rm"),
-                                  ("run_eval", "judge", "--pairs"), ("run_eval", "rewards", "--data"), ("run_eval", "best-of-n", "--n")):
+                                  ("run_eval", "judge", "--pairs"), ("run_eval", "rewards", "--data"), ("run_eval", "best-of-n", "--n"), ("run_eval", "chat", "--policy")):
         with pytest.raises(SystemExit) as stop:
             importlib.import_module(script).parse([command, "--help"])
         assert stop.value.code == 0 and flag in capsys.readouterr().out

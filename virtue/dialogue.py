@@ -252,8 +252,8 @@ def parse_hh(text: str) -> Messages:
 
 
 def prompt_of(record: dict) -> Messages:
-    """The prompt of a record: ``{"prompt": text or messages}``, or hh-rlhf's ``{"chosen": text}``,
-    a transcript, read up to and with its last Human turn. ValueError: says what is wrong."""
+    """The prompt of a record: ``{"prompt": text or messages}``, or ``{"chosen"}``, hh-rlhf's transcript or
+    TRL's messages, read up to and with its last user turn. ValueError: says what is wrong."""
     name = "prompt" if "prompt" in record else "chosen"
     _need(name in record, 'has neither "prompt" (a text or messages) nor "chosen" (hh-rlhf)')
     value = record[name]
@@ -263,6 +263,9 @@ def prompt_of(record: dict) -> Messages:
             value.pop()
     elif isinstance(value, str):
         value = [{"role": "user", "content": value}]
+    elif name == "chosen" and isinstance(value, list):
+        check_messages(value, name, "assistant")
+        value = value[:-1]
     check_messages(value, name, "user")
     return value
 

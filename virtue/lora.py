@@ -234,12 +234,17 @@ def load_adapter_state(model: nn.Module, name: str, state: State, config: dict) 
     VirtueError, and nothing is changed: not plain LoRA; a rank, alpha or list of targets other
     than the existing adapter's; a tensor that is missing, extra, misshapen or not finite.
     """
-    variants = ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+    variants = ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication",
+                "alora_invocation_tokens")  # the last acts on a part of the tokens only
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        want = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(config["target_modules"])}
+        # "all-linear" comes as whole paths: a layer that they leave out shows as a missing tensor
+        targets = sorted({str(path).rpartition(".")[2] for path in config["target_modules"]})
+        want = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
         if config["peft_type"] != "LORA" or rank < 1 or any(config.get(key) for key in variants):
             raise ValueError(f"not plain LoRA of rank >= 1 without {variants}")
+        if config.get("init_lora_weights", True) not in (None, True, False, "gaussian", "eva", "orthogonal"):  # as pissa, olora
+            raise ValueError(f"init_lora_weights {config['init_lora_weights']!r} changes the base itself: convert it to plain LoRA in PEFT")
     except (KeyError, TypeError, ValueError) as error:
         raise VirtueError(f"adapter {name!r}: bad adapter_config.json: {error!r}") from error
     made = name not in adapter_names(model)

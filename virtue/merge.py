@@ -22,8 +22,9 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
                  dialogues: Sequence[Dialogue], turn: int) -> float:
     """Write ``folder`` as a MistralForSequenceClassification with one label, in the base's dtype.
 
-    Returns the largest change of score against ``stack`` with ``head`` on ``dialogues``, each read at
-    the end of its ``turn``, by the merged model as loaded back from the disk.
+    The language-model head goes with it, so that AutoModelForCausalLM finds a whole model too. Returns the
+    largest change of score against ``stack`` with ``head`` on ``dialogues``, each read at the end of its
+    ``turn``, by the merged model as loaded back from the disk.
     """
     from safetensors.torch import save
     from transformers import AutoModelForSequenceClassification, MistralConfig
@@ -31,10 +32,9 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
     if main_rank():
         folder.mkdir(parents=True, exist_ok=True)
     dtype = torch.float32 if model.dtype == torch.float16 else model.dtype  # fp16 could overflow when folded
-    state = {k: v for k, v in merged_state_dict(model, stack, dtype).items() if k != "lm_head.weight"}
-    state["score.weight"] = head.weight.detach().cpu().to(dtype)
+    state = merged_state_dict(model, stack, dtype) | {"score.weight": head.weight.detach().cpu().to(dtype)}
     config = MistralConfig(**{**model.config.to_dict(), "architectures": ["MistralForSequenceClassification"],
-                              "num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "dtype": str(dtype).removeprefix("torch.")})
+                              "id2label": {0: "score"}, "label2id": {"score": 0}, "pad_token_id": tokenizer.pad_token_id, "dtype": str(dtype).removeprefix("torch.")})
     if main_rank():
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -71,8 +71,8 @@ nonnegative_float = _checked(float, lambda v: 0 <= v < math.inf, "a number of at
 fraction = _checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every stage: base model, machine, seed, output folder."""
+def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
+    """The flags of every stage: base model, machine, seed, and unless `out` is False the output folder."""
     add = parser.add_argument_group("base model, machine, output").add_argument
     add("--model", default="toy", help="toy, a local folder, or a Hugging Face hub id")
     add("--quantize", choices=("none", "nf4"), default="none", help="4-bit NF4 base weights")
@@ -81,6 +81,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
     add("--threads", type=nonnegative_int, default=0, help="CPU threads, 0 for torch's choice")
     add("--seed", type=nonnegative_int, default=0, help="same seed, same bytes")
+    if not out:
+        return
     add("--out", type=Path, required=True, help="folder to write")
     add("--overwrite", action="store_true", help="write into a folder that is not empty")
     add("--resume", action="store_true", help="go on where a run of the same command was killed")

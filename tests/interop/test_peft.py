@@ -135,7 +135,7 @@ def trained_by_peft(base, **settings):
     return wrapped.eval()
 
 
-@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "gaussian"}])
+@pytest.mark.parametrize("settings", [{}, {"target_modules": "all-linear"}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"}])
 def test_ours_gives_pefts_logits(folder, model, tmp_path, settings):
     wrapped = trained_by_peft(causal(folder), task_type="CAUSAL_LM", **settings)
     wrapped.save_pretrained(tmp_path)
@@ -156,7 +156,8 @@ def test_ours_gives_pefts_scores(folder, model, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 1}},
-                                      {"layers_to_transform": [0]}, {"lora_bias": True}])
+                                      {"layers_to_transform": [0]}, {"lora_bias": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
+                                      {"target_modules": ["layers.0.mlp.up_proj"]}, {"alora_invocation_tokens": [7, 9]}])
 def test_what_is_not_plain_lora_is_refused(folder, model, tmp_path, settings):
     trained_by_peft(causal(folder), task_type="CAUSAL_LM", **settings).save_pretrained(tmp_path)
     with pytest.raises(VirtueError, match="adapter 'a'"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import make_tiny_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from virtue.dialogue import Dialogue, Turn, encode_conversation
+from virtue.lora import use_stack
 from virtue.merge import write_merged
 from virtue.models import ScalarHead, load_model, load_tokenizer
 from virtue.rollout import score_dialogues
@@ -45,6 +46,18 @@ def merged(request, folder, adapt, tmp_path):
     return tmp_path, tokenizer, scores, PRECISION[request.param]
 
 
+def test_the_language_model_comes_with_it(merged, folder, model, adapt):
+    """AutoModelForCausalLM makes a random head where a file has none, with a warning only."""
+    loaded, report = AutoModelForCausalLM.from_pretrained(merged[0], output_loading_info=True)
+    assert not report["missing_keys"] and set(report["unexpected_keys"]) == {"score.weight"}
+    if merged[3] == PRECISION["fp32"]:
+        adapt(model, "sft", 1)
+        adapt(model, "action", 2)
+        ids = torch.tensor([[1, 7, 9, 30, 41, 11, 2]])
+        with use_stack(model, "sft", "action"), torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_auto_classes_give_our_scores_in_padded_batches(merged):
     folder, ours, scores, precision = merged
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -67,4 +80,5 @@ def test_the_pipeline_gives_our_scores(merged, batch_size):
     texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in CONVERSATIONS]
     for function, expected in (("none", scores), ("sigmoid", scores.sigmoid())):
         found = pipe(texts, batch_size=batch_size, function_to_apply=function, add_special_tokens=False)
+        assert {f["label"] for f in found} == {"score"}
         torch.testing.assert_close(torch.tensor([f["score"] for f in found]), expected, atol=precision, rtol=0)

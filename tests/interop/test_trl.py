@@ -140,5 +140,4 @@ def test_files_of_others_are_read(data):
         path = data / f"{name}.jsonl"
         datasets.Dataset.from_list([record]).to_json(path)
         assert read_pairs(path) == ([expected], 0), name
-        if name != "TRL, implicit prompt":
-            assert [r["prompt"] for r in read_prompts(path)] == [turns], name
+        assert [r["prompt"] for r in read_prompts(path)] == [turns], name
