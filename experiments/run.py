@@ -67,7 +67,7 @@ def ppo(*variants: tuple[str, str], **shared: str) -> list[Arm]:
 
 
 DEFAULT = Arm("default")
-LR, VALUE_LR, RM_LR, SFT_LR = 3e-3, 2e-3, 2e-3, 1e-3  # the defaults of run_ppo.py, run_rm.py and run_sft.py (a test keeps them so)
+LR, VALUE_LR, RM_LR, SFT_LR = 2e-3, 4e-3, 2e-3, 1e-3  # the defaults of run_ppo.py, run_rm.py and run_sft.py (a test keeps them so)
 UNCUT = "--max-new-tokens 64"  # at evaluation: what was learned is read off whole answers, however training cut them
 # How many answers the study's limits cut, it does not say. Of the SFT model's answers on the toy (median 31 tokens) a limit of
 # 16 cuts 99.9 %, 24 78 %, 30 53 %, 34 about 10 %: the first two stand for answers of hundreds of tokens, as a 7B chat model gives,
@@ -79,7 +79,7 @@ KEEP = "--truncated keep"  # the study speaks of no truncated answer that it dro
 STUDY_RM = "--labels hard --epochs 2 --schedule constant --over-long cut"
 # 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2 passes, one step each.
 # 1.41e-5 is 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's defaults.
-STUDY_PPO = "--rollout-size 320 --minibatch-size 320 --iterations 3 --ppo-epochs 2 --no-standardize --score-dtype fp16"
+STUDY_PPO = "--rollout-size 320 --minibatch-size 320 --iterations 3 --value-warmup 0 --ppo-epochs 2 --no-standardize --score-dtype fp16"
 STUDY = dict(base="--quantize nf4 --max-new-tokens 16", sft=None, preferences=f"{KEEP} --orders one --limit 768",
              rm=f"{STUDY_RM} --batch-size 20 --accumulation 16 --lr {0.14 * RM_LR:.2g} --max-tokens 50",
              policy=f"{STUDY_PPO} --lr {0.14 * LR:.2g} --value-lr {0.14 * VALUE_LR:.2g}")
@@ -129,12 +129,12 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
     "aggregators-noise": ("Which aggregator, with a quarter of the labels turned?", [Arm("mean", **NOISE), *ppo(*AGGREGATORS, **NOISE)]),
     # (that the value function has an adapter of its own cannot be taken out by a flag)
     "details": ("What are the details of PPO worth that people remove?", [DEFAULT, *ppo(
-        ("no value clipping", "--value-clip-range 1e9"), ("no whitening", "--no-whiten"), ("critic warm-up", "--value-warmup 2 --value-lr 4e-3 --lr 2e-3"), ("adaptive KL", "--kl-target 3"),
+        ("no value clipping", "--value-clip-range 1e9"), ("no whitening", "--no-whiten"), ("no critic warm-up", "--value-warmup 0"), ("adaptive KL", "--kl-target 3"),
         ("no missing-EOS penalty", "--eos-penalty 0"))]),
 }
-# Half of the default's pairs, four ninths of its dialogues in nearly as many optimiser steps, half of its prompts at evaluation.
+# Half of the default's pairs, a third of its dialogues in two thirds of its optimiser steps, half of its prompts at evaluation.
 SMALL = {"preferences": "--limit 384", "policy": "--rollout-size 64 --minibatch-size 16 --iterations 16", "report": "--limit 120 --judge-limit 16"}
-FAST = {"revisions": "--limit 64", "preferences": "--limit 96", "policy": "--iterations 4 --rollout-size 32 --minibatch-size 32", "report": "--limit 60"}
+FAST = {"revisions": "--limit 64", "preferences": "--limit 96", "policy": "--iterations 4 --value-warmup 1 --rollout-size 32 --minibatch-size 32", "report": "--limit 60"}
 
 # ---- stages
 
@@ -280,7 +280,7 @@ def execute(stages: Iterable[Stage], runs: Path, jobs: int = 1, label: Mapping[s
                 say(stage, "FAILED:")
                 first, *rest = lines_of(log)
                 print("\n  | ".join(["  " + first, *rest[-15:]]), flush=True)
-    finally:  # on Ctrl-C: end what runs; a stage without run.json is run again
+    finally:  # on Ctrl-C: end what runs; a stage without run.json goes on with --resume
         for process, *_ in running.values():
             process.terminate()
         for process, *_ in running.values():
@@ -427,7 +427,7 @@ def show(name: str, runs: Path, seeds: Sequence[int], scale: str) -> None:
     print(f"\n## {name}: {question}\n")
     if scale != "full":
         print({"fast": "**At `--scale fast`: a check that all runs, not a result.**\n",
-               "small": "At `--scale small`: half of the default's pairs and prompts, four ninths of its dialogues.\n"}[scale])
+               "small": "At `--scale small`: half of the default's pairs and prompts, a third of its dialogues.\n"}[scale])
     print(tables(found), end="\n\n")
     for arm in arms:
         files = [runs / made["best"].folder / "best_of_n.json" for seed in seeds if (made := chain(arm, seed, scale)).get("best") and made["best"].done(runs)]

@@ -85,7 +85,7 @@ def test_commands_are_what_the_scripts_accept(monkeypatch):
                     seen.add(stage.folder)
                     try:
                         args = importlib.import_module(script.removesuffix(".py")).parse(flags)
-                        assert args.seed == (1001 if stage.name == "unseen" else 1) and args.overwrite and str(args.out).startswith("runs/x/")
+                        assert args.seed == (1001 if stage.name == "unseen" else 1) and args.resume and str(args.out).startswith("runs/x/")
                     except SystemExit:
                         refused.append(shlex.join([script, *flags]))
     assert len(seen) > 100 and not refused, "\n".join(refused)

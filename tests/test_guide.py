@@ -130,7 +130,7 @@ def demo(tmp_path_factory):
     return out
 
 
-PPO = ("--iterations", 1, "--rollout-size", 8, "--minibatch-size", 4, "--rank", 4, "--limit", 8, "--lr", 0.01)
+PPO = ("--iterations", 1, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 4, "--rank", 4, "--limit", 8, "--lr", 0.01)
 
 
 def rollouts(out: Path) -> list[dict]:

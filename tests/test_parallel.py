@@ -105,7 +105,7 @@ def test_ppo_by_two(tmp_path):
     sys.path.insert(0, str(ROOT))
     for script, flags in (("run_data", f"preferences --limit 12 --out {tmp_path}/p"), ("run_rm", f"--data {tmp_path}/p --epochs 1 --rank 4 --held-out 0.25 --out {tmp_path}/rm")):
         importlib.import_module(script).main(flags.split())
-    flags = f"--rm {tmp_path}/rm --iterations 2 --rollout-size 6 --minibatch-size 3 --micro-batch-size 2 --rank 4 --limit 12 --ppo-epochs 1 --threads 1".split()
+    flags = f"--rm {tmp_path}/rm --iterations 2 --value-warmup 0 --rollout-size 6 --minibatch-size 3 --micro-batch-size 2 --rank 4 --limit 12 --ppo-epochs 1 --threads 1".split()
     importlib.import_module("run_ppo").main([*flags, "--out", str(tmp_path / "one")])
     result = torchrun("run_ppo.py", *flags, "--out", tmp_path / "two")
     assert result.returncode == 0, result.stderr[-2000:]

@@ -29,7 +29,7 @@ def chain(out: Path, quantize: str) -> Path:
     call("run_sft", "--data", out / "revisions", "--out", out / "sft", "--epochs", 2, "--lr", 1e-3, *SMALL)
     call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", 24)
     call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--epochs", 1, "--held-out", 0.25, *SMALL)
-    call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", 2, "--rollout-size", 8, "--lr", 1e-3, "--minibatch-size", 4,
+    call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", 2, "--value-warmup", 0, "--rollout-size", 8, "--lr", 1e-3, "--minibatch-size", 4,
          "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3)
     call("run_eval", "models", "--policy", out / "policy", "--out", out / "report", "--limit", 8, "--show", 1, "--judge-limit", 4)
     return out
@@ -89,7 +89,7 @@ def test_same_seed_same_bytes(fp32, tmp_path):
 def test_ppo_of_each_kind(fp32, tmp_path):
     for i, flags in enumerate((["--aggregate", "min", "--train-turns", "action"], ["--reward-turns", "answer", "--micro-batch-size", 2],
                                ["--aggregate", "weighted", "--weights", 1, 0, 1])):
-        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / str(i), "--iterations", 1, "--rollout-size", 4, "--minibatch-size", 4, "--lr", 1e-3,
+        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / str(i), "--iterations", 1, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--lr", 1e-3,
              "--rank", 4, "--limit", 8, *flags)
         metrics, = lines(tmp_path / str(i) / "metrics.jsonl")
         assert metrics["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and metrics["policy/ratio"] == pytest.approx(1, abs=0.1)
@@ -106,7 +106,7 @@ def test_ppo_records_every_rollout(fp32):
 
 def test_what_the_ablations_change(fp32, tmp_path):
     def first(name, *flags):
-        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / name, "--iterations", 1, "--rollout-size", 8, "--minibatch-size", 8, "--ppo-epochs", 1,
+        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / name, "--iterations", 1, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 8, "--ppo-epochs", 1,
              "--rank", 4, "--limit", 8, *flags)
         return lines(tmp_path / name / "metrics.jsonl")[0]
     plain, raw, half, bare = (first(name, *flags) for name, flags in (
@@ -122,7 +122,7 @@ def test_what_the_ablations_change(fp32, tmp_path):
 
 def test_the_policy_waits_for_the_value_function(fp32, tmp_path):
     from safetensors.torch import load_file
-    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "w", "--iterations", 2, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
+    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "w", "--iterations", 2, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
          "--value-warmup", 1)
     first, second = lines(tmp_path / "w/metrics.jsonl")
     assert second["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and first["value/loss"] > 0
@@ -137,12 +137,12 @@ def test_the_best_policy_is_kept(fp32, tmp_path):
     metrics = lines(fp32 / "policy/metrics.jsonl")
     for m in metrics:
         assert m["objective/rlhf_reward"] == pytest.approx(m["objective/score"] - m["objective/kl_coef"] * m["objective/kl"])
-    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 3, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
+    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 3, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
          "--lr", 1e-7, "--kl-coef", 0.0, "--save-every", 1)
     found = [m["objective/rlhf_reward"] for m in lines(tmp_path / "p/metrics.jsonl")]
     manifest = json.loads((tmp_path / "p/best/virtue.json").read_text())
     assert manifest["stage"] == "policy" and manifest["extra"]["iterations"] == found.index(max(found))
-    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "q", "--iterations", 2, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
+    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "q", "--iterations", 2, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
          "--lr", 0.02, "--kl-coef", 1e6)
     best = load_file(tmp_path / "q/best/adapter_model.safetensors")
     assert not any((t != 0).any() for k, t in best.items() if "lora_B" in k)  # a change so large is dear: the start is the best
@@ -152,7 +152,7 @@ def test_the_best_policy_is_kept(fp32, tmp_path):
 
 
 def test_ppo_stops_when_it_runs_away(fp32, tmp_path, capsys):
-    flags = ["--rm", fp32 / "rm", "--iterations", 4, "--rollout-size", 8, "--minibatch-size", 4, "--rank", 4, "--limit", 16, "--save-every", 1]
+    flags = ["--rm", fp32 / "rm", "--iterations", 4, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 4, "--rank", 4, "--limit", 16, "--save-every", 1]
     call("run_ppo", *flags, "--out", tmp_path / "p", "--lr", 0.02, "--stop-kl", 0.5)
     metrics = lines(tmp_path / "p/metrics.jsonl")
     assert 1 < len(metrics) < 4 and metrics[-1]["objective/kl"] > 0.5 >= metrics[-2]["objective/kl"]
@@ -172,7 +172,7 @@ def test_numbers_that_go_wrong_name_step_records_and_checkpoint(fp32, tmp_path, 
         return scores
 
     monkeypatch.setattr(virtue.rollout, "score_dialogues", broken)
-    flags = ["--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 4, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 8, "--save-every", 1]
+    flags = ["--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 4, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 8, "--save-every", 1]
     with pytest.raises(VirtueError, match=r"ppo, iteration 3: the score of records (\w+) is not finite: .*checkpoint is .*resume.00000002-") as caught:
         call("run_ppo", *flags)
     assert lines(tmp_path / "p/rollouts.jsonl")[0]["id"] and str(tmp_path) in str(caught.value)
@@ -186,7 +186,7 @@ def test_whole_matrices_and_merged_reward_models(fp32, tmp_path):
     config = json.loads((tmp_path / "sft/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 384  # the width of the toy's down_proj
     with pytest.raises(VirtueError, match="--quantize nf4"):
-        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 1, "--rollout-size", 4, "--minibatch-size", 4, "--limit", 8, "--merge-rm")
+        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 1, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--limit", 8, "--merge-rm")
 
 
 def test_one_question_and_one_order(fp32, tmp_path):
@@ -394,7 +394,7 @@ def test_bad_input(fp32, tmp_path, toy_folder):
         ("run_ppo", ["--rm", fp32 / "rm", "--model", other], ["another base"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--sft", fp32 / "policy"], ["stage 'policy'"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--aggregate", "weighted"], ["--weights"]),
-        ("run_ppo", ["--rm", fp32 / "rm", "--iterations", 2, "--value-warmup", 2], ["--value-warmup 2", "--iterations 2"]),
+        ("run_ppo", ["--rm", fp32 / "rm", "--iterations", 2, "--value-warmup", 0, "--value-warmup", 2], ["--value-warmup 2", "--iterations 2"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--weights", "nan", 1, 1], ["--weights", "finite"]),
         ("run_rm", ["--data", fp32 / "preferences", "--sft", tmp_path / "other_sft"], ["sampled upon", "--sft"]),
         ("run_eval", ["models", "--policy", fp32 / "sft"], ["stage"]),
