@@ -92,4 +92,5 @@ def barrier() -> None:
 def leave() -> None:
     """Ends the group; a rank that dies without it ends the others with an error (torchrun sees to that)."""
     if dist.is_initialized():
+        barrier()  # a rank that leaves while another is still at work can make that one abort
         dist.destroy_process_group()
