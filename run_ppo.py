@@ -78,7 +78,7 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError, plots
-    from virtue.checkpoint import file_hash, prepare_output, save_artifact, sha256_file, write_atomic
+    from virtue.checkpoint import file_hash, prepare_output, prompts_hash, save_artifact, write_atomic
     from virtue.dialogue import load_prompts, messages_of, read_jsonl, right_pad
     from virtue.ensemble import AGGREGATORS, aggregate, standardize
     from virtue.ethics import LENSES
@@ -166,7 +166,7 @@ def main(argv=None):
     weights = torch.tensor(args.weights) if args.weights else None
     ensemble = dict(weights=weights, coef=args.uwo_coef, use_variance=args.uwo_variance, reference=args.lsc_reference)
 
-    state = start(args, out, prompts=None if args.prompts == "toy" else sha256_file(args.prompts), sft=file_hash(args.sft) if args.sft else None,
+    state = start(args, out, prompts=prompts_hash(args.prompts),
                   **{lens: file_hash(args.rm / lens) for lens in LENSES})
     if state is None:
         return

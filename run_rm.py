@@ -48,7 +48,7 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, data_hash, file_hash, load_artifact, save_artifact, sha256_file
+    from virtue.checkpoint import check_made_by, data_hash, load_artifact, save_artifact, sha256_file
     from virtue.dialogue import check_ids, encode_conversation, prompt_record, read_dialogues, read_pairs, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
@@ -111,7 +111,7 @@ def main(argv=None):
     summary = []
     for lens in lenses:
         folder = args.out / lens
-        state = start(args, folder, data=data_hash(args.data, [*(f"{lens}.jsonl" for lens in lenses), "dialogues.jsonl"]), sft=file_hash(args.sft) if args.sft else None,
+        state = start(args, folder, data=data_hash(args.data, [*(f"{lens}.jsonl" for lens in lenses), "dialogues.jsonl"]),
                       **({"pairs": sha256_file(args.pairs)} if args.pairs else {}))
         name, (train, held_out) = lens, pairs[lens]
         if args.pool:  # one model, trained when its first lens comes by

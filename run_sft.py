@@ -35,7 +35,7 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, data_hash, file_hash, read_manifest, save_artifact
+    from virtue.checkpoint import check_made_by, data_hash, read_manifest, save_artifact
     from virtue.dialogue import encode_conversation, read_preferences, read_revisions, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
@@ -87,7 +87,7 @@ def main(argv=None):
 
     # Train
     files = [f"{lens}.jsonl" for lens in LENSES] if chosen else ["revisions.jsonl"]
-    state = start(args, out, data=data_hash(args.data, files), sft=file_hash(args.sft) if args.sft else None)
+    state = start(args, out, data=data_hash(args.data, files))
     if state is None:
         return
     step_size = args.batch_size * args.accumulation

@@ -79,6 +79,11 @@ def file_hash(folder: str | Path) -> str:
     return sha256_file(Path(folder) / WEIGHTS)
 
 
+def prompts_hash(name: str) -> str | None:
+    """Hex sha256 of a file of prompts; None for the toy's, which are code."""
+    return None if name == "toy" else sha256_file(name)
+
+
 def data_hash(folder: Path, names: Iterable[str]) -> str:
     """Hex sha256 over the named files of a folder of data, in that order."""
     return hashlib.sha256("".join(sha256_file(folder / name) for name in names).encode()).hexdigest()

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from virtue import VirtueError, printable
-from virtue.checkpoint import MANIFEST, check_output, prepare_output, read_manifest, write_atomic, write_json
+from virtue.checkpoint import MANIFEST, check_output, file_hash, prepare_output, read_manifest, write_atomic, write_json
 from virtue.parallel import rank, size, total
 from virtue.dialogue import is_number
 from virtue.models import is_sound
@@ -66,8 +66,9 @@ def _agree(was: Mapping, now: Mapping, where: Path) -> None:
 def start(args: argparse.Namespace, out: Path, **inputs: str | None) -> Path | None:
     """Makes the output folder and its resume/ -> that; None if the run has come to its end already.
 
-    With --resume the flags, and the hashes of `inputs`, must be those that the run was begun with.
+    With --resume the flags, and the hashes of `inputs` and of the SFT adapter, must be those that the run was begun with.
     """
+    inputs["sft"] = file_hash(args.sft) if getattr(args, "sft", None) else None
     settings = json.loads(json.dumps(settings_of(args), default=str)) | {f"sha256 {name}": digest for name, digest in inputs.items()}
     state = _start(args, out, settings | {"processes": size()}) if main_rank() else out / FOLDER
     return None if total(torch.tensor(float(state is None))) else state  # the others wait for rank 0
