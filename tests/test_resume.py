@@ -206,3 +206,21 @@ def test_a_folder_that_cannot_be_written_is_an_error():
              "sys.argv = ['run_data.py', 'revisions', '--limit', '2', '--out', '/proc/nowhere']; run_main(run_data.main)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2 and "error: /proc/nowhere" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_another_sft_adapter_or_other_prompts_are_refused(tmp_path):
+    from virtue.checkpoint import prompts_hash
+    sft, prompts = tmp_path / "sft", tmp_path / "p.jsonl"
+    sft.mkdir()
+    (sft / "adapter_model.safetensors").write_bytes(b"one")
+    prompts.write_text('{"prompt": "x"}\n')
+    start(flags(tmp_path / "x", sft=sft), tmp_path / "x", prompts=prompts_hash(str(prompts)))
+    start(flags(tmp_path / "x", sft=sft, resume=True), tmp_path / "x", prompts=prompts_hash(str(prompts)))
+    (sft / "adapter_model.safetensors").write_bytes(b"two")
+    with pytest.raises(VirtueError, match="the file behind sft"):
+        start(flags(tmp_path / "x", sft=sft, resume=True), tmp_path / "x", prompts=prompts_hash(str(prompts)))
+    (sft / "adapter_model.safetensors").write_bytes(b"one")
+    prompts.write_text('{"prompt": "y"}\n')
+    with pytest.raises(VirtueError, match="the file behind prompts"):
+        start(flags(tmp_path / "x", sft=sft, resume=True), tmp_path / "x", prompts=prompts_hash(str(prompts)))
+    assert prompts_hash("toy") is None
