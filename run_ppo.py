@@ -58,7 +58,7 @@ def parse(argv):
     ppo("--rollout-size", type=positive_int, default=128, help="dialogues an iteration")
     ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
     ppo("--minibatch-size", type=positive_int, default=32, help="dialogues an optimiser step")
-    ppo("--micro-batch-size", type=positive_int, default=32, help="dialogues a forward pass; changes memory, not the update")
+    ppo("--micro-batch-size", type=positive_int, default=16, help="dialogues a forward pass; changes memory, not the update")
     ppo("--lr", type=positive_float, default=2e-3, help="Adam learning rate of the policy adapter, linear decay to a tenth (Mistral-7B: 1e-5)")
     ppo("--value-lr", type=positive_float, default=4e-3, help="Adam learning rate of value adapter and head")
     ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss")
@@ -91,7 +91,7 @@ def main(argv=None):
     from virtue.parallel import share, size as processes, sum_gradients, total
     from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
     from virtue.report import run_away
-    from virtue.rollout import ended_share, in_chunks, load_reward_models, load_sft, loss_mask, place_scores, score_dialogues, values_at
+    from virtue.rollout import by_length, ended_share, in_chunks, load_reward_models, load_sft, loss_mask, place_scores, score_dialogues, values_at
 
     if (args.aggregate == "weighted") != (args.weights is not None):
         raise VirtueError("--aggregate weighted and --weights W W W (action, motivation, consequence) go together: give both or neither")
@@ -173,7 +173,7 @@ def main(argv=None):
     prepare_output(out / "value", overwrite=True)
     prepare_output(out / "best", overwrite=True)
     log, rollouts, kl_coef = MetricsLog(out / "metrics.jsonl"), MetricsLog(out / "rollouts.jsonl"), args.kl_coef
-    best, best_iteration, resumed, stop = -float("inf"), 0, 0, False
+    best, best_iteration, resumed, stop, drawn = -float("inf"), 0, 0, False, -float("inf")
     flatten(model, ("policy",), "best")
     learned = lambda: [*policy_parameters, *value_parameters, *adapter_parameters(model, "best")]  # noqa: E731 (flatten makes "best" anew)
     if done := load_checkpoint(state, learned(), optimizer, schedule, [log.path, rollouts.path]):
@@ -189,8 +189,8 @@ def main(argv=None):
         # 1. Sample a batch of prompts, and dialogues from the policy
         per_pass = len(prompts) // args.rollout_size
         order = stream(args.seed, "ppo", "order", (iteration - 1) // per_pass).permutation(len(prompts))
-        start = (iteration - 1) % per_pass * args.rollout_size
-        dialogues = sample([prompts[i] for i in order[start:start + args.rollout_size]], iteration)
+        begin = (iteration - 1) % per_pass * args.rollout_size
+        dialogues = sample([prompts[i] for i in order[begin:begin + args.rollout_size]], iteration)
         flatten(model, ("policy",), "sampled")  # a copy of what sampled, before the update changes it
 
         # 2. Score: three reward models, old and reference log-probs, values
@@ -218,7 +218,7 @@ def main(argv=None):
             permutation = torch.from_numpy(stream(args.seed, "ppo", iteration, epoch).permutation(len(dialogues)))
             for minibatch in permutation.split(args.minibatch_size):
                 tokens = int(mask[minibatch].sum())  # of the whole optimiser step
-                for rows in share(minibatch).split(chunk):
+                for rows in share(minibatch[by_length(mask[minibatch])]).split(chunk):
                     part = rollout.index(rows)
                     new_logprobs, entropy = logprobs((*sft, "policy"), part.input_ids, attention[rows], part.mask, entropy=True)
                     loss, micro = ppo_loss(
@@ -271,9 +271,11 @@ def main(argv=None):
             messages = messages_of(tokenizer, d, turns=len(d.turns))
             rollouts.write({"iteration": iteration, "id": d.id, "prompt": d.prompt[-1]["content"], "kl": kl_one, "scores": s,
                             "turns": dict(zip(LENSES, (m["content"] for m in messages[len(d.prompt)::2])))})
-        if main_rank() and plots.available():
+        last = stop or iteration == args.iterations
+        if main_rank() and plots.available() and (last or time.monotonic() - drawn > 30):  # drawing takes 0.4 s
+            drawn = time.monotonic()
             write_atomic(out / "curves.svg", plots.training_curves([m for _, m in read_jsonl(out / "metrics.jsonl")]).encode())
-        if iteration % args.save_every == 0 or iteration == args.iterations or stop:
+        if iteration % args.save_every == 0 or last:
             save()
             save_checkpoint(state, iteration, learned(), optimizer, schedule, [log.path, rollouts.path], kl_coef=kl_coef, best=best,
                             best_iteration=best_iteration, before=before, first=first, metrics=metrics)

@@ -49,7 +49,7 @@ def main(argv=None):
     import torch
     from virtue import VirtueError
     from virtue.checkpoint import check_made_by, data_hash, load_artifact, save_artifact, sha256_file
-    from virtue.dialogue import check_ids, encode_conversation, prompt_record, read_dialogues, read_pairs, read_preferences, right_pad
+    from virtue.dialogue import buckets, check_ids, encode_conversation, prompt_record, read_dialogues, read_pairs, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import ScalarHead, score_at
@@ -159,18 +159,18 @@ def main(argv=None):
         step, resumed = 0, done["step"] if done else 0
         with progress(None, f"rm {lens}", total=steps) as bar:
             for epoch in range(args.epochs if name == lens else 0):
-                shuffled = [train[i] for i in stream(args.seed, "rm", lens, epoch).permutation(len(train))]
-                for begin in range(0, len(train), step_size):
+                order = stream(args.seed, "rm", lens, epoch).permutation(len(train)).tolist()
+                for batch in buckets(order, [max(map(len, pair[:2])) for pair in train], step_size):
                     step += 1
                     bar.update()
                     if step <= resumed:
                         continue
-                    whole, total = shuffled[begin:begin + step_size], 0.0
+                    whole, total = [train[i] for i in batch], 0.0
                     mine = share(whole)
                     for i in range(0, len(mine), args.batch_size):  # accumulation: normalised by the whole step's pairs
-                        batch = mine[i:i + args.batch_size]
-                        d = margins(batch)
-                        loss = pairwise_loss(d, torch.zeros_like(d), targets(batch)).sum() / len(whole)
+                        part = mine[i:i + args.batch_size]
+                        d = margins(part)
+                        loss = pairwise_loss(d, torch.zeros_like(d), targets(part)).sum() / len(whole)
                         loss.backward()
                         total += loss.item()
                     sum_gradients(parameters)

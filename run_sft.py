@@ -36,7 +36,7 @@ def main(argv=None):
     import torch
     from virtue import VirtueError
     from virtue.checkpoint import check_made_by, data_hash, read_manifest, save_artifact
-    from virtue.dialogue import encode_conversation, read_preferences, read_revisions, right_pad
+    from virtue.dialogue import buckets, encode_conversation, read_preferences, read_revisions, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.models import logprobs_at
@@ -102,13 +102,13 @@ def main(argv=None):
     step, resumed = 0, done["step"] if done else 0
     with progress(None, "sft", total=steps) as bar:
         for epoch in range(args.epochs):
-            shuffled = [train[i] for i in stream(args.seed, "sft", epoch).permutation(len(train))]
-            for begin in range(0, len(train), step_size):
+            order = stream(args.seed, "sft", epoch).permutation(len(train)).tolist()
+            for batch in buckets(order, [len(ids) for ids, *_ in train], step_size):
                 step += 1
                 bar.update()
                 if step <= resumed:
                     continue
-                whole = shuffled[begin:begin + step_size]
+                whole = [train[i] for i in batch]
                 tokens = sum(b - a for _, spans, _ in whole for a, b in spans)
                 total = 0.0
                 mine = share(whole)

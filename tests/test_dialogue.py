@@ -11,7 +11,7 @@ from tiny import make_tiny_tokenizer
 from tokenizers import AddedToken
 
 from virtue import VirtueError, dialogue
-from virtue.dialogue import Dialogue, Turn, encode_conversation, encode_prompt, followup_ids
+from virtue.dialogue import Dialogue, Turn, buckets, encode_conversation, encode_prompt, followup_ids
 from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES
 
 PAD, BOS, EOS, INST, INST_END = range(5)
@@ -338,3 +338,18 @@ def test_pairs_of_any_kind(tmp_path):
         path.write_text(json.dumps(records[0]) + "\n" + json.dumps(bad) + "\n")
         with pytest.raises(VirtueError, match="pairs.jsonl, line 2"):
             dialogue.read_pairs(path)
+
+
+@pytest.mark.parametrize("n, size", [(1, 4), (64, 4), (75, 4), (75, 32), (5, 1)])
+def test_buckets_hold_every_row_once_and_like_lengths_together(n, size):
+    lengths = torch.randint(1, 100, (n,)).tolist()
+    order = torch.randperm(n).tolist()
+    batches = buckets(order, lengths, size)
+    assert sorted(sum(batches, [])) == list(range(n)) and len(batches) == -(-n // size) and max(map(len, batches)) <= size
+    for start in range(0, len(batches), 8):  # within a window no batch's lengths reach into another's
+        spans = sorted((min(lengths[i] for i in b), max(lengths[i] for i in b)) for b in batches[start:start + 8])
+        assert all(low[1] <= high[0] for low, high in zip(spans, spans[1:]))
+        assert {i for b in batches[start:start + 8] for i in b} == set(order[start * size:(start + 8) * size])
+    if n == 64:
+        means = [sum(lengths[i] for i in b) for b in batches[:8]]
+        assert means != sorted(means)  # the order of the batches is not that of their lengths

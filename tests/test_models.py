@@ -377,6 +377,27 @@ def test_logprobs_run_the_head_on_masked_positions_only(model):
     assert rows == [2]
 
 
+def test_logits_in_parts_are_the_same(model, monkeypatch):
+    """Part by part, log-probs, entropies and gradients are what they are at once, and no part is larger than allowed."""
+    ids, attention = batch(ROWS)
+    mask, sizes, found = attention[:, 1:], [], []
+    hook = model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
+    weight = model.model.norm.weight
+    try:
+        weight.requires_grad_(True)
+        for allowed in (1 << 26, 4 * 300 + 7):  # 4 rows of the vocabulary's 300
+            monkeypatch.setattr("virtue.models.LOGITS_AT_ONCE", allowed)
+            logprobs, entropies = logprobs_at(model, ids, attention, mask, 0.7, True)
+            gradients = torch.autograd.grad((logprobs * torch.arange(mask.shape[1]) + entropies**2).sum(), weight)
+            found.append((logprobs, entropies, *gradients))
+    finally:
+        weight.requires_grad_(False)
+        hook.remove()
+    assert sizes[0] == int(mask.sum()) and max(sizes[1:]) == 4 and sum(sizes[1:]) == 2 * sizes[0]  # forward, and again in the backward pass
+    for at_once, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, at_once, rtol=1e-5, atol=1e-5)
+
+
 def test_padding_content_and_gradients_stay_out(model):
     """What stands in the padding is never read, and its embedding gets no gradient."""
     ids, attention = batch(ROWS, extra=3)

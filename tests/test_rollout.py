@@ -11,7 +11,7 @@ from virtue.logprobs import kl_k1, kl_k3
 from virtue.lora import adapter_parameters, add_adapter, flatten, use_stack
 from virtue.models import ScalarHead, load_model, load_tokenizer, logprobs_at, score_at
 from virtue.ppo import Rollout, ppo_loss
-from virtue.rollout import (dialogue_logprobs, ended_share, in_chunks, loss_mask, place_scores, score_dialogues, span_mask,
+from virtue.rollout import (by_length, dialogue_logprobs, ended_share, in_chunks, loss_mask, place_scores, score_dialogues, span_mask,
                             values_at)
 
 # ids 0..9; action = 2..4, motivation = 5..7 truncated with the forced EOS at 7, consequence = 8..10
@@ -144,5 +144,28 @@ def test_each_reward_model_reads_its_own_prefix_whatever_the_batch(world):
 
 
 def test_in_chunks_joins_in_order():
-    x = torch.arange(7.0)
-    assert torch.equal(in_chunks(lambda a, b: a + b, 3, x, x), 2 * x)
+    x, mask = torch.arange(35.0).view(7, 5), torch.rand(7, 5) < 0.5
+    assert torch.equal(in_chunks(lambda a, b: a + b, 3, x, mask), x + mask)
+
+
+def test_rows_of_like_length_share_a_chunk():
+    mask = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]], dtype=torch.bool)
+    assert by_length(mask).tolist() == [2, 1, 4, 3, 0]
+
+
+def test_what_comes_after_the_mask_costs_nothing_and_changes_nothing(tmp_path):
+    """With --train-turns action the model need not run on the later turns."""
+    model = load_model(make_tiny_model(tmp_path, tokenizer=False))
+    head = ScalarHead(64, seed=0)
+    ids, attention = right_pad([torch.randint(5, 300, (n,)).tolist() for n in (9, 14)], 0)
+    mask = torch.zeros(2, 13, dtype=torch.bool)
+    mask[:, 3:6] = True
+    widths, run = [], model.model.forward
+    model.model.forward = lambda ids, **kw: widths.append(ids.shape[1]) or run(ids, **kw)
+    got = logprobs_at(model, ids, attention, mask), values_at(model, head, ids, attention, mask)
+    assert widths == [7, 7]
+    hidden = run(ids, attention_mask=attention.long(), use_cache=False).last_hidden_state
+    expected = model.lm_head(hidden).log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0] * mask, (hidden[:, :-1] @ head.weight[0]) * mask
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert logprobs_at(model, ids, attention, mask & False).abs().sum() == 0

@@ -49,6 +49,33 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
 
 
+def cache_with_room(config, steps: int):
+    """A KV cache with room for ``steps`` tokens after the first ones: each is written in its place,
+    where transformers' own copies the whole cache for every token."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class Layer(DynamicLayer):
+        def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+            start = self.get_seq_length()
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+                B, H, L, D = keys.shape
+                self.room = keys.new_empty(2, B, H, L + steps, D)
+            end = start + keys.shape[2]
+            self.room[0, :, :, start:end], self.room[1, :, :, start:end] = keys, values
+            self.keys, self.values = self.room[:, :, :, :end]
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            end, self.room = self.get_seq_length(), self.room[:, indices]
+            self.keys, self.values = self.room[:, :, :, :end]
+
+    cache = DynamicCache(config=config)
+    cache.layers = [Layer() for _ in cache.layers]
+    return cache
+
+
 @torch.no_grad()
 def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos_id: int,
            pad_id: int, temperature: float = 1.0) -> list[tuple[list[int], bool]]:
@@ -58,8 +85,6 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
     max_new_tokens)`` numbers in [0, 1). Returns for each row its new ids, EOS included, and
     whether they were truncated (no EOS came).
     """
-    from transformers import DynamicCache
-
     if temperature < 0 or len(uniforms) != len(rows):
         raise ValueError(f"temperature {temperature}, {len(rows)} rows, {len(uniforms)} uniforms")
     device, steps = next(model.parameters()).device, uniforms.shape[1]
@@ -70,7 +95,7 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
     alive = torch.arange(len(rows), device=device)  # rows still in the batch
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, : ids.shape[1]]
-    width, cache = ids.shape[1], DynamicCache(config=model.config)
+    width, cache = ids.shape[1], cache_with_room(model.config, steps)
     for step in range(steps):
         logits = model(input_ids=ids, attention_mask=mask[:, : width + step], use_cache=True,
                        position_ids=position, past_key_values=cache, logits_to_keep=1).logits

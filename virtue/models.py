@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import VirtueError
 from .logprobs import entropy, gather_logprobs, scatter, select_next
@@ -30,6 +31,7 @@ TOY = "toy"
 TOY_FOLDER = Path(__file__).parent / "toy" / "model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZE = ("none", "nf4")
+LOGITS_AT_ONCE = 1 << 26  # numbers; more are computed part by part
 _INDEX = "model.safetensors.index.json"
 _SIZES = {"num_hidden_layers": 1000, **dict.fromkeys((  # the largest values believed of a config.json
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"), 1 << 30)}
@@ -300,13 +302,33 @@ def logprobs_at(
     temperature: float = 1.0, with_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """fp32 log-probs (B, L-1) of the tokens under ``mask`` (B, L-1), zero elsewhere; column j
-    speaks of token j+1. ``with_entropy``: also the entropies (B, L-1), in nats."""
-    hidden, targets = select_next(hidden_states(model, input_ids, attention_mask), input_ids, mask)
-    logits = model.lm_head(hidden)  # (N, V), N = mask.sum()
-    logprobs = scatter(gather_logprobs(logits, targets, temperature), mask)
-    if not with_entropy:
-        return logprobs
-    return logprobs, scatter(entropy(logits, temperature), mask)
+    speaks of token j+1. ``with_entropy``: also the entropies (B, L-1), in nats.
+
+    ``lm_head`` runs on the N = mask.sum() positions only, and where they are many, on a part at a
+    time, whose logits are computed again in the backward pass: 2,000 rows of 32,000 are 256 MB.
+    """
+    def read(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        logits = model.lm_head(hidden)  # (n, V)
+        logprobs = gather_logprobs(logits, targets, temperature)
+        return (logprobs, entropy(logits, temperature)) if with_entropy else (logprobs,)
+
+    width = used_columns(mask)
+    hidden = hidden_states(model, input_ids[:, :width], attention_mask[:, :width])
+    hidden, targets = select_next(hidden, input_ids[:, :width], mask[:, : width - 1])
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    if len(targets) <= size:
+        found = read(hidden, targets)
+    else:
+        parts = zip(hidden.split(size), targets.split(size))
+        found = map(torch.cat, zip(*(checkpoint(read, *part, use_reentrant=False) for part in parts)))
+    logprobs, *rest = (scatter(values, mask) for values in found)
+    return (logprobs, *rest) if with_entropy else logprobs
+
+
+def used_columns(mask: Tensor) -> int:
+    """Columns of a batch (B, L) up to the last token under ``mask`` (B, L-1): no other token sees
+    those after it, which are padding or turns that the loss leaves out."""
+    return int((mask.any(0) * torch.arange(mask.shape[1], device=mask.device)).max()) + 2
 
 
 class ScalarHead(nn.Module):

@@ -166,7 +166,8 @@ def ppo_loss(new_logprobs: Tensor, new_values: Tensor, entropy: Tensor | None, r
     if entropy is not None:
         check_shapes(entropy=entropy, mask=rollout.mask)
         mean_entropy = _mean_over(rollout.mask, num_tokens)(entropy)
-        loss = loss - entropy_coef * mean_entropy
+        if entropy_coef:  # else no time is spent on a gradient of zeros
+            loss = loss - entropy_coef * mean_entropy
         stats["policy/entropy"] = mean_entropy.detach()
     return loss, stats
 

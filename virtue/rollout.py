@@ -15,8 +15,9 @@ from virtue.checkpoint import load_artifact
 from virtue.dialogue import Dialogue, right_pad
 from virtue.ensemble import ADDITIVE, aggregate, shares
 from virtue.ethics import LENSES
+from virtue.logprobs import scatter
 from virtue.lora import use_stack
-from virtue.models import hidden_states, logprobs_at, score_at
+from virtue.models import hidden_states, logprobs_at, score_at, used_columns
 from virtue.parallel import share, total
 from virtue.ppo import place_rewards
 
@@ -64,17 +65,26 @@ def loss_mask(dialogues: Sequence[Dialogue], length: int, train_turns: str = "al
 def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
     """``function`` over chunks of ``size`` rows of all tensors, without gradient, on the CPU.
 
-    Its result has the shape of the last tensor's chunk, the mask. Ranks share the chunks.
+    Its result has the shape of the last tensor's chunk, the mask (B, L-1). Rows of like length (of the
+    mask) share a chunk, and ranks share the chunks.
     """
-    result = torch.zeros(tensors[-1].shape)
-    for start in share(range(0, len(result), size)):
-        result[start:start + size] = function(*(t[start:start + size] for t in tensors)).cpu()
+    mask = tensors[-1]
+    result = torch.zeros(mask.shape)
+    for rows in share(by_length(mask).split(size)):
+        result[rows] = function(*(t[rows] for t in tensors)).cpu()
     return total(result)
+
+
+def by_length(mask: Tensor) -> Tensor:
+    """Rows of ``mask`` (B, L-1), the ones that end early first: batches of neighbours hold little padding."""
+    return (mask * torch.arange(1, mask.shape[1] + 1)).amax(1).argsort(stable=True)
 
 
 def values_at(model, head: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
     """Values (B, L-1), zero outside the mask: column j is the value before token j+1 is chosen."""
-    return torch.where(mask, head(hidden_states(model, input_ids, attention_mask)[:, :-1]), 0)
+    width = used_columns(mask)
+    hidden = hidden_states(model, input_ids[:, :width], attention_mask[:, :width])
+    return scatter(head(hidden[:, :-1][mask[:, : width - 1]]), mask)
 
 
 @torch.no_grad()

@@ -1,0 +1,171 @@
+"""One PPO step against TRL's PPOTrainer (1.12.0, the last release that ships it), on the same workload.
+
+    python -m venv .venv-trl                     # TRL and its friends stay out of our own environment
+    .venv-trl/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0 peft==0.21.2 datasets==5.2.0 accelerate==1.15.0
+    python benchmarks/ppo_step.py compare --trl-python .venv-trl/bin/python          # alternating, 5 times: about 6 minutes
+    python benchmarks/ppo_step.py ours --reward-models 3                             # one program alone
+    python benchmarks/ppo_step.py limit                                              # operations that the step must do over the measured rate
+
+Like for like: policy LoRA of rank 16 on all linears, one reward model, a value function (TRL: a whole model that it trains
+whole, its default, or with LoRA), four epochs of one minibatch of 32 answers of 48 tokens. Ours is run_ppo.py's loop without
+its files: the same functions in the same order. Processor seconds, one thread.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+from workload import (ALPHA, EPOCHS, HERE, NEW_TOKENS, PPO, PROMPTS, RANK, ROOT, SHAPE, TARGETS, alternate, make_model, median, peak_mib, prompts, ratio, resident_mib,
+                      scratch)
+
+
+def ours(args: argparse.Namespace) -> dict:
+    sys.path.insert(0, str(ROOT))
+    bare = resident_mib()
+    import numpy as np
+    import torch
+    import transformers  # noqa: F401 (the bare imports count for nothing)
+    from transformers.models.mistral import modeling_mistral  # noqa: F401
+    from virtue.dialogue import Dialogue, Turn, right_pad
+    from virtue.ensemble import standardize
+    from virtue.generate import sample
+    from virtue.lora import adapter_parameters, add_adapter, flatten, use_stack
+    from virtue.masked import whiten
+    from virtue.models import ScalarHead, load_model, logprobs_at
+    from virtue.ppo import Rollout, gae, ppo_loss, token_rewards
+    from virtue.rollout import by_length, in_chunks, loss_mask, place_scores, score_dialogues, values_at
+
+    torch.set_num_threads(1)
+    imports = resident_mib()
+    model = load_model(make_model(scratch() / "v1024"))
+    lora = dict(rank=RANK, alpha=ALPHA, targets=TARGETS)
+    reward_models = []
+    for k in range(args.reward_models):
+        add_adapter(model, f"reward{k}", seed=k, **lora)
+        reward_models.append(((f"reward{k}",), ScalarHead(model.config.hidden_size, seed=k)))
+        for parameter in adapter_parameters(model, f"reward{k}"):
+            parameter.requires_grad_(False)
+    add_adapter(model, "policy", seed=1, **lora)
+    add_adapter(model, "value", seed=2, **lora)
+    head = ScalarHead(model.config.hidden_size, bias=True)
+    policy, value = adapter_parameters(model, "policy"), [*adapter_parameters(model, "value"), *head.parameters()]
+    optimizer = torch.optim.Adam([*policy, *value], lr=PPO["lr"], eps=1e-5)
+    rows, parts, clock = prompts(PROMPTS * 4), {}, time.process_time
+
+    def logprobs(stack, *tensors, entropy=False):
+        with use_stack(model, *stack):
+            return logprobs_at(model, *tensors, PPO["temperature"], entropy)
+
+    def values(*tensors):
+        with use_stack(model, "value"):
+            return values_at(model, head, *tensors)
+
+    def step(number: int) -> None:
+        def part(name, start):
+            parts.setdefault(name, []).append(clock() - start)
+            return clock()
+
+        t = clock()
+        batch = [list(row) for row in rows[number % 4 * PROMPTS:][:PROMPTS]]
+        flatten(model, ("policy",), "rollout")
+        with use_stack(model, "rollout"):
+            new = sample(model, batch, np.random.default_rng(number).random((PROMPTS, NEW_TOKENS)), eos_id=2, pad_id=0)
+        dialogues = [Dialogue(str(i), [], row + ids, (Turn(len(row), len(row) + len(ids), cut),)) for i, (row, (ids, cut)) in enumerate(zip(batch, new))]
+        for d, (_, cut) in zip(dialogues, new):  # a turn that was cut ends in an EOS that was not sampled
+            d.ids.extend([2] * cut)
+        t = part("sample", t)
+        scores = score_dialogues(model, reward_models, dialogues, [0] * len(reward_models), 0, batch_size=args.micro)
+        scores = standardize(scores, scores.mean(1), scores.std(1))
+        ids, attention = right_pad([d.ids for d in dialogues], 0)
+        mask = loss_mask(dialogues, ids.shape[1])
+        old = in_chunks(lambda *x: logprobs(("policy",), *x), args.micro, ids, attention, mask)
+        ref = in_chunks(lambda *x: logprobs((), *x), args.micro, ids, attention, mask)
+        old_values = in_chunks(values, args.micro, ids, attention, mask)
+        t = part("score", t)
+        rewards = token_rewards(place_scores(scores, dialogues, mask, "mean", eos_penalty=1.0), old, ref, mask, PPO["kl_coef"])
+        rollout = Rollout(ids, mask, old, ref, old_values, rewards)
+        advantages, returns = gae(rewards, old_values, mask, PPO["gamma"], PPO["lam"])
+        advantages = whiten(advantages, mask)
+        for _ in range(EPOCHS):
+            for chunk in by_length(mask).split(args.micro):
+                piece = rollout.index(chunk)
+                new_logprobs, entropy = logprobs(("policy",), piece.input_ids, attention[chunk], piece.mask, entropy=True)
+                loss, _ = ppo_loss(new_logprobs, values(piece.input_ids, attention[chunk], piece.mask), entropy, piece, advantages[chunk], returns[chunk],
+                                   clip_range=PPO["clip_range"], value_clip_range=PPO["value_clip_range"], vf_coef=PPO["vf_coef"], num_tokens=int(mask.sum()))
+                loss.backward()
+            for parameters in (policy, value):
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step(), optimizer.zero_grad()
+        part("update", t)
+
+    times = []
+    for number in range(args.steps):
+        start = clock()
+        step(number)
+        times.append(clock() - start)
+    return {"step": statistics.median(times[1:]), **{name: statistics.median(of[1:]) for name, of in parts.items()}, "peak_mib": peak_mib() - imports,
+            "imports_mib": imports - bare, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def limit(args: argparse.Namespace) -> None:
+    """The matrix products that the update must do, over the rate of such products here, as a share of its measured time."""
+    import torch
+
+    torch.set_num_threads(1)
+    D, V, L = SHAPE["hidden_size"], 1024, SHAPE["num_hidden_layers"]
+    kv = SHAPE["num_key_value_heads"] * SHAPE["head_dim"]
+    shapes = [(D, D), (D, kv), (D, kv), (D, D), (D, SHAPE["intermediate_size"]), (D, SHAPE["intermediate_size"]), (SHAPE["intermediate_size"], D)]
+    tokens, answered = sum(map(len, prompts(PROMPTS))) + PROMPTS * NEW_TOKENS, PROMPTS * NEW_TOKENS
+    dense = sum(2 * i * o for i, o in shapes) * L * tokens
+    narrow = sum(2 * RANK * (i + o) for i, o in shapes) * L * tokens
+    attention = L * 2 * 2 * (PROMPT_MEAN := tokens / PROMPTS) / 2 * D * tokens  # causal: half of the square
+    forward = dense + attention
+    backward = dense + 2 * attention + 2 * narrow  # input gradients, and those of A and B
+    one_pass = 2 * (forward + backward) + 3 * 2 * D * V * answered * 2 / 3 * 1.0  # policy and value; lm_head forward and input gradient
+    work = EPOCHS * one_pass
+    a, b = torch.randn(8 * int(PROMPT_MEAN), D), torch.randn(D, SHAPE["intermediate_size"])
+    for _ in range(20):
+        a @ b
+    start = time.process_time()
+    for _ in range(200):
+        a @ b
+    rate = 200 * 2 * a.shape[0] * a.shape[1] * b.shape[1] / (time.process_time() - start)
+    measured = ours(argparse.Namespace(reward_models=1, steps=6, micro=args.micro))["update"]
+    print(f"update: {work / 1e9:.1f} GFLOP must be done; products of its size run at {rate / 1e9:.0f} GFLOP/s; {work / rate:.2f} s of {measured:.2f} s: {work / rate / measured:.0%}")
+
+
+def compare(args: argparse.Namespace) -> None:
+    me, peer = [sys.executable, str(HERE / "ppo_step.py"), "ours", "--steps", str(args.steps), "--reward-models"], [args.trl_python, str(HERE / "trl_peer.py"), "ppo",
+                                                                                                                   "--steps", str(args.steps)]
+    found = alternate({"ours, 1 reward model": [*me, "1"], "TRL": peer, "ours, 3 reward models": [*me, "3"], "TRL, LoRA value": [*peer, "--value", "lora"]}, args.repeats)
+    steps = {name: [run["step"] for run in runs] for name, runs in found.items()}
+    print("| program | s a step | TRL / it | peak MiB above the imports | share of TRL's | parameters held, million |\n|---|---:|---:|---:|---:|---:|")
+    for name, runs in found.items():
+        print(f"| {name} | {median(runs, 'step'):.2f} | {ratio(steps['TRL'], steps[name])} | {median(runs, 'peak_mib'):.0f} | "
+              f"{median(runs, 'peak_mib') / median(found['TRL'], 'peak_mib'):.0%} | {median(runs, 'parameters') / 1e6:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("ours", "compare", "limit"):
+        add = commands.add_parser(name).add_argument
+        add("--steps", type=int, default=6, help="PPO steps a run; the first warms up (default: %(default)s)")
+        add("--micro", type=int, default=8, help="rows a forward pass (default: %(default)s)")
+        if name == "ours":
+            add("--reward-models", type=int, default=1)
+        if name == "compare":
+            add("--repeats", type=int, default=5)
+            add("--trl-python", required=True, help="interpreter with TRL 1.12.0")
+    args = parser.parse_args()
+    if args.command == "ours":
+        print(json.dumps(ours(args)))
+    else:
+        {"compare": compare, "limit": limit}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
