@@ -4,6 +4,7 @@
     .venv-trl/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0 peft==0.21.2 datasets==5.2.0 accelerate==1.15.0
     python benchmarks/ppo_step.py compare --trl-python .venv-trl/bin/python          # alternating, 5 times: about 6 minutes
     python benchmarks/ppo_step.py ours --reward-models 3                             # one program alone
+    python benchmarks/ppo_step.py growth                                             # with batch, response length, reward models and rank: about 3 minutes
     python benchmarks/ppo_step.py limit                                              # operations that the step must do over the measured rate
 
 Like for like: policy LoRA of rank 16 on all linears, one reward model, a value function (TRL: a whole model that it trains
@@ -41,7 +42,7 @@ def ours(args: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
     imports = resident_mib()
     model = load_model(make_model(scratch() / "v1024"))
-    lora = dict(rank=RANK, alpha=ALPHA, targets=TARGETS)
+    lora = dict(rank=args.rank, alpha=ALPHA, targets=TARGETS)
     reward_models = []
     for k in range(args.reward_models):
         add_adapter(model, f"reward{k}", seed=k, **lora)
@@ -53,7 +54,7 @@ def ours(args: argparse.Namespace) -> dict:
     head = ScalarHead(model.config.hidden_size, bias=True)
     policy, value = adapter_parameters(model, "policy"), [*adapter_parameters(model, "value"), *head.parameters()]
     optimizer = torch.optim.Adam([*policy, *value], lr=PPO["lr"], eps=1e-5)
-    rows, parts, clock = prompts(PROMPTS * 4), {}, time.process_time
+    rows, parts, clock = prompts(args.rows * 4), {}, time.process_time
 
     def logprobs(stack, *tensors, entropy=False):
         with use_stack(model, *stack):
@@ -69,10 +70,10 @@ def ours(args: argparse.Namespace) -> dict:
             return clock()
 
         t = clock()
-        batch = [list(row) for row in rows[number % 4 * PROMPTS:][:PROMPTS]]
+        batch = [list(row) for row in rows[number % 4 * args.rows:][:args.rows]]
         flatten(model, ("policy",), "rollout")
         with use_stack(model, "rollout"):
-            new = sample(model, batch, np.random.default_rng(number).random((PROMPTS, NEW_TOKENS)), eos_id=2, pad_id=0)
+            new = sample(model, batch, np.random.default_rng(number).random((args.rows, args.new_tokens)), eos_id=2, pad_id=0)
         dialogues = [Dialogue(str(i), [], row + ids, (Turn(len(row), len(row) + len(ids), cut),)) for i, (row, (ids, cut)) in enumerate(zip(batch, new))]
         for d, (_, cut) in zip(dialogues, new):  # a turn that was cut ends in an EOS that was not sampled
             d.ids.extend([2] * cut)
@@ -121,20 +122,31 @@ def limit(args: argparse.Namespace) -> None:
     tokens, answered = sum(map(len, prompts(PROMPTS))) + PROMPTS * NEW_TOKENS, PROMPTS * NEW_TOKENS
     dense = sum(2 * i * o for i, o in shapes) * L * tokens
     narrow = sum(2 * RANK * (i + o) for i, o in shapes) * L * tokens
-    attention = L * 2 * 2 * (PROMPT_MEAN := tokens / PROMPTS) / 2 * D * tokens  # causal: half of the square
+    length = tokens / PROMPTS
+    attention = L * 2 * 2 * length / 2 * D * tokens  # causal: half of the square
     forward = dense + attention
     backward = dense + 2 * attention + 2 * narrow  # input gradients, and those of A and B
-    one_pass = 2 * (forward + backward) + 3 * 2 * D * V * answered * 2 / 3 * 1.0  # policy and value; lm_head forward and input gradient
+    one_pass = 2 * (forward + backward) + 2 * 2 * D * V * answered  # policy and value; lm_head forward and input gradient
     work = EPOCHS * one_pass
-    a, b = torch.randn(8 * int(PROMPT_MEAN), D), torch.randn(D, SHAPE["intermediate_size"])
+    a, b = torch.randn(args.micro * int(length), D), torch.randn(D, SHAPE["intermediate_size"])
     for _ in range(20):
         a @ b
     start = time.process_time()
     for _ in range(200):
         a @ b
     rate = 200 * 2 * a.shape[0] * a.shape[1] * b.shape[1] / (time.process_time() - start)
-    measured = ours(argparse.Namespace(reward_models=1, steps=6, micro=args.micro))["update"]
+    measured = ours(args)["update"]
     print(f"update: {work / 1e9:.1f} GFLOP must be done; products of its size run at {rate / 1e9:.0f} GFLOP/s; {work / rate:.2f} s of {measured:.2f} s: {work / rate / measured:.0%}")
+
+
+def growth(args: argparse.Namespace) -> None:
+    base = ours(args)
+    print(f"| changed | by | step | sample | score | update |\n|---|---:|---:|---:|---:|---:|\n| nothing | 1 | {base['step']:.2f} s | {base['sample']:.2f} s | "
+          f"{base['score']:.2f} s | {base['update']:.2f} s |")
+    for name, factors in (("rows", (2, 4)), ("new_tokens", (2, 4)), ("reward_models", (2, 3)), ("rank", (2, 4))):
+        for factor in factors:
+            found = ours(argparse.Namespace(**vars(args) | {name: getattr(args, name) * factor}))
+            print(f"| {name.replace('_', ' ')} | {factor} | " + " | ".join(f"{found[part] / base[part]:.2f}" for part in ("step", "sample", "score", "update")) + " |", flush=True)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -151,12 +163,13 @@ def compare(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("ours", "compare", "limit"):
+    for name in ("ours", "compare", "growth", "limit"):
         add = commands.add_parser(name).add_argument
         add("--steps", type=int, default=6, help="PPO steps a run; the first warms up (default: %(default)s)")
-        add("--micro", type=int, default=8, help="rows a forward pass (default: %(default)s)")
-        if name == "ours":
-            add("--reward-models", type=int, default=1)
+        add("--micro", type=int, default=16, help="rows a forward pass (default: %(default)s)")
+        if name != "compare":
+            for flag, default in (("--reward-models", 1), ("--rows", PROMPTS), ("--new-tokens", NEW_TOKENS), ("--rank", RANK)):
+                add(flag, type=int, default=default, help="(default: %(default)s)")
         if name == "compare":
             add("--repeats", type=int, default=5)
             add("--trl-python", required=True, help="interpreter with TRL 1.12.0")
@@ -164,7 +177,7 @@ def main() -> None:
     if args.command == "ours":
         print(json.dumps(ours(args)))
     else:
-        {"compare": compare, "limit": limit}[args.command](args)
+        {"compare": compare, "growth": growth, "limit": limit}[args.command](args)
 
 
 if __name__ == "__main__":
