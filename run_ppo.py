@@ -34,6 +34,8 @@ def parse(argv):
     data("--rm", type=Path, required=True, help="folder of run_rm.py, with action/, motivation/, consequence/")
     data("--sft", type=Path, help="SFT adapter: reference and start of the policy")
     data("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
+    data("--rollout-dtype", choices=("fp32", "bf16", "fp16"), help="sample from a copy of the base in this type, dequantised once: 14.5 GB more for "
+                                                                   "Mistral-7B in bf16, and rollouts in half the time or less (default: sample with the base itself)")
     data("--limit", type=positive_int, help="use the first so many prompts of the ppo split (default: all)")
     reward = parser.add_argument_group("reward").add_argument
     reward("--aggregate", choices=AGGREGATORS, default="mean", help="how three scores become one; uwo's spread is conflict of values, not doubt")
@@ -84,9 +86,9 @@ def main(argv=None):
     from virtue.ethics import LENSES
     from virtue.generate import check_context, fits, sample_dialogues
     from virtue.logprobs import kl_k1, kl_k3
-    from virtue.lora import adapter_parameters, add_adapter, flatten, requantize, use_stack
+    from virtue.lora import adapter_parameters, add_adapter, flatten, requantize, sampling_copy, use_stack
     from virtue.masked import whiten
-    from virtue.models import ScalarHead, logprobs_at
+    from virtue.models import DTYPES, ScalarHead, logprobs_at
     from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
     from virtue.parallel import share, size as processes, sum_gradients, total
     from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
@@ -130,10 +132,12 @@ def main(argv=None):
     read_at = (0, 0, 0) if answer else (0, 1, 2)  # the turn at whose end each reward model is read
     chunk = args.micro_batch_size
 
+    sampler = sampling_copy(model, DTYPES[args.rollout_dtype]) if args.rollout_dtype else model
+
     def sample(records, step):
         flatten(model, (*sft, "policy"), "rollout")
-        with use_stack(model, "rollout"):
-            return sample_dialogues(model, tokenizer, records, seed=args.seed, stage="ppo", step=step, turns=1 if answer else 3,
+        with use_stack(sampler, "rollout"):
+            return sample_dialogues(sampler, tokenizer, records, seed=args.seed, stage="ppo", step=step, turns=1 if answer else 3,
                                     max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch_size=args.batch_size)
 
     def logprobs(stack, *tensors, entropy=False):

@@ -17,7 +17,7 @@ from virtue import VirtueError
 from virtue.lora import (
     TARGETS, LoRALinear, active_stack, adapter_config, adapter_names, adapter_parameters,
     _Folded, adapter_state, add_adapter, flatten, load_adapter_state, merged_state_dict, remove_adapter,
-    requantize, set_stack, use_stack,
+    requantize, sampling_copy, set_stack, use_stack,
 )
 from virtue.models import load_model
 
@@ -608,3 +608,26 @@ def test_an_existing_adapter_with_another_alpha_is_refused(model):
     add(model, "b", rank=2, alpha=8)
     with pytest.raises(VirtueError, match="lora_alpha is 4.0, expected 8"):
         load_adapter_state(model, "b", adapter_state(model, "a"), adapter_config(model, "a", ""))
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_sampling_copy_has_the_same_weights_and_adapters(tmp_path, quantize):
+    model = load_model(make_tiny_model(tmp_path, tokenizer=False), quantize=quantize)
+    add_adapter(model, "policy", rank=4, alpha=8, targets=("q_proj", "down_proj"))
+    twin, half = sampling_copy(model, torch.float32), sampling_copy(model, torch.bfloat16)
+    assert twin.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert {p.dtype for n, p in half.named_parameters() if "lora" not in n} == {torch.bfloat16} and not any(hasattr(p, "quant_state") for p in twin.parameters())
+    ids = torch.randint(5, 300, (2, 9))
+    run = lambda m: m(ids, attention_mask=torch.ones_like(ids)).logits.detach().float()  # noqa: E731
+    plain = run(model)
+    for lora_B in adapter_parameters(model, "policy")[1::2]:
+        lora_B.data.normal_(std=0.1)
+    flatten(model, ("policy",), "rollout")  # an adapter made after the copy
+    with use_stack(twin, "rollout"):
+        assert active_stack(model) == () and torch.equal(run(model), plain)
+        tuned = run(twin)
+    with use_stack(model, "policy"):
+        torch.testing.assert_close(tuned, run(model), rtol=1e-4, atol=1e-4)
+    assert 0 < (run(half) - plain).norm() < 0.04 * plain.norm()
+    torch.testing.assert_close(run(twin), plain, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(tuned, plain, atol=0.01)

@@ -10,6 +10,7 @@ whatever the base's type, as bf16 loses the small updates of RL; and there is no
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -322,6 +323,30 @@ def merged_state_dict(model: nn.Module, stack: tuple[str, ...], dtype: torch.dty
         if f"{path}.weight" not in merged and not layer.scaling.keys().isdisjoint(stack):
             raise VirtueError(f"{path} is tied to the embeddings: its adapter cannot be merged")
     return merged
+
+
+def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A second model with the same weights, 4-bit ones dequantised, in ``dtype``, and the *same* adapters.
+
+    For rollouts: a 4-bit product dequantises its whole weight for every token, this copy never. What is
+    not quantised and of that type already is shared, not copied; a change to an adapter of either
+    model shows in both, but each has its own active stack.
+    """
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if getattr(weight, "quant_state", None) is not None:
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(_dense(weight).to(dtype), requires_grad=False)
+            if module.bias is not None:
+                linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+            memo[id(module)] = linear
+        elif isinstance(module, LoRALinear):
+            memo |= {id(shared): shared for shared in (module.lora_A, module.lora_B, module.scaling)}
+            memo[id(module._fold)] = (None, [], None)
+        elif not isinstance(module, nn.ParameterDict):
+            memo |= {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in module.parameters(recurse=False)}
+    return copy.deepcopy(model, memo)
 
 
 def requantize(model: nn.Module, stack: tuple[str, ...], name: str) -> str:
