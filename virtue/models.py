@@ -8,6 +8,7 @@ they are imported inside the functions. Letters: B batch, L sequence, V vocabula
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -19,9 +20,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import VirtueError
 from .logprobs import entropy, gather_logprobs, scatter, select_next
+from .lora import active_stack, adapter_names, use_stack
 
 if TYPE_CHECKING:
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
@@ -274,6 +277,25 @@ def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     content = [tokenizer.chat_template, sorted(tokenizer.get_vocab().items()), special]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def checkpoint_layers(model: MistralForCausalLM) -> None:
+    """From now on forwards with gradients keep each decoder layer's input only; the backward pass computes the
+    rest again, under the stack of adapters of the forward. Less memory for a third more arithmetic."""
+    for layer in model.model.layers:
+        layer.forward = functools.partial(_checkpointed, layer, layer.forward)
+
+
+def _checkpointed(layer: nn.Module, forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    known = adapter_names(layer)
+    stack = [name for name in active_stack(layer) if name in known]  # the backward comes when another may act
+
+    def again(*args, **kwargs):
+        with use_stack(layer, *stack):
+            return forward(*args, **kwargs)
+    return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # nothing here is random
 
 
 def hidden_states(

@@ -33,7 +33,7 @@ from virtue.runtime import main_rank
 FOLDER, SETTINGS = "resume", "settings.json"
 KEPT = 2  # checkpoints on the disk: where the newest is damaged, the one before it serves
 # Flags that may differ when a run goes on: they change speed and memory, and results by rounding only.
-FREE = ("out", "overwrite", "threads", "device", "micro_batch_size")
+FREE = ("out", "overwrite", "threads", "device", "micro_batch_size", "gradient_checkpointing")
 
 T = TypeVar("T")
 

@@ -104,6 +104,7 @@ def add_lora_flags(parser: argparse.ArgumentParser, rank: int, alpha: float) -> 
     add("--alpha", type=positive_float, default=alpha, help="the update is scaled by alpha / r")
     add("--whole", action="store_true", help="train the layers' whole matrices instead of B A: memory for four more copies of them, and a lower --lr")
     add("--targets", nargs="+", default=TARGETS, metavar="NAME", help="linear layers that get an adapter")
+    add("--gradient-checkpointing", action="store_true", help="compute activations again in the backward pass: much less memory, a third more time")
 
 
 def lora_settings(args: argparse.Namespace) -> dict:
@@ -280,7 +281,7 @@ class Base(NamedTuple):
 
 def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
     """The model that the common flags name (or `name`, with the same flags) and its tokenizer."""
-    from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, template_fingerprint
+    from virtue.models import base_fingerprint, checkpoint_layers, load_model, load_tokenizer, resolve, template_fingerprint
     from virtue.parallel import join
 
     torch_threads(args.threads)
@@ -288,4 +289,6 @@ def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
     folder = resolve(name)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, quantize=args.quantize, dtype=args.dtype, device=str(join(pick_device(args.device))))
+    if getattr(args, "gradient_checkpointing", False):
+        checkpoint_layers(model)
     return Base(model, tokenizer, {"id": str(name), "fingerprint": base_fingerprint(folder)}, template_fingerprint(tokenizer))
