@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import make_tiny_model
 
-from virtue import lora
-from virtue.models import ScalarHead, checkpoint_layers, load_model, logprobs_at
+from virtue import TARGETS, VirtueError, lora, memory
+from virtue.models import ScalarHead, checkpoint_layers, hidden_states, load_model, logprobs_at
 from virtue.rollout import values_at
 
 IDS = torch.arange(5, 5 + 4 * 40).view(4, 40)  # (B, L)
@@ -82,3 +82,95 @@ def test_checkpointing_leaves_sampling_alone(folder):
         before = model(IDS, attention_mask=torch.ones_like(IDS)).logits
         checkpoint_layers(model)
         assert torch.equal(model(IDS, attention_mask=torch.ones_like(IDS)).logits, before)
+
+
+# ---- the plan
+
+
+WIDE = dict(hidden_size=256, intermediate_size=448, num_attention_heads=8, num_key_value_heads=2, head_dim=32, num_hidden_layers=3)
+MISTRAL_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def wide(request, tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("wide") / "base", tokenizer=False, tie_word_embeddings=request.param, **WIDE)
+
+
+def config_7b(**fields):
+    from transformers import MistralConfig
+    return MistralConfig(**MISTRAL_7B, **fields)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_base_weights_are_those_that_are_loaded(wide, quantize, dtype):
+    model, storages = load_model(wide, quantize=quantize, dtype=dtype), {}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        for tensor in (parameter, *((state.absmax, state.state2.absmax) if state else ())):  # not the table of 256 codes, which all share
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    assert memory.base_bytes(model.config, quantize, dtype) == pytest.approx(sum(storages.values()), rel=0.01)
+
+
+def test_the_7b_base_has_its_published_size():
+    published = 7_241_732_096  # parameters, from the index of Mistral-7B-v0.1's files: total_size 14483464192 in bf16
+    assert memory.base_bytes(config_7b(), "none", "bf16") == 2 * published
+    assert memory.base_bytes(config_7b(), "nf4", "bf16") == pytest.approx(4.127 * (published - 262_410_240) / 8 + 2 * 262_410_240, rel=1e-3)  # QLoRA: 0.127 bits of scales
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "down_proj", "lm_head")])
+@pytest.mark.parametrize("rank", [4, None])
+def test_adapters_are_those_that_are_made(folder, rank, targets):
+    model = load_model(folder)
+    lora.add_adapter(model, "new", rank=rank, alpha=8, targets=targets)
+    parameters = lora.adapter_parameters(model, "new")
+    assert memory.adapter_bytes(model.config, (rank, targets)) == sum(p.numel() * 4 for p in parameters)
+    assert memory.adapter_bytes(model.config, (rank, targets), trainable=True) == sum(p.numel() * 4 for p in parameters if p.requires_grad)
+
+
+def test_the_kv_cache_is_that_of_a_forward(wide):
+    from transformers import DynamicCache
+    model = load_model(wide, dtype="bf16")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS, attention_mask=torch.ones_like(IDS), past_key_values=cache, use_cache=True)
+    assert memory.cache_bytes(model.config, "bf16", *IDS.shape) == sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")])
+@pytest.mark.parametrize("settings", [{}, {"quantize": "nf4"}, {"dtype": "bf16"}, {"quantize": "nf4", "dtype": "bf16"}], ids=str)
+@pytest.mark.parametrize("tokens", [64, 400])
+def test_activations_are_those_that_autograd_keeps(wide, settings, tokens, targets):
+    model, settings = load_model(wide, **settings), {"quantize": "none", "dtype": "fp32"} | settings
+    lora.add_adapter(model, "policy", rank=8, alpha=8, targets=targets)
+    lora.set_stack(model, "policy")
+    ids, attention = torch.full((2, tokens), 9), torch.ones(2, tokens, dtype=torch.long)
+    attention[0, -3:] = 0
+    for checkpointing in (False, True):
+        planned = memory.plan(model.config, **settings, trained=[(8, targets)], checkpointing=checkpointing,
+                              update=dict(rows=2, tokens=tokens, positions=0, stacks=1))["update"]
+        if checkpointing:
+            checkpoint_layers(model)
+            planned["activations"] -= memory.layer_bytes(model.config, settings["dtype"], 2, tokens, (8, targets))  # not kept, but made again
+            planned.pop("folded weights", None)
+        kept = stored(lambda: hidden_states(model, ids, attention), model.parameters())
+        assert 1 <= (planned["activations"] + planned.get("folded weights", 0)) / kept < (1.55 if checkpointing else 1.12)
+
+
+def test_a_plan_adds_up():
+    flags = dict(quantize="nf4", dtype="bf16", frozen=[(16, TARGETS)] * 2, trained=[(16, TARGETS)] * 2, sampling=dict(rows=16, tokens=1000, new=128))
+    update = dict(rows=2, tokens=1000, positions=768, stacks=2, entropy=True)
+    plain, less = (memory.plan(config_7b(), **flags, update=update, checkpointing=c) for c in (False, True))
+    one = 4 * 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))  # the seven layers of a block, 32 of them, fp32
+    assert plain["held"]["adapters"] == 4 * one and plain["held"]["optimiser moments"] == 4 * one and plain["update"]["gradients"] == 2 * one
+    assert plain["sampling"]["KV cache"] == 2 * 32 * 8 * 128 * 2 * 16 * 1000
+    assert {part: plain["update"][part] - less["update"][part] for part in less["update"]} | {"activations": 0} == dict.fromkeys(less["update"], 0)
+    assert less["update"]["activations"] < plain["update"]["activations"] / 10
+    twice = memory.plan(config_7b(), **flags, update=update | {"rows": 4})
+    assert twice["update"]["activations"] == 2 * plain["update"]["activations"] and twice["update"]["logits"] == plain["update"]["logits"]
+    lines = memory.table(plain).splitlines()
+    total = sum(n for moment in ("held", "update") for n in plain[moment].values()) / 2**30
+    assert lines[-1].split() == ["greatest", "update", f"{total:.3f}"] and len({len(line) for line in lines[1:]}) == 1
+    assert len(lines) == 2 + sum(map(len, plain.values()))
+    with pytest.raises(VirtueError, match=r"\['k'\] match no linear layer"):
+        memory.widest(config_7b(), ("k", "q_proj"))
