@@ -49,10 +49,11 @@ def is_sound(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())  # one pass, no copy of 14 GB
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, download: bool = True) -> Path | None:
     """Folder of a model: "toy" (the one in the package), a local folder, or a hub id.
 
-    A hub id (owner/model) is downloaded to Hugging Face's cache. VirtueError: none of the three.
+    A hub id (owner/model) is downloaded to Hugging Face's cache; unless ``download``, only looked up
+    there: None if its config.json is not. VirtueError: none of the three.
     """
     folder = TOY_FOLDER if name == TOY else Path(name)
     try:
@@ -63,8 +64,11 @@ def resolve(name: str | Path) -> Path:
         pass
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise VirtueError(f"{folder}: no such folder; give 'toy', a local folder or a hub id")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
 
+    if not download:
+        found = try_to_load_from_cache(str(name), "config.json")
+        return Path(found).parent if isinstance(found, str) else None
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # network, access, spelling: the hub has an exception for each
@@ -100,7 +104,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.unk_token
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise VirtueError(f"{where}: pad_token is eos_token; name another, such as <unk>")
-    if (folder / "config.json").is_file() and max(tokenizer.get_vocab().values()) >= (size := _read_config(folder).vocab_size):
+    if (folder / "config.json").is_file() and max(tokenizer.get_vocab().values()) >= (size := read_config(folder).vocab_size):
         raise VirtueError(f"{where}: has tokens beyond the model's {size} embeddings; fetch the tokenizer that belongs to it")
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
@@ -145,7 +149,8 @@ def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
             raise VirtueError(f"{path}: damaged ({_said(error)}); fetch it again") from error
 
 
-def _read_config(folder: Path) -> MistralConfig:
+def read_config(folder: Path) -> MistralConfig:
+    """config.json of a folder. VirtueError: unreadable, or not of the Mistral architecture."""
     from transformers import MistralConfig
 
     path = folder / "config.json"
@@ -217,7 +222,7 @@ def load_model(
     if quantize not in QUANTIZE or dtype not in DTYPES:
         raise ValueError(f"quantize {quantize!r} not in {QUANTIZE}, or {dtype!r} in {list(DTYPES)}")
     folder = resolve(name)
-    config, files = _read_config(folder), _weight_files(folder)
+    config, files = read_config(folder), _weight_files(folder)
     from tqdm import tqdm
 
     try:

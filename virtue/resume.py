@@ -52,7 +52,7 @@ def may_write(args: argparse.Namespace, out: Path, inputs: Iterable[Path | None]
 
 def settings_of(args: argparse.Namespace) -> dict:
     """What a manifest says of the flags: all but how the run was started."""
-    return {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite", "dry_run")}
 
 
 def _agree(was: Mapping, now: Mapping, where: Path) -> None:
