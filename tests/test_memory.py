@@ -4,11 +4,17 @@
 """
 from __future__ import annotations
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from tiny import make_tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from virtue import TARGETS, VirtueError, lora, memory
+from virtue.generate import sample
 from virtue.models import ScalarHead, checkpoint_layers, hidden_states, load_model, logprobs_at
 from virtue.rollout import values_at
 
@@ -155,6 +161,54 @@ def test_activations_are_those_that_autograd_keeps(wide, settings, tokens, targe
             planned.pop("folded weights", None)
         kept = stored(lambda: hidden_states(model, ids, attention), model.parameters())
         assert 1 <= (planned["activations"] + planned.get("folded weights", 0)) / kept < (1.55 if checkpointing else 1.12)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make, as long as they live."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def gone(self, key, n):
+        self.now -= n
+        self.known.discard(key)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        made = operator(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return made
+
+
+@pytest.mark.parametrize("settings", [{}, {"quantize": "nf4"}, {"dtype": "bf16"}], ids=str)
+def test_no_moment_needs_more_than_planned(tmp_path, settings):
+    folder, flags = make_tiny_model(tmp_path / "base", tokenizer=False, **WIDE | {"vocab_size": 2000}), {"quantize": "none", "dtype": "fp32"} | settings
+    ids, mask = torch.full((2, 200), 9), torch.zeros(2, 199, dtype=torch.bool)
+    mask[:, 80:] = True
+    for checkpointing in (False, True):
+        model, _ = roles(folder, **settings)
+        if checkpointing:
+            checkpoint_layers(model)
+        with Live(model) as live:
+            with lora.use_stack(model, "sft", "policy"):
+                logprobs, entropy = logprobs_at(model, ids, torch.ones_like(ids), mask, 1.0, True)
+            with lora.use_stack(model, "sft", "value"):
+                values = values_at(model, ScalarHead(256, seed=1), ids, torch.ones_like(ids), mask)
+            (logprobs.mean() + entropy.mean() + values.mean()).backward()
+        planned = memory.plan(model.config, **flags, trained=[(4, TARGETS)] * 2, checkpointing=checkpointing,
+                              update=dict(rows=2, tokens=200, positions=int(mask.sum()), stacks=2, entropy=True))["update"]
+        assert 1 <= sum(planned.values()) / live.most < 1.8
+    model, _ = roles(folder, **settings)
+    with Live(model) as live, lora.use_stack(model, "policy"):
+        sample(model, [[1] * 180] * 8, np.full((8, 20), 0.5), eos_id=-1, pad_id=0)
+    planned = memory.plan(model.config, **flags, trained=[(4, TARGETS)], sampling=dict(rows=8, tokens=200, new=20))["sampling"]
+    assert 1 <= sum(planned.values()) / live.most < 1.8
+    print(settings, planned, live.most)
 
 
 def test_a_plan_adds_up():

@@ -16,8 +16,8 @@ Adapter = tuple[int | None, Sequence[str]]  # rank, None for whole matrices; tar
 
 def linears(config) -> dict[str, tuple[int, int, int]]:
     """Inputs, outputs and number of each linear layer of a Mistral with this config."""
-    D, F, d = config.hidden_size, config.intermediate_size, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    A, K = d * config.num_attention_heads, d * config.num_key_value_heads
+    D, F, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    A, K = ((getattr(config, "head_dim", None) or D // heads) * n for n in (heads, config.num_key_value_heads))
     sizes = zip(TARGETS, ((D, A), (D, K), (D, K), (A, D), (D, F), (D, F), (F, D)), strict=True)
     return {**{name: (*size, config.num_hidden_layers) for name, size in sizes}, "lm_head": (D, config.vocab_size, 1)}
 
@@ -63,8 +63,8 @@ def layer_bytes(config, dtype: str, rows: int, tokens: int, adapter: Adapter) ->
 
 def passing_bytes(config, quantize: str, dtype: str, rows: int, tokens: int) -> int:
     """What an MLP and a mask need for a moment, forward or backward; NF4: also the widest weight in `dtype`, for its product."""
-    c, F = BYTES[dtype], config.intermediate_size
-    return rows * tokens * F * (4 * c + 4) + rows * tokens * tokens * (1 + c) + (F * config.hidden_size * c if quantize == "nf4" else 0)
+    c, F, D = BYTES[dtype], config.intermediate_size, config.hidden_size
+    return rows * tokens * (F * (4 * c + 4) + 8 * D) + rows * tokens * tokens * (1 + c) + (F * D * c if quantize == "nf4" else 0)
 
 
 def cache_bytes(config, dtype: str, rows: int, tokens: int) -> int:
@@ -74,10 +74,10 @@ def cache_bytes(config, dtype: str, rows: int, tokens: int) -> int:
 
 def plan(config, *, quantize: str, dtype: str, frozen: Sequence[Adapter] = (), trained: Sequence[Adapter] = (), judge: int = 0, checkpointing: bool = False,
          sampling: dict | None = None, judging: dict | None = None, update: dict | None = None) -> dict[str, dict[str, int]]:
-    """Bytes by part: what is "held" all the time, and what each moment needs on top of it.
+    """Bytes by part: what is "held" all the time, and what each moment needs on top of it. `judge`: another model's bytes.
 
     `sampling`: rows, tokens (prompt and all turns), new (of the last turn). `judging`: rows, tokens. `update`: a forward's rows
-    and tokens, positions whose logits are taken, stacks before one backward pass, entropy or not. `judge`: another model's bytes.
+    and tokens, positions whose logits are taken, stacks before one backward pass, entropy or not.
     """
     c, V, D, N = BYTES[dtype], config.vocab_size, config.hidden_size, config.num_hidden_layers
     learning = sum(adapter_bytes(config, a, trainable=True) for a in trained)
@@ -115,7 +115,5 @@ def used(device) -> str:
     """A line that says what CUDA's allocator gave out at most so far; nothing on a CPU."""
     import torch
 
-    if device.type != "cuda":
-        return ""
-    most, kept = (f(device) / 2**30 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
-    return f"\nmemory: at most {most:.2f} GiB allocated, {kept:.2f} reserved"
+    most = [f(device) / 2**30 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)] if device.type == "cuda" else None
+    return f"\nmemory: at most {most[0]:.2f} GiB allocated, {most[1]:.2f} reserved" if most else ""

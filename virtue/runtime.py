@@ -177,8 +177,8 @@ def run_main(main: Callable[[], object]) -> None:
             sys.exit(2)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise
-        print("error: out of memory: lower --batch-size, --micro-batch-size or --judge-batch-size, or take --quantize nf4; "
-              "with another --micro-batch-size the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("error: out of memory: lower --batch-size, --micro-batch-size or --judge-batch-size, or take --quantize nf4 or --gradient-checkpointing "
+              "(--dry-run says what a run needs); with the last, or another --micro-batch-size, the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -348,7 +348,7 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
         print("settings:", *(flag if value is True else printable(f"{flag} {value}") for flag, value in said.items() if value is not None and value is not False))
         for role, name in names.items():
             if name:
-                found[role] = f"{name}, {folders[role] or 'on the hub'}" + (f"; a run needs {', '.join(lacking[role])} as well" if lacking[role] else "")
+                found[role] = f"{name}, {folders[role] or 'on the hub'}".replace(f"{folders[role]}, ", "") + (f"; a run needs {', '.join(lacking[role])} as well" if lacking[role] else "")
         print(*(printable(f"reads {name}: {what}") for name, what in found.items()), f"writes {args.out}: {writes}", sep="\n")
     if "base" not in configs:
         print(f"memory plan: needs the config.json of {args.model}, which is not on this machine")
