@@ -33,7 +33,8 @@ def parse(argv):
     group("--labels", choices=("soft", "hard"), default="soft", help="target: the judge's probability, or its choice")
     group("--held-out", type=fraction, default=0.15, help="share of prompts kept for accuracy, calibration and score statistics")
     group("--max-tokens", type=positive_int, default=1024, help="longer conversations are over-long")
-    group("--over-long", choices=("drop", "cut"), default="drop", help="drop and count over-long pairs, or cut their end as the study did (to reproduce it: score statistics and PPO still read whole dialogues)")
+    group("--over-long", choices=("drop", "cut"), default="drop", help="drop and count over-long pairs, or cut their end as the study did "
+                                                                                   "(to reproduce it: score statistics and PPO still read whole dialogues)")
     group("--share", choices=("all", "first", "second"), default="all",
           help="prompts to train on; first and second are disjoint halves: an evaluation model takes the half that PPO's did not")
     group("--pool", action="store_true", help="one model trained on the pairs of all three lenses, saved under each lens")
