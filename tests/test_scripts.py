@@ -531,6 +531,8 @@ def test_a_dry_run_needs_no_weights(fp32, tmp_path, monkeypatch, capsys, no_weig
     call(*flags, "--model", "nobody/nothing")
     assert "reads base: nobody/nothing, on the hub; a run needs config.json" in (said := capsys.readouterr().out)
     assert "memory plan: needs the config.json of nobody/nothing" in said
+    call("run_data", "preferences", "--judge", "nobody/judge", "--out", tmp_path / "new", "--dry-run")
+    assert "memory plan: needs the config.json of nobody/judge" in capsys.readouterr().out
     snapshot = tmp_path / "cache/models--nobody--nothing/snapshots/0123456789012345678901234567890123456789"
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()

@@ -316,7 +316,8 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
     names = {"base": args.model, "judge": getattr(args, "judge", None)}
     folders = {role: resolve(name, download=not args.dry_run) for role, name in names.items() if name}
     configs = {role: read_config(folder) for role, folder in folders.items() if folder}
-    lacking = {role: [n for n in ("config.json", "tokenizer.json", "model*.safetensors") if not (folder and any(folder.glob(n)))] for role, folder in folders.items()}
+    lacking = {role: [file for file in ("config.json", "tokenizer.json", "model*.safetensors") if not (folder and any(folder.glob(file)))]
+               for role, folder in folders.items()}
     known, found, adapters = {}, dict(found), {}
     if args.dry_run and "tokenizer.json" not in lacking["base"]:
         known["template"] = template_fingerprint(load_tokenizer(folders["base"]))
@@ -346,12 +347,12 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
     if args.dry_run:
         said = {f"--{name.replace('_', '-')}": " ".join(map(str, value)) if isinstance(value, list | tuple) else value for name, value in settings_of(args).items()}
         print("settings:", *(flag if value is True else printable(f"{flag} {value}") for flag, value in said.items() if value is not None and value is not False))
-        for role, name in names.items():
-            if name:
-                found[role] = f"{name}, {folders[role] or 'on the hub'}".replace(f"{folders[role]}, ", "") + (f"; a run needs {', '.join(lacking[role])} as well" if lacking[role] else "")
+        for role, folder in folders.items():
+            where = folder or "on the hub"
+            found[role] = names[role] + (f", {where}" if str(where) != names[role] else "") + (f"; a run needs {', '.join(lacking[role])} as well" if lacking[role] else "")
         print(*(printable(f"reads {name}: {what}") for name, what in found.items()), f"writes {args.out}: {writes}", sep="\n")
-    if "base" not in configs:
-        print(f"memory plan: needs the config.json of {args.model}, which is not on this machine")
+    if unknown := [names[role] for role in folders if role not in configs]:
+        print(f"memory plan: needs the config.json of {' and of '.join(unknown)}, which is not on this machine")
         return True
     config, judge, frozen = configs["base"], configs.get("judge"), list(adapters.values())
     if trained:
@@ -362,5 +363,5 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
             frozen.append((sum(rank or full for rank, _ in stack), tuple({name for _, targets in stack for name in targets})))
     print(memory.table(memory.plan(config, quantize=args.quantize, dtype=args.dtype, frozen=frozen, trained=[adapters[role] for role in trained],
                                    judge=memory.base_bytes(judge, args.quantize, args.dtype) if judge else 0,
-                                   checkpointing=getattr(args, "gradient_checkpointing", False), **moments)))
+                                   checkpointing=bool(trained) and args.gradient_checkpointing, **moments)))
     return args.dry_run
