@@ -1,5 +1,6 @@
 # make demo   the whole method on the toy model, into runs/demo/ (8.4 minutes on 2 cores)
 # make test   the test suite (no network, no GPU)
+# make check  ruff, which it installs, and the tests
 # make interop  the tests against PEFT, TRL and datasets, which it installs; make test skips those where they are absent
 # make compare REV=HEAD SEEDS="0 1 2"   did a change to the code help? FLAGS for more, e.g. FLAGS='--jobs 2 --ppo "--iterations 6"'
 # Each installs what it needs into .venv first. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to
@@ -14,7 +15,7 @@ FLAGS     ?=
 RUN        = .venv/bin/python
 COMMON     = --seed $(SEED) --overwrite
 
-.PHONY: demo test interop compare clean
+.PHONY: demo test check interop compare clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -31,6 +32,11 @@ demo: .venv/installed
 	$(RUN) run_eval.py models      $(COMMON) --policy $(OUT)/policy --out $(OUT)/report
 
 test: .venv/installed
+	$(RUN) -m pytest -q
+
+check: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-dev.txt
+	.venv/bin/python -m ruff check
 	$(RUN) -m pytest -q
 
 interop: .venv/installed

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from virtue.runtime import (add_common_flags, add_sampling_flags, make_parser, open_base, parse_with_parent, positive_int,
-                            run_main, stream)
+                            preview, run_main, stream)
 
 
 def parse(argv):
@@ -54,7 +54,7 @@ def main(argv=None):
     from virtue.checkpoint import data_hash, prompts_hash, write_json, write_jsonl, write_manifest
     from virtue.dialogue import load_prompts, messages_of
     from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
-    from virtue.generate import check_context, fits, sample_dialogues
+    from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.judge import judge_pairs, label_ids, pair_fits, verdict
     from virtue.lora import use_stack
     from virtue.parallel import barrier
@@ -64,6 +64,12 @@ def main(argv=None):
     # Build
     prompts = load_prompts(args.prompts, args.split, args.limit)
     out = may_write(args, args.out, [args.sft])
+    written = ["revisions.jsonl"] if args.command == "revisions" else [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"]
+    length = longest(args.max_prompt_tokens, args.max_new_tokens)
+    if preview(args, {"prompts": f"{args.prompts}, {len(prompts)} records"}, f"{', '.join(written)}, summary.json",
+               sampling=dict(rows=min(args.batch_size, len(prompts)), tokens=length, new=args.max_new_tokens),
+               judging=dict(rows=args.judge_batch_size, tokens=2 * length + 600) if args.command == "preferences" else None):  # 600: the questions
+        return
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     kept = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
@@ -150,7 +156,6 @@ def main(argv=None):
                 print(f"warning: {lens}: the judge gives its two labels {label_mass:.3f} of the probability: it does not answer the question")
         for lens, records in found.items():
             write_jsonl(out / f"{lens}.jsonl", records)
-    written = ["revisions.jsonl"] if args.command == "revisions" else [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"]
     write_json(out / "summary.json", summary)
     barrier()
     write_manifest(out, stage=args.command, base=base.info, template=base.template, seed=args.seed, settings=settings_of(args),

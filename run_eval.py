@@ -32,7 +32,7 @@ import json
 from pathlib import Path
 
 from virtue.runtime import (add_common_flags, add_sampling_flags, held_out_ids, make_parser, open_base, parse_with_parent, positive_int,
-                            progress, run_main)
+                            preview, progress, run_main)
 
 
 def parse(argv):
@@ -98,7 +98,7 @@ def compare_models(args):
     from virtue.ensemble import standardize
     from virtue.ethics import LENSES, PROBES
     from virtue.feedback import win_rates
-    from virtue.generate import check_context, fits, sample_dialogues
+    from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.judge import label_ids
     from virtue.logprobs import kl_k1
     from virtue.lora import flatten, use_stack
@@ -113,14 +113,19 @@ def compare_models(args):
     prompts = load_prompts(args.prompts, "eval", args.limit)
     probes = [] if args.prompts == "toy" else [prompt_record([{"role": "user", "content": text}]) for text in PROBES]
     out = may_write(args, args.out, [args.policy, args.sft, args.rm, args.eval_rm])
+    if args.rm is None:
+        raise VirtueError(f"{args.policy}: names no reward models: give --rm")
+    length = longest(args.max_prompt_tokens, args.max_new_tokens)
+    if preview(args, {"prompts": f"{args.prompts}, {len(prompts)} records"}, "report.html, scores.json, samples.jsonl", flat=[["sft", "policy"]],
+               sampling=dict(rows=min(args.batch_size, len(prompts)), tokens=length, new=args.max_new_tokens),
+               judging=dict(rows=args.judge_batch_size, tokens=2 * length + 600)):
+        return
     base = open_base(args)
     judge_base = open_base(args, args.judge) if args.judge else base
     label_ids(judge_base.tokenizer)
     model, tokenizer = base.model, base.tokenizer
     pad_id, known = tokenizer.pad_token_id, dict(base=base.info, template=base.template)
     sft, parents = load_sft(args.sft, model, **known)
-    if args.rm is None:
-        raise VirtueError(f"{args.policy}: names no reward models: give --rm")
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
     if args.eval_rm:
         eval_models, eval_mean, eval_std = load_reward_models(args.eval_rm, model, sft, parents, prefix="eval-", **known)
@@ -243,6 +248,8 @@ def evaluate_judge(args):
 
     pairs, skipped = read_pairs(args.pairs, args.limit)
     out = may_write(args, args.out)
+    if preview(args, {"pairs": f"{args.pairs}, {len(pairs)} pairs, {skipped} without two answers"}, "judge.json"):
+        return
     base = open_base(args)
     label_ids(base.tokenizer)
     kept = [p for p in pairs if pair_fits(base.model, base.tokenizer, p["chosen"], p["rejected"], p["lens"])]
@@ -299,6 +306,9 @@ def evaluate_rewards(args):
     dialogues = read_dialogues(args.data / "dialogues.jsonl")
     external, skipped = read_pairs(args.pairs, args.limit) if args.pairs else ([], 0)
     out = may_write(args, args.out, [args.rm, args.data, args.sft])
+    if preview(args, {"data": f"{args.data}, {len(dialogues)} dialogues", **{f"pairs of {lens}": len(of_lens) for lens, of_lens in data.items()},
+                      **({"pairs": f"{args.pairs}, {len(external)}"} if args.pairs else {})}, "rewards.json"):
+        return
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     check_ids(dialogues, model.config.vocab_size, args.data)
@@ -383,7 +393,7 @@ def best_of_n(args):
     from virtue.dialogue import load_prompts, messages_of
     from virtue.ensemble import AGGREGATORS, aggregate, standardize
     from virtue.ethics import LENSES
-    from virtue.generate import check_context, fits, sample_dialogues
+    from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.lora import flatten, use_stack
     from virtue.resume import finish, may_write, start
     from virtue.rollout import load_reward_models, load_sft, score_dialogues
@@ -393,6 +403,9 @@ def best_of_n(args):
     # Build
     prompts = load_prompts(args.prompts, "eval", args.limit)
     out = may_write(args, args.out, [args.rm, args.sft])
+    if preview(args, {"prompts": f"{args.prompts}, {len(prompts)} records"}, "best_of_n.json, best_of_n.svg", flat=[["sft"]],
+               sampling=dict(rows=min(args.batch_size, len(prompts)), tokens=longest(args.max_prompt_tokens, args.max_new_tokens), new=args.max_new_tokens)):
+        return
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     known = dict(base=base.info, template=base.template)

@@ -20,8 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, check_finite, finite_float, fraction, lora_settings, main_rank, make_parser, nonnegative_float, nonnegative_int,
-                            open_base, parse_with_parent, positive_float, positive_int, progress, run_main, stream, torch_seed)
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, check_finite, finite_float, fraction, lora_settings, main_rank, make_parser, nonnegative_float,
+                            nonnegative_int, open_base, parse_with_parent, positive_float, positive_int, preview, progress, run_main, stream, torch_seed)
 
 
 def parse(argv):
@@ -84,10 +84,11 @@ def main(argv=None):
     from virtue.dialogue import load_prompts, messages_of, read_jsonl, right_pad
     from virtue.ensemble import AGGREGATORS, aggregate, standardize
     from virtue.ethics import LENSES
-    from virtue.generate import check_context, fits, sample_dialogues
+    from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.logprobs import kl_k1, kl_k3
     from virtue.lora import adapter_parameters, add_adapter, flatten, requantize, sampling_copy, use_stack
     from virtue.masked import whiten
+    from virtue.memory import used
     from virtue.models import DTYPES, ScalarHead, logprobs_at
     from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
     from virtue.parallel import share, size as processes, sum_gradients, total
@@ -104,19 +105,29 @@ def main(argv=None):
     if args.kl_target and args.rollout_size >= 5 * args.kl_horizon:
         raise VirtueError(f"--kl-horizon {args.kl_horizon} is too short for --rollout-size {args.rollout_size}: take more than a fifth of it")
 
+    def enough(prompts):
+        if len(prompts) < args.rollout_size:
+            raise VirtueError(f"{args.prompts}: {len(prompts)} prompts fit into --max-prompt-tokens {args.max_prompt_tokens}, "
+                              f"fewer than --rollout-size {args.rollout_size}: give more prompts, or change these flags")
+        return prompts
+
     # Build: one base, every role a stack of adapters
-    prompts = load_prompts(args.prompts, "ppo", args.limit)
+    prompts = enough(load_prompts(args.prompts, "ppo", args.limit))
     out = may_write(args, args.out, [args.sft, args.rm])
+    turns, rows = 1 if args.reward_turns == "answer" else 3, min(args.micro_batch_size, args.minibatch_size)
+    length = longest(args.max_prompt_tokens, args.max_new_tokens, turns)
+    if preview(args, {"prompts": f"{args.prompts}, {len(prompts)} records"}, "adapter, best/, value/, metrics.jsonl, rollouts.jsonl, curves.svg", trained=["policy", "value"],
+               flat=[["sft", "policy"], ["policy"], ["policy"], *[["whole"]] * (3 * args.merge_rm)],  # rollout, sampled, best; merged
+               sampling=dict(rows=min(args.batch_size, args.rollout_size), tokens=length, new=args.max_new_tokens),
+               update=dict(rows=rows, tokens=length, positions=rows * turns * args.max_new_tokens, stacks=2, entropy=True), copy=args.rollout_dtype):
+        return
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     device, pad_id = model.device, tokenizer.pad_token_id
     known = dict(base=base.info, template=base.template)
     sft, parents = load_sft(args.sft, model, **known)
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
-    prompts = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
-    if len(prompts) < args.rollout_size:
-        raise VirtueError(f"{args.prompts}: {len(prompts)} prompts fit into --max-prompt-tokens {args.max_prompt_tokens}, "
-                          f"fewer than --rollout-size {args.rollout_size}: give more prompts, or change these flags")
+    prompts = enough([p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)])
     if args.minibatch_size < processes():
         raise VirtueError(f"--minibatch-size {args.minibatch_size} leaves some of {processes()} processes without a dialogue: raise it")
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
@@ -293,7 +304,7 @@ def main(argv=None):
           f"KL {metrics['objective/kl']:.2f} nats a dialogue, {metrics['tokens/eos_rate']:.1%} of turns ended")
     print(f"wrote adapter policy in {out}, the one with the greatest score less penalty ({best:.3f}, before iteration {best_iteration}) in {out / 'best'}, "
           f"value function in {out / 'value'}, metrics.jsonl, every dialogue in rollouts.jsonl"
-          f"{', curves.svg' if plots.available() else ''}")
+          f"{', curves.svg' if plots.available() else ''}{used(device)}")
 
 
 if __name__ == "__main__":

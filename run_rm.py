@@ -17,7 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, held_out_ids, lora_settings, make_parser, open_base,
-                            parse_with_parent, positive_int, progress, run_main, stream, torch_seed)
+                            parse_with_parent, positive_int, preview, progress, run_main, stream, torch_seed)
 
 
 def parse(argv):
@@ -33,7 +33,8 @@ def parse(argv):
     group("--labels", choices=("soft", "hard"), default="soft", help="target: the judge's probability, or its choice")
     group("--held-out", type=fraction, default=0.15, help="share of prompts kept for accuracy, calibration and score statistics")
     group("--max-tokens", type=positive_int, default=1024, help="longer conversations are over-long")
-    group("--over-long", choices=("drop", "cut"), default="drop", help="drop and count over-long pairs, or cut their end as the study did (to reproduce it: score statistics and PPO still read whole dialogues)")
+    group("--over-long", choices=("drop", "cut"), default="drop", help="drop and count over-long pairs, or cut their end as the study did "
+                                                                                   "(to reproduce it: score statistics and PPO still read whole dialogues)")
     group("--share", choices=("all", "first", "second"), default="all",
           help="prompts to train on; first and second are disjoint halves: an evaluation model takes the half that PPO's did not")
     group("--pool", action="store_true", help="one model trained on the pairs of all three lenses, saved under each lens")
@@ -52,6 +53,7 @@ def main(argv=None):
     from virtue.dialogue import buckets, check_ids, encode_conversation, prompt_record, read_dialogues, read_pairs, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
+    from virtue.memory import used
     from virtue.models import ScalarHead, score_at
     from virtue.preference import accuracy, calibration_error, log_loss, pairwise_loss
     from virtue.parallel import share, sum_gradients, total as over_ranks
@@ -73,6 +75,10 @@ def main(argv=None):
     dialogues = read_dialogues(args.data / "dialogues.jsonl")
     for lens in lenses:
         may_write(args, args.out / lens, [args.data, args.sft])
+    if preview(args, {"data": f"{args.data}, {len(dialogues)} dialogues", **{f"pairs of {lens}": len(of_lens) for lens, of_lens in data.items()}},
+               f"{', '.join(lenses)}: each adapter, metrics.jsonl{', merged/' if args.merge else ''}", trained=["rm"], flat=[["rm"]] * (0 if args.pool else len(lenses) - 1),
+               update=dict(rows=2 * args.batch_size, tokens=args.max_tokens, positions=0, stacks=1)):
+        return
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     device = model.device
@@ -203,7 +209,7 @@ def main(argv=None):
             line += f"; merged model in {folder / 'merged'}, largest change of score {change:.2g}"
         finish(folder)
         summary.append(line)
-    print("\n".join(summary))
+    print("\n".join(summary) + used(device))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, lora_settings, make_parser, open_base,
-                            parse_with_parent, positive_int, progress, run_main, stream, torch_seed)
+                            parse_with_parent, positive_int, preview, progress, run_main, stream, torch_seed)
 
 
 def parse(argv):
@@ -39,6 +39,7 @@ def main(argv=None):
     from virtue.dialogue import buckets, encode_conversation, read_preferences, read_revisions, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
+    from virtue.memory import used
     from virtue.models import logprobs_at
     from virtue.parallel import share, sum_gradients, total as over_ranks
     from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
@@ -54,6 +55,9 @@ def main(argv=None):
             raise VirtueError(f"{args.data}: of stage {made['stage']!r}: give a folder of revisions or of preferences")
         conversations = [([*r["prompt"], {"role": "assistant", "content": r["revision"]}], r["id"]) for r in read_revisions(args.data / "revisions.jsonl")]
     out = may_write(args, args.out, [args.data, args.sft])
+    if preview(args, {"data": f"{args.data}, {len(conversations)} conversations"}, "adapter, metrics.jsonl", trained=["new"],
+               update=dict(rows=args.batch_size, tokens=args.max_tokens, positions=args.batch_size * args.max_tokens, stacks=1)):
+        return
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     device = model.device
@@ -135,7 +139,7 @@ def main(argv=None):
     finish(out)
     print(f"sft: {len(train)} {'chosen turns' if chosen else 'revisions'} ({len(conversations) - len(rows)} too long), "
           f"held-out loss {before:.3f} -> {after:.3f} on {count}")
-    print(f"wrote adapter {name} in {out}")
+    print(f"wrote adapter {name} in {out}{used(device)}")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from virtue.dialogue import encode_conversation, right_pad  # noqa: E402
-from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES  # noqa: E402
-from virtue.judge import judge_pairs  # noqa: E402
-from virtue.lora import use_stack  # noqa: E402
-from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, score_at, template_fingerprint  # noqa: E402
-from virtue.rollout import load_reward_models, load_sft  # noqa: E402
-from virtue.toy import grammar  # noqa: E402
+from virtue.dialogue import encode_conversation, right_pad
+from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES
+from virtue.judge import judge_pairs
+from virtue.lora import use_stack
+from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, score_at, template_fingerprint
+from virtue.rollout import load_reward_models, load_sft
+from virtue.toy import grammar
 
 KINDS = ("fit", "unfit", "one", "repeat", "same virtue")
 PAIRS = (("fit", "unfit"), ("fit", "one"), ("one", "unfit"), ("one", "repeat"), ("one", "same virtue"))

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from virtue.ethics import LENSES  # noqa: E402
-from virtue.stats import hierarchical_bootstrap, t_interval  # noqa: E402
+from virtue.ethics import LENSES
+from virtue.stats import hierarchical_bootstrap, t_interval
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ def main() -> None:
     import transformers.models.mistral.modeling_mistral  # noqa: F401 (6 seconds, once)
     hits, last = 0, max(list(STAGES).index(s) for s in args.stages)
     with tempfile.TemporaryDirectory() as folder:
-        for i, name in enumerate(list(STAGES)[:last + 1]):
+        for name in list(STAGES)[:last + 1]:
             share = args.kills // len(args.stages) + (args.stages.index(name) < args.kills % len(args.stages)) if name in args.stages else 0
             hits += torture(name, Path(folder), share, random.Random(f"{args.seed} {name}"))
     print(f"seed {args.seed}: {hits} kills, nothing lost, nothing twice")

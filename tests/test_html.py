@@ -48,7 +48,7 @@ def column(shift: float) -> dict:
 def scores(difference=0.149, low=0.12, high=0.18) -> dict:
     found = {"gold": {"difference": difference, "low": low, "high": high, "p": 0.0004, "p_holm": 0.02, "d_z": None},
              "study_score_standardised": {"difference": 1.2, "low": 1.0, "high": 1.4}}
-    wins = {lens: {v: 0.71 for v in (*VIRTUES, "helpfulness")} for lens in LENSES}
+    wins = {lens: dict.fromkeys((*VIRTUES, "helpfulness"), 0.71) for lens in LENSES}
     wins["consequence"] = {"rate": 0.64, "low": 0.5, "high": 0.75, "pairs": 9, "questions": {"honesty": 0.31, "sincerity": 0.5}}
     return {"prompts": 240, "prompts_too_long": 3, "seed": 7, "interval": "paired bootstrap", "models": {"base": column(0.0), "sft": column(0.1), "ppo": column(0.3)},
             "differences": {"sft - base": copy.deepcopy(found), "ppo - sft": found}, "wins": {"ppo vs base": wins, "ppo vs sft, other wording": {**wins, "action": None}}, "warnings": []}
@@ -132,7 +132,8 @@ def test_coherence_and_warnings():
 
 
 def test_extremes_and_the_first_dialogues_are_shown():
-    text = render(samples=[sample(i, {5: 9.0, 6: -9.0, 7: -8.0}.get(i, 0.0)) for i in range(300)] + [{"id": "p", "prompt": [{"role": "user", "content": "A probe"}], "ppo": {"turns": {"action": "No."}}}])
+    text = render(samples=[sample(i, {5: 9.0, 6: -9.0, 7: -8.0}.get(i, 0.0)) for i in range(300)] +
+                  [{"id": "p", "prompt": [{"role": "user", "content": "A probe"}], "ppo": {"turns": {"action": "No."}}}])
     groups = dict(part.split("</h3>", 1) for part in text.split("<h3>")[1:])
     assert re.findall(r"number (\d+)", groups["The largest falls"]) == ["6", "7"] and "(−9.00)" in groups["The largest falls"]
     assert re.findall(r"number (\d+)", groups["The largest rises"]) == ["5"] and "(+9.00)" in groups["The largest rises"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from virtue.preference import accuracy, calibration_bins, calibration_bins, calibration_error, log_loss, pairwise_loss
+from virtue.preference import accuracy, calibration_bins, calibration_error, log_loss, pairwise_loss
 
 T = lambda *v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
 

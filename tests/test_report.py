@@ -86,7 +86,7 @@ def test_warnings_name_what_fell():
     assert "gold fell by 0.150" in warned(step={"gold": {"low": -0.2, "high": -0.1, "difference": -0.15}})[0]
     assert "refusal" in warned(wins={"ppo vs base": {"action": {"questions": {"helpfulness": 0.3}}}})[0]
     eval_step = {f"eval_reward/{lens}": {"low": 0.1 if lens != "action" else -0.1, "high": 0.3, "difference": 0.1} for lens in LENSES}
-    assert [t for t in warned({"eval_reward/action": 0.0}, step=eval_step)] == ["reward rose, but the unseen reward model of lens action saw no rise"]
+    assert list(warned({"eval_reward/action": 0.0}, step=eval_step)) == ["reward rose, but the unseen reward model of lens action saw no rise"]
 
 
 def test_truth_reads_the_toy_and_nothing_else():

@@ -24,7 +24,7 @@ def test_common_flags():
     args = parser().parse_args(["--out", "x", "--seed", "3"])
     assert vars(args) | {"out": str(args.out)} == {
         "model": "toy", "quantize": "none", "dtype": "fp32", "device": "auto", "threads": 0,
-        "seed": 3, "out": "x", "overwrite": False, "resume": False, "lr": 1e-3}
+        "seed": 3, "out": "x", "dry_run": False, "overwrite": False, "resume": False, "lr": 1e-3}
 
 
 def test_help_keeps_the_docstring_and_shows_defaults():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_tiny_model
 
 from virtue import VirtueError
 from virtue.ethics import LENSES, VIRTUES
@@ -444,3 +445,105 @@ def test_help_of_sub_commands_teaches(capsys):
         with pytest.raises(SystemExit) as stop:
             importlib.import_module(script).parse([command, "--help"])
         assert stop.value.code == 0 and flag in capsys.readouterr().out
+
+
+# ---- --dry-run
+
+
+def files_of(folder: Path) -> dict:
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
+
+
+STAGES = {  # flags, and words of what is read, written and planned
+    "revisions": (["run_data", "revisions", "--limit", 20], ["prompts: toy, 20 records", "revisions.jsonl, summary.json", "KV cache"]),
+    "sft": (["run_sft", "--data", "{}/revisions", "--max-tokens", 99], ["--max-new-tokens 48", "--max-tokens 99", "conversations", "metrics.jsonl", "update"]),
+    "chosen": (["run_sft", "--data", "{}/preferences"], ["reads sft: {}/sft, an adapter of rank 4", "optimiser moments"]),
+    "preferences": (["run_data", "preferences", "--sft", "{}/sft"], ["reads sft: {}/sft", "consequence.jsonl, dialogues.jsonl", "judging"]),
+    "rm": (["run_rm", "--data", "{}/preferences", "--gradient-checkpointing"], ["--gradient-checkpointing", "48 dialogues", "reads pairs of motivation: ", "motivation", "update"]),
+    "policy": (["run_ppo", "--rm", "{}/rm", "--rollout-size", 8, "--minibatch-size", 8, "--limit", 16, "--whole"],
+               ["--sft {}/sft", "--quantize none", "reads consequence: {}/rm/consequence, an adapter of rank 4", "prompts: toy, 16 records", "rollouts.jsonl", "sampling", "update"]),
+    "report": (["run_eval", "models", "--policy", "{}/policy", "--limit", 8], ["--rm {}/rm", "reads policy: {}/policy", "report.html", "judging"]),
+    "judge": (["run_eval", "judge", "--pairs", "{}/preferences/action.jsonl"], ["pairs, 0 without", "judge.json", "greatest  held"]),
+    "rewards": (["run_eval", "rewards", "--rm", "{}/rm", "--data", "{}/preferences"], ["reads action: {}/rm/action", "rewards.json", "base weights"]),
+    "best": (["run_eval", "best-of-n", "--rm", "{}/rm"], ["prompts: toy, 64 records", "best_of_n.json", "sampling"]),
+}
+
+
+def forbid_weights(monkeypatch):
+    monkeypatch.setattr("virtue.models.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("something was downloaded"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    forbid_weights(monkeypatch)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_says_all_and_writes_nothing(fp32, tmp_path, monkeypatch, capsys, no_weights, stage):
+    flags, words = ([str(w).replace("{}", str(fp32)) for w in part] for part in STAGES[stage])
+    monkeypatch.chdir(tmp_path)
+    before = files_of(fp32)
+    call(*flags, "--out", "new/out", "--dry-run")
+    assert files_of(fp32) == before and not files_of(tmp_path)
+    said = capsys.readouterr().out
+    for word in (*words, "settings: ", "reads base: toy", "writes new/out: ", "memory plan, GiB"):
+        assert word in said, word
+    assert "dry-run" not in said
+
+
+def test_a_dry_run_exits_0(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "run_data.py", "revisions", "--out", tmp_path / "new", "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "greatest" in done.stdout and not any(tmp_path.iterdir()), done.stderr
+
+
+@pytest.mark.parametrize(("stage", "flags", "words"), [
+    ("policy", ["--rollout-size", 32], "16 prompts fit .*fewer than --rollout-size 32"), ("policy", ["--sft", "{}/policy"], "of stage 'policy': give the folder of stage 'sft'"),
+    ("policy", ["--rm", "{}/nowhere"], "no artefact here"), ("policy", ["--targets", "q"], r"\['q'\] match no linear layer"), ("policy", ["--out", "{}/rm"], "not empty"),
+    ("policy", ["--out", "{}/rm", "--overwrite"], "an input of this stage"), ("policy", ["--sft", "{}/other"], "trained upon .*not upon what is given now"),
+    ("policy", ["--model", "{}/base"], "sft: made for another base"), ("policy", ["--max-new-tokens", 4000], "positions, but the model has"),
+    ("rm", ["--sft", "{}/other"], "sampled upon .*/sft, not upon .*/other"), ("sft", ["--data", "{}/rm/action"], "of stage 'rm'"),
+    ("report", ["--judge", "{}/nowhere"], "no such folder"), ("report", ["--prompts", "{}/none.jsonl"], "none.jsonl: no such file"),
+    ("revisions", ["--model", "{}/rm"], "config.json: not a readable model configuration")], ids=str)
+def test_a_dry_run_refuses_what_a_run_refuses(fp32, tmp_path, monkeypatch, stage, flags, words):
+    world = tmp_path / "world"
+    shutil.copytree(fp32, world)
+    if "{}/other" in flags:
+        call("run_sft", "--data", world / "revisions", "--out", world / "other", "--epochs", 1, "--lr", 1e-3, *SMALL)
+    if "{}/base" in flags:
+        make_tiny_model(world / "base")
+    before = files_of(world)
+    forbid_weights(monkeypatch)
+    with pytest.raises(VirtueError, match=words):
+        call(*(str(flag).replace("{}", str(world)) for flag in (*STAGES[stage][0], *(() if "--out" in flags else ("--out", tmp_path / "new")), *flags, "--dry-run")))
+    assert files_of(world) == before and not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_needs_no_weights(fp32, tmp_path, monkeypatch, capsys, no_weights):
+    config = json.loads((ROOT / "virtue/toy/model/config.json").read_text()) | {"hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768}
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big/config.json").write_text(json.dumps(config))
+    flags = ["run_ppo", "--rm", fp32 / "rm", "--rollout-size", 8, "--minibatch-size", 8, "--limit", 8, "--out", tmp_path / "new", "--quantize", "nf4", "--dry-run"]
+    call(*flags, "--model", tmp_path / "big")
+    said = capsys.readouterr().out
+    assert "a run needs tokenizer.json, model*.safetensors as well" in said and "greatest" in said
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    call(*flags, "--model", "nobody/nothing")
+    assert "reads base: nobody/nothing, on the hub; a run needs config.json" in (said := capsys.readouterr().out)
+    assert "memory plan: needs the config.json of nobody/nothing" in said
+    call("run_data", "preferences", "--judge", "nobody/judge", "--out", tmp_path / "new", "--dry-run")
+    assert "memory plan: needs the config.json of nobody/judge" in capsys.readouterr().out
+    snapshot = tmp_path / "cache/models--nobody--nothing/snapshots/0123456789012345678901234567890123456789"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text(snapshot.name)
+    shutil.copy(tmp_path / "big/config.json", snapshot)
+    call(*flags, "--model", "nobody/nothing")
+    assert f"reads base: nobody/nothing, {snapshot}; a run needs tokenizer.json" in (said := capsys.readouterr().out) and "greatest" in said
+
+
+def test_a_run_upon_another_base_than_the_toy_prints_its_plan(tmp_path, capsys):
+    shutil.copytree(ROOT / "virtue/toy/model", tmp_path / "base")
+    call("run_data", "revisions", "--model", tmp_path / "base", "--limit", 4, "--out", tmp_path / "data")
+    said = capsys.readouterr().out
+    assert said.startswith("memory plan") and "settings" not in said and (tmp_path / "data/virtue.json").is_file()

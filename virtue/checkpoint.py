@@ -28,6 +28,7 @@ from virtue.runtime import main_rank
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "virtue.json"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy")
 _SCORE = "base_model.model.score."
+_UNLIKE = "r, lora_alpha or target_modules is not what the weights have"
 _AGAIN = "run again the stage that writes this folder"
 
 
@@ -89,10 +90,10 @@ def data_hash(folder: Path, names: Iterable[str]) -> str:
     return hashlib.sha256("".join(sha256_file(folder / name) for name in names).encode()).hexdigest()
 
 
-def check_made_by(folder: Path, base: Mapping[str, str], template: str, sft: Path | None) -> dict:
-    """A preference folder's manifest; VirtueError where its dialogues came from another base, template or SFT."""
+def check_made_by(folder: Path, base: Mapping[str, str] | None, template: str | None, sft: Path | None) -> dict:
+    """A preference folder's manifest; VirtueError where its dialogues came from another base, template (None: not compared) or SFT."""
     manifest = read_manifest(folder, "preferences")
-    if (manifest["base"].get("fingerprint"), manifest["template"]) != (base["fingerprint"], template):
+    if base and manifest["base"].get("fingerprint") != base["fingerprint"] or template and manifest["template"] != template:
         raise VirtueError(f"{folder}: sampled by another base or tokenizer, {manifest['base'].get('id')}: give that --model")
     was, now = manifest["parents"].get("sft", {}), file_hash(sft) if sft else None
     if was.get("sha256") != now:
@@ -229,6 +230,33 @@ def read_manifest(folder: str | Path, stage: str | None = None, lens: str | None
     return manifest
 
 
+def check_artifact(folder: str | Path, *, stage: str, base: Mapping[str, str] | None = None, template: str | None = None, lens: str | None = None,
+                   parents: Mapping[str, str | Path] | None = None) -> tuple[dict, dict]:
+    """The manifest and adapter_config.json of an artefact, with the errors of `load_artifact` that need no model.
+
+    ``base``, ``template`` and ``parents`` are not compared where None.
+    """
+    folder, manifest = Path(folder), read_manifest(folder, stage, lens)
+    recorded = {role: parent["sha256"] for role, parent in manifest["parents"].items()}
+    if base is not None and manifest["base"].get("fingerprint") != base["fingerprint"]:
+        raise VirtueError(f"{folder}: made for another base, {manifest['base'].get('id')}, whose files "
+                          f"differ from those of {base['id']}: give the --model it was made with")
+    if template is not None and manifest["template"] != template:
+        raise VirtueError(f"{folder}: made with another tokenizer or chat template than that of "
+                          f"{base['id'] if base else 'the base'}: restore the template, or train again")
+    if parents is not None and recorded != {r: file_hash(p) for r, p in parents.items()}:
+        was = ", ".join(p["folder"] for p in manifest["parents"].values()) or "the bare base"
+        raise VirtueError(f"{folder}: was trained upon {was} as it was then, not upon what is "
+                          "given now: give that, or train again")
+    if file_hash(folder) != manifest["sha256"]:
+        raise VirtueError(f"{folder / WEIGHTS}: changed since it was saved: {_AGAIN}")
+    config = _read_json(folder / CONFIG, ("r", "lora_alpha", "target_modules", "modules_to_save"))
+    if not (type(config["r"]) is int and config["r"] >= 1 and is_number(config["lora_alpha"]) and isinstance(config["target_modules"], list)
+            and all(isinstance(name, str) for name in config["target_modules"])):
+        raise VirtueError(f"{folder / CONFIG}: {_UNLIKE}: {_AGAIN}")
+    return manifest, config
+
+
 def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, stage: str,
                   base: Mapping[str, str], template: str, lens: str | None = None,
                   parents: Mapping[str, str | Path] | None = None,
@@ -240,28 +268,14 @@ def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, st
     made for another base, template or parent; changed or damaged since, its head lost; of other
     rank, targets or shapes than the model's adapter. The model is then left as it was.
     """
-    folder, manifest = Path(folder), read_manifest(folder, stage, lens)
-    recorded = {role: parent["sha256"] for role, parent in manifest["parents"].items()}
-    if manifest["base"].get("fingerprint") != base["fingerprint"]:
-        raise VirtueError(f"{folder}: made for another base, {manifest['base'].get('id')}, whose files "
-                          f"differ from those of {base['id']}: give the --model it was made with")
-    if manifest["template"] != template:
-        raise VirtueError(f"{folder}: made with another tokenizer or chat template than that of "
-                          f"{base['id']}: restore the template, or train again")
-    if parents is not None and recorded != {r: file_hash(p) for r, p in parents.items()}:
-        was = ", ".join(p["folder"] for p in manifest["parents"].values()) or "the bare base"
-        raise VirtueError(f"{folder}: was trained upon {was} as it was then, not upon what is "
-                          "given now: give that, or train again")
-    if file_hash(folder) != manifest["sha256"]:
-        raise VirtueError(f"{folder / WEIGHTS}: changed since it was saved: {_AGAIN}")
-    config = _read_json(folder / CONFIG, ("r", "lora_alpha", "target_modules", "modules_to_save"))
+    folder = Path(folder)
+    manifest, config = check_artifact(folder, stage=stage, base=base, template=template, lens=lens, parents=parents)
     try:
         state, head = load_file(folder / WEIGHTS), None
         if odd := [k for k, t in state.items() if not is_sound(t)]:
             raise RuntimeError(f"{odd[0]} is no floating-point tensor, or holds NaN or infinity")
-        if not (type(config["r"]) is int and (config["r"],) in {t.shape[:1] for t in state.values()} and is_number(config["lora_alpha"])
-                and isinstance(config["target_modules"], list) and all(isinstance(name, str) for name in config["target_modules"])):
-            raise VirtueError(f"{folder / CONFIG}: r, lora_alpha or target_modules is not what the weights have: {_AGAIN}")
+        if (config["r"],) not in {t.shape[:1] for t in state.values()}:
+            raise VirtueError(f"{folder / CONFIG}: {_UNLIKE}: {_AGAIN}")
         score = {k.removeprefix(_SCORE): state.pop(k) for k in [*state] if k.startswith(_SCORE)}
         if score or config["modules_to_save"]:
             head = ScalarHead(model.config.hidden_size, bias="bias" in score)

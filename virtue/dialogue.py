@@ -253,7 +253,7 @@ def parse_hh(text: str) -> Messages:
     line. ValueError: it does not start with a Human turn.
     """
     parts = re.split(r"\n\n(Human|Assistant):(?: |$)", text)
-    _need(not parts[0].strip() and parts[1:2] == ["Human"], 
+    _need(not parts[0].strip() and parts[1:2] == ["Human"],
           "a transcript must start with '\\n\\nHuman: '")
     messages: Messages = []
     for marker, content in zip(parts[1::2], parts[2::2], strict=True):

@@ -28,9 +28,14 @@ def fits(tokenizer, messages: Messages, max_prompt_tokens: int) -> bool:
     return len(encode_prompt(tokenizer, messages)) <= max_prompt_tokens
 
 
+def longest(max_prompt_tokens: int, max_new_tokens: int, turns: int = 3) -> int:
+    """Tokens of the longest dialogue that the flags allow."""
+    return max_prompt_tokens + turns * (max_new_tokens + 64)  # 64: a follow-up question
+
+
 def check_context(model: nn.Module, max_prompt_tokens: int, max_new_tokens: int, turns: int = 3) -> None:
     """VirtueError where the longest dialogue that the flags allow does not fit into the model's context."""
-    need, have = max_prompt_tokens + turns * (max_new_tokens + 64), model.config.max_position_embeddings  # 64: a follow-up question
+    need, have = longest(max_prompt_tokens, max_new_tokens, turns), model.config.max_position_embeddings
     if need > have:
         raise VirtueError(f"--max-prompt-tokens {max_prompt_tokens} and {turns} turns of --max-new-tokens {max_new_tokens} may need {need} "
                           f"positions, but the model has {have}: lower them")

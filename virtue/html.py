@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from html import escape
 
 from virtue import plots
-from virtue.ethics import LENSES, VIRTUES
+from virtue.ethics import VIRTUES
 from virtue.report import ROWS
 
 SHOWN, EXTREMES = 12, 3  # transcripts from the top, and of the largest rises and falls
@@ -36,7 +36,8 @@ figure{margin:.4rem 0}svg{display:block;max-width:100%;height:auto}
 .scroll{overflow-x:auto;overflow-wrap:normal}table{border-collapse:collapse;font-variant-numeric:tabular-nums}caption{text-align:left;padding:.2rem 0}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top;white-space:nowrap}th:first-child,td.left{text-align:left;white-space:normal}
 tbody th{font-weight:400}tbody th.sub{padding-left:1.6rem;color:var(--soft)}tbody th.pair{white-space:nowrap}thead th,tbody th.group{font-weight:600}td small{display:block}
-td.interval{vertical-align:middle}.interval svg{width:16rem;max-width:none;height:.9rem}.interval rect{fill:var(--soft)}.interval .zero{fill:var(--soft)}.interval .rose{fill:var(--up)}.interval .fell{fill:var(--down)}
+td.interval{vertical-align:middle}.interval svg{width:16rem;max-width:none;height:.9rem}.interval rect{fill:var(--soft)}.interval .zero{fill:var(--soft)}
+.interval .rose{fill:var(--up)}.interval .fell{fill:var(--down)}
 .heat{display:flex;flex-wrap:wrap;gap:.5rem 2.5rem}.heat td,.heat thead th{text-align:center;min-width:4rem}.heat td,.heat th{border:2px solid var(--bg)}.heat th{padding-left:0}
 details{border:1px solid var(--line);border-radius:.5rem;margin:.5rem 0;padding:.5rem .8rem}summary{cursor:pointer}summary small{white-space:nowrap}
 dl{margin:.3rem 0}dt{color:var(--soft);font-size:.85rem;margin-top:.4rem}dd{margin:0}.text,pre{white-space:pre-wrap}pre{background:var(--card);border-radius:.5rem;padding:.8rem;font-size:.85rem}
@@ -287,7 +288,8 @@ def render(scores: dict, samples: Sequence[dict], metrics: Sequence[dict], manif
     step = pairs.get(" - ".join(list(models)[:-3:-1]), {})  # of the last model over the one before it
     reward = step.get("study_score_standardised") if "gold" in step else None
     sections = [("scores", "Scores", _scores(models) if models else ""), ("virtues", "Virtues by lens", _wins(scores["wins"]) if scores.get("wins") else ""),
-                ("training", "Training", _figures(metrics, curve)), ("differences", "Differences", _differences(pairs) if pairs else ""), ("dialogues", "Dialogues", _samples(samples, list(models))), ("repeat", "Settings to repeat it", _repeat(manifest))]
+                ("training", "Training", _figures(metrics, curve)), ("differences", "Differences", _differences(pairs) if pairs else ""),
+                ("dialogues", "Dialogues", _samples(samples, list(models))), ("repeat", "Settings to repeat it", _repeat(manifest))]
     sections = [section for section in sections if section[2]]
     intro = [f"{clean(scores['prompts'])} held-out prompts" if "prompts" in scores else "", f"{clean(scores['prompts_too_long'])} too long and dropped" if scores.get("prompts_too_long") else "",
              f"seed {clean(scores['seed'])}" if "seed" in scores else "", f"base {clean((manifest.get('base') or {}).get('id', 'unknown'))}"]

@@ -8,7 +8,8 @@ shapes that differ, a mask that is not bool, settings out of range.
 from __future__ import annotations
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

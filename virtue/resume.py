@@ -33,7 +33,7 @@ from virtue.runtime import main_rank
 FOLDER, SETTINGS = "resume", "settings.json"
 KEPT = 2  # checkpoints on the disk: where the newest is damaged, the one before it serves
 # Flags that may differ when a run goes on: they change speed and memory, and results by rounding only.
-FREE = ("out", "overwrite", "threads", "device", "micro_batch_size")
+FREE = ("out", "overwrite", "threads", "device", "micro_batch_size", "gradient_checkpointing")
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def may_write(args: argparse.Namespace, out: Path, inputs: Iterable[Path | None]
 
 def settings_of(args: argparse.Namespace) -> dict:
     """What a manifest says of the flags: all but how the run was started."""
-    return {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite", "dry_run")}
 
 
 def _agree(was: Mapping, now: Mapping, where: Path) -> None:

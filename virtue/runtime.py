@@ -12,13 +12,13 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from virtue import TARGETS, VirtueError
+from virtue import TARGETS, VirtueError, printable
 
 
 # What a later stage takes from the earlier artefact's settings unless it is given again. A script
@@ -84,6 +84,7 @@ def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
     if not out:
         return
     add("--out", type=Path, required=True, help="folder to write")
+    add("--dry-run", action="store_true", help="check the inputs, print settings, files and the memory plan, and end: nothing is loaded or written")
     add("--overwrite", action="store_true", help="write into a folder that is not empty")
     add("--resume", action="store_true", help="go on where a run of the same command was killed")
 
@@ -104,6 +105,7 @@ def add_lora_flags(parser: argparse.ArgumentParser, rank: int, alpha: float) -> 
     add("--alpha", type=positive_float, default=alpha, help="the update is scaled by alpha / r")
     add("--whole", action="store_true", help="train the layers' whole matrices instead of B A: memory for four more copies of them, and a lower --lr")
     add("--targets", nargs="+", default=TARGETS, metavar="NAME", help="linear layers that get an adapter")
+    add("--gradient-checkpointing", action="store_true", help="compute activations again in the backward pass: much less memory, a third more time")
 
 
 def lora_settings(args: argparse.Namespace) -> dict:
@@ -175,8 +177,8 @@ def run_main(main: Callable[[], object]) -> None:
             sys.exit(2)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise
-        print("error: out of memory: lower --batch-size, --micro-batch-size or --judge-batch-size, or take --quantize nf4; "
-              "with another --micro-batch-size the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("error: out of memory: lower --batch-size, --micro-batch-size or --judge-batch-size, or take --quantize nf4 or --gradient-checkpointing "
+              "(--dry-run says what a run needs); with the last, or another --micro-batch-size, the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -280,7 +282,7 @@ class Base(NamedTuple):
 
 def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
     """The model that the common flags name (or `name`, with the same flags) and its tokenizer."""
-    from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, template_fingerprint
+    from virtue.models import base_fingerprint, checkpoint_layers, load_model, load_tokenizer, resolve, template_fingerprint
     from virtue.parallel import join
 
     torch_threads(args.threads)
@@ -288,4 +290,78 @@ def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
     folder = resolve(name)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, quantize=args.quantize, dtype=args.dtype, device=str(join(pick_device(args.device))))
+    if getattr(args, "gradient_checkpointing", False):
+        checkpoint_layers(model)
     return Base(model, tokenizer, {"id": str(name), "fingerprint": base_fingerprint(folder)}, template_fingerprint(tokenizer))
+
+
+def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, *, trained: Sequence[str] = (), flat: Sequence[Sequence[str]] = (),
+            **moments: dict | None) -> bool:
+    """Before anything is loaded: prints the memory plan, unless the base is the toy. With --dry-run also checks the inputs as the
+    run would, all but their tensors, prints settings and files, and is True: the caller ends here.
+
+    `found`: what the caller read of each input; `writes`: the files to come. Adapters by role: those of --sft, --rm, --eval-rm and
+    --policy, those `trained`, and the `flat` ones, each made of some roles. `moments`: see ``memory.plan``. VirtueError: as in a run.
+    """
+    from types import SimpleNamespace
+    from virtue import memory
+    from virtue.checkpoint import check_artifact, check_made_by, read_manifest
+    from virtue.ethics import LENSES
+    from virtue.generate import check_context
+    from virtue.models import base_fingerprint, load_tokenizer, read_config, resolve, template_fingerprint
+    from virtue.resume import settings_of
+
+    if args.model == "toy" and not args.dry_run:
+        return False
+    names = {"base": args.model, "judge": getattr(args, "judge", None)}
+    folders = {role: resolve(name, download=not args.dry_run) for role, name in names.items() if name}
+    configs = {role: read_config(folder) for role, folder in folders.items() if folder}
+    lacking = {role: [file for file in ("config.json", "tokenizer.json", "model*.safetensors") if not (folder and any(folder.glob(file)))]
+               for role, folder in folders.items()}
+    known, found, adapters = {}, dict(found), {}
+    if args.dry_run and "tokenizer.json" not in lacking["base"]:
+        known["template"] = template_fingerprint(load_tokenizer(folders["base"]))
+    if args.dry_run and "model*.safetensors" not in lacking["base"]:
+        known["base"] = {"id": args.model, "fingerprint": base_fingerprint(folders["base"])}
+    if moments.get("sampling") and "base" in configs:
+        check_context(SimpleNamespace(config=configs["base"]), args.max_prompt_tokens, args.max_new_tokens)
+
+    def artefact(role: str, folder: Path, **expected) -> None:
+        _, config = check_artifact(folder, **known, **expected)
+        adapters[role] = config["r"], tuple({name.rpartition(".")[2] for name in config["target_modules"]})
+        found[role] = f"{folder}, an adapter of rank {config['r']}"
+
+    sft, policy = getattr(args, "sft", None), getattr(args, "policy", None)
+    upon = {"sft": sft} if sft else {}
+    if sft:
+        artefact("sft", sft, stage="sft")
+    for prefix, folder in (("", getattr(args, "rm", None)), ("eval-", getattr(args, "eval_rm", None))):
+        for lens in LENSES if folder else ():
+            artefact(prefix + lens, folder / lens, stage="rm", lens=lens, parents=upon)
+    if policy:
+        roles = read_manifest(policy, "policy")["parents"]
+        artefact("policy", policy, stage="policy", parents=upon | {f"rm/{lens}": args.rm / lens for lens in LENSES if f"rm/{lens}" in roles})
+    if getattr(args, "data", None) and read_manifest(args.data)["stage"] == "preferences":
+        check_made_by(args.data, known.get("base"), known.get("template"), sft)
+
+    if args.dry_run:
+        said = {f"--{name.replace('_', '-')}": " ".join(map(str, value)) if isinstance(value, list | tuple) else value for name, value in settings_of(args).items()}
+        print("settings:", *(flag if value is True else printable(f"{flag} {value}") for flag, value in said.items() if value is not None and value is not False))
+        for role, folder in folders.items():
+            where = folder or "on the hub"
+            found[role] = names[role] + (f", {where}" if str(where) != names[role] else "") + (f"; a run needs {', '.join(lacking[role])} as well" if lacking[role] else "")
+        print(*(printable(f"reads {name}: {what}") for name, what in found.items()), f"writes {args.out}: {writes}", sep="\n")
+    if unknown := [names[role] for role in folders if role not in configs]:
+        print(f"memory plan: needs the config.json of {' and of '.join(unknown)}, which is not on this machine")
+        return True
+    config, judge, frozen = configs["base"], configs.get("judge"), list(adapters.values())
+    if trained:
+        full = memory.widest(config, args.targets)
+        adapters |= {"whole": (full, args.targets), **dict.fromkeys(trained, (None if args.whole else args.rank, args.targets))}
+    for stack in ([adapters[role] for role in roles if role in adapters] for roles in flat):
+        if stack:
+            frozen.append((sum(rank or full for rank, _ in stack), tuple({name for _, targets in stack for name in targets})))
+    print(memory.table(memory.plan(config, quantize=args.quantize, dtype=args.dtype, frozen=frozen, trained=[adapters[role] for role in trained],
+                                   judge=memory.base_bytes(judge, args.quantize, args.dtype) if judge else 0,
+                                   checkpointing=bool(trained) and args.gradient_checkpointing, **moments)))
+    return args.dry_run

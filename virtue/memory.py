@@ -1,0 +1,128 @@
+"""The memory plan: how many bytes a run needs, from the base's config.json and the flags, before anything is loaded.
+
+Weights, adapters, moments and KV cache are exact; activations follow the formula at `layer_bytes`, which is what autograd
+keeps of transformers' Mistral with a fused attention kernel and our LoRA; logits and passing tensors are upper estimates. Not
+in it: the CUDA context and the allocator's fragments, 0.5 to 1 GiB. Sizes in bytes; every sequence counts as full length.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from virtue import TARGETS, VirtueError
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+LOGITS_AT_ONCE = 1 << 26  # numbers: logits of more are computed part by part (models.logprobs_at)
+Adapter = tuple[int | None, Sequence[str]]  # rank, None for whole matrices; targets
+
+
+def linears(config) -> dict[str, tuple[int, int, int]]:
+    """Inputs, outputs and number of each linear layer of a Mistral with this config."""
+    D, F, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    A, K = ((getattr(config, "head_dim", None) or D // heads) * n for n in (heads, config.num_key_value_heads))
+    sizes = zip(TARGETS, ((D, A), (D, K), (D, K), (A, D), (D, F), (D, F), (F, D)), strict=True)
+    return {**{name: (*size, config.num_hidden_layers) for name, size in sizes}, "lm_head": (D, config.vocab_size, 1)}
+
+
+def rest_bytes(config, dtype: str) -> int:
+    """What is never quantised: embeddings, norms and lm_head."""
+    return config.hidden_size * (2 * config.num_hidden_layers + 1 + config.vocab_size * (1 if config.tie_word_embeddings else 2)) * BYTES[dtype]
+
+
+def base_bytes(config, quantize: str, dtype: str) -> int:
+    """The base's weights. NF4: 4 bits, 8 for the scale of 64, 32 for that of 256 scales (QLoRA, sec. 3); embeddings, norms, lm_head in `dtype`."""
+    layers = sum(i * o * n for name, (i, o, n) in linears(config).items() if name != "lm_head")
+    return rest_bytes(config, dtype) + (layers * BYTES[dtype] if quantize == "none" else layers // 2 + layers // 64 + layers // (64 * 256) * 4)
+
+
+def widest(config, targets: Sequence[str]) -> int:
+    """The rank that stands for whole matrices: the widest target's inputs. VirtueError: a target that there is not."""
+    known = linears(config)
+    if unmatched := sorted(set(targets) - known.keys()):
+        raise VirtueError(f"LoRA targets {unmatched} match no linear layer; known are {TARGETS}")
+    return max(known[name][0] for name in targets)
+
+
+def adapter_bytes(config, adapter: Adapter, trainable: bool = False) -> int:
+    """An adapter, always fp32; or the part of it that learns: of whole matrices only B does."""
+    (rank, targets), known = adapter, linears(config)
+    r = widest(config, targets) if rank is None else rank
+    return 4 * r * sum(((0 if trainable and rank is None else i) + o) * n for i, o, n in (known[name] for name in targets))
+
+
+def layer_bytes(config, dtype: str, rows: int, tokens: int, adapter: Adapter) -> int:
+    """What one decoder layer keeps of rows x tokens for the backward pass; c bytes a number of `dtype`, A heads times head_dim.
+
+    Per token: the inputs of two norms in fp32, 8 D; attention's q, k, v for each head and result, 4 A c, and its log-sums; gate,
+    silu(gate) and up, 3 F c; each target's input in fp32, its own cast where c < 4, else shared by q, k, v and by gate, up; r
+    numbers of each target between A and B. Per row: attention's mask as numbers, tokens^2 c.
+    """
+    (rank, targets), known, c = adapter, linears(config), BYTES[dtype]
+    r = widest(config, targets) if rank is None else rank
+    D, F, A = config.hidden_size, config.intermediate_size, known["o_proj"][0]
+    inputs = [known[name][0] for name in targets if name != "lm_head"]
+    if c == 4:  # o_proj's is attention's result
+        inputs = [i for group, i in (("qkv", D), ("gu", D), ("d", F)) if any(name[0] in group for name in targets)]
+    each = 8 * D + 4 * A * c + 4 * config.num_attention_heads + 3 * F * c + 4 * sum(inputs) + 4 * r * len(targets)
+    return rows * tokens * each + rows * tokens * tokens * c
+
+
+def passing_bytes(config, quantize: str, dtype: str, rows: int, tokens: int) -> int:
+    """What an MLP and a mask need for a moment, forward or backward; NF4: also the widest weight in `dtype`, for its product."""
+    c, F, D = BYTES[dtype], config.intermediate_size, config.hidden_size
+    return rows * tokens * (F * (4 * c + 4) + 8 * D) + rows * tokens * tokens * (1 + c) + (F * D * c if quantize == "nf4" else 0)
+
+
+def cache_bytes(config, dtype: str, rows: int, tokens: int) -> int:
+    """The KV cache of rows x tokens."""
+    return 2 * linears(config)["k_proj"][1] * config.num_hidden_layers * BYTES[dtype] * rows * tokens
+
+
+def plan(config, *, quantize: str, dtype: str, frozen: Sequence[Adapter] = (), trained: Sequence[Adapter] = (), judge: int = 0, checkpointing: bool = False,
+         sampling: dict | None = None, judging: dict | None = None, update: dict | None = None, copy: str | None = None) -> dict[str, dict[str, int]]:
+    """Bytes by part: what is "held" all the time, and what each moment needs on top of it. `judge`: another model's bytes;
+    `copy`: the type of a dequantised one for sampling, which shares what is of that type already.
+
+    `sampling`: rows, tokens (prompt and all turns), new (of the last turn). `judging`: rows, tokens. `update`: a forward's rows
+    and tokens, positions whose logits are taken, stacks before one backward pass, entropy or not.
+    """
+    c, V, D, N = BYTES[dtype], config.vocab_size, config.hidden_size, config.num_hidden_layers
+    learning = sum(adapter_bytes(config, a, trainable=True) for a in trained)
+    targets = {name for _, names in (*frozen, *trained) for name in names} if (quantize, dtype) == ("none", "fp32") else ()
+    folded = sum(4 * i * o * n for name, (i, o, n) in linears(config).items() if name in targets)  # see lora.LoRALinear
+    result = {"held": {"base weights": base_bytes(config, quantize, dtype), "judge": judge, "adapters": sum(adapter_bytes(config, a) for a in (*frozen, *trained)),
+                       "optimiser moments": 2 * learning}}
+    if copy:
+        shared = base_bytes(config, "none", copy) if (quantize, dtype) == ("none", copy) else rest_bytes(config, dtype) if dtype == copy else 0
+        result["held"]["sampling copy"] = base_bytes(config, "none", copy) - shared
+    if sampling:
+        rows, tokens = sampling["rows"], sampling["tokens"]
+        result["sampling"] = {"KV cache": cache_bytes(config, dtype, rows, tokens), "logits": rows * V * (c + 12), "folded weights": folded,
+                              "passing": passing_bytes(config, quantize, dtype, rows, tokens - sampling["new"])}
+    if judging:
+        rows, tokens = judging["rows"], judging["tokens"]
+        result["judging"] = {"logits": rows * 5 * V * (c + 8), "passing": passing_bytes(config, quantize, dtype, rows, tokens)}
+    if update:
+        rows, tokens, stacks = update["rows"], update["tokens"], update["stacks"]
+        layer = max(layer_bytes(config, dtype, rows, tokens, a) for a in trained)
+        kept = stacks * N * rows * tokens * D * c + layer if checkpointing else stacks * N * layer
+        result["update"] = {"gradients": learning, "activations": kept + stacks * rows * tokens * 8 * D,  # 8 D: the last norm's input and output in fp32
+                            "folded weights": folded * (1 if checkpointing else stacks), "logits": min(update["positions"] * V, LOGITS_AT_ONCE) * (c + (24 if update.get("entropy") else 16)),
+                            "passing": passing_bytes(config, quantize, dtype, rows, tokens)}
+    return {moment: {part: n for part, n in parts.items() if n} for moment, parts in result.items()}
+
+
+def table(plan: dict[str, dict[str, int]]) -> str:
+    """The plan as aligned lines, in GiB, and its greatest moment."""
+    held, moments = sum(plan["held"].values()), {name: sum(parts.values()) for name, parts in plan.items() if name != "held"}
+    rows = [(moment if i == 0 else "", part, n) for moment, parts in plan.items() for i, (part, n) in enumerate(parts.items())]
+    greatest = max(moments, key=moments.get, default="held")
+    rows.append(("greatest", greatest, held + moments.get(greatest, 0)))
+    return "\n".join(["memory plan, GiB (computed; CUDA's own and fragments, 0.5 to 1, come on top)", *(f"  {a:10}{b:18}{n / 2**30:9.3f}" for a, b, n in rows)])
+
+
+def used(device) -> str:
+    """A line that says what CUDA's allocator gave out at most so far; nothing on a CPU."""
+    import torch
+
+    most = [f(device) / 2**30 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)] if device.type == "cuda" else None
+    return f"\nmemory: at most {most[0]:.2f} GiB allocated, {most[1]:.2f} reserved" if most else ""
