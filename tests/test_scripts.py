@@ -179,14 +179,14 @@ def test_numbers_that_go_wrong_name_step_records_and_checkpoint(fp32, tmp_path, 
         return scores
 
     monkeypatch.setattr(virtue.rollout, "score_dialogues", broken)
-    flags = ["--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 4, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 4, "--save-every", 1,
-             "--ppo-epochs", 1]
+    flags = ["--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 3, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 4,
+             "--save-every", 1, "--ppo-epochs", 1]
     with pytest.raises(VirtueError, match=r"ppo, iteration 3: the score of records (\w+) is not finite: .*checkpoint is .*resume.00000002-") as caught:
         call("run_ppo", *flags)
     assert lines(tmp_path / "p/rollouts.jsonl")[0]["id"] and str(tmp_path) in str(caught.value)
     monkeypatch.undo()
     call("run_ppo", *flags, "--resume")
-    assert [m["iteration"] for m in lines(tmp_path / "p/metrics.jsonl")] == [1, 2, 3, 4]
+    assert [m["iteration"] for m in lines(tmp_path / "p/metrics.jsonl")] == [1, 2, 3]
 
 
 def test_whole_matrices_and_merged_reward_models(fp32, tmp_path):
@@ -199,11 +199,11 @@ def test_whole_matrices_and_merged_reward_models(fp32, tmp_path):
 
 def test_one_question_and_one_order(fp32, tmp_path):
     for name, flags in (("rules", ["--ask", "rules"]), ("one", ["--orders", "one"])):
-        call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 16, "--out", tmp_path / name, *flags)
+        call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 8, "--out", tmp_path / name, *flags)
     both, rules, one = ({r["id"]: r for r in lines(folder / "action.jsonl")} for folder in (fp32 / "preferences", tmp_path / "rules", tmp_path / "one"))
     assert all(len(set(r["virtues"].values())) == 1 and r["votes"] == 5 for r in rules.values())
     assert all(r["position_flips"] == 0 for r in one.values()) and any(r["position_flips"] for r in both.values())
-    assert set(both) == set(rules) == set(one) and any(both[i]["label"] != pytest.approx(one[i]["label"]) for i in both)
+    assert set(both) > set(rules) == set(one) and len(one) > 4 and any(both[i]["label"] != pytest.approx(one[i]["label"]) for i in one)
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_the_study_s_reward_model_settings_and_another_judge(fp32, tmp_path, oth
     manifest = json.loads((tmp_path / "rm/action/virtue.json").read_text())
     steps = max(m["step"] for m in lines(tmp_path / "rm/action/metrics.jsonl"))
     assert manifest["extra"]["over_long"] > 0 and steps == 2 * -(-manifest["extra"]["trained_on"] // 10)
-    call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "motivation", *SMALL)  # beside it, without --overwrite
+    call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "motivation", "--epochs", 1, *SMALL)  # beside it, without --overwrite
 
 
 def test_again_with_overwrite_is_as_if_new(fp32, tmp_path):
@@ -335,10 +335,12 @@ def test_again_with_overwrite_is_as_if_new(fp32, tmp_path):
 
 
 def test_batch_size_changes_no_draw(fp32, tmp_path):
-    call("run_data", "preferences", "--sft", fp32 / "sft", "--out", tmp_path / "p", "--limit", 16, "--batch-size", 5, "--judge-batch-size", 3)
-    assert (tmp_path / "p/dialogues.jsonl").read_bytes() == (fp32 / "preferences/dialogues.jsonl").read_bytes()
+    call("run_data", "preferences", "--sft", fp32 / "sft", "--out", tmp_path / "p", "--limit", 8, "--batch-size", 5, "--judge-batch-size", 3)
+    ours, theirs = ((folder / "dialogues.jsonl").read_bytes().splitlines() for folder in (tmp_path / "p", fp32 / "preferences"))
+    assert ours == theirs[:8] + theirs[16:24]  # two dialogues of each of the first 8 prompts
+    prompts = {d["id"] for d in lines(tmp_path / "p/dialogues.jsonl")}
     for lens in LENSES:
-        for a, b in zip(lines(tmp_path / f"p/{lens}.jsonl"), lines(fp32 / f"preferences/{lens}.jsonl"), strict=True):
+        for a, b in zip(lines(tmp_path / f"p/{lens}.jsonl"), (r for r in lines(fp32 / f"preferences/{lens}.jsonl") if r["id"] in prompts), strict=True):
             assert a["label"] == pytest.approx(b["label"], abs=1e-4) and a["id"] == b["id"]
 
 
