@@ -188,12 +188,12 @@ def test_a_full_disk_and_a_changed_source_leave_the_state_whole(tmp_path):
     data, out = tmp_path / "r", tmp_path / "s"
     run_data.main(["revisions", "--limit", "16", "--max-new-tokens", "48", "--out", str(data)])
     flags = ["--data", str(data), "--epochs", "2", "--batch-size", "4", "--rank", "4", "--save-every", "1", "--out", str(out), "--threads", "1"]
-    limits = [1500, 200_000]  # the metrics no longer fit; no checkpoint fits
+    limits = [200_000, 50]  # no checkpoint fits; not even the metrics do
     script = LIMITED.format(root=str(ROOT), limits=limits, flags=[*flags, "--resume"])
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     said = [line for line in result.stderr.splitlines() if line.startswith(("error:", "status"))]
     assert said[1::2] == ["status 2"] * 2 and len(said) == 4 and "Traceback" not in result.stderr, result.stderr
-    assert all(line.startswith("error:") and str(out) in line for line in said[::2]), said
+    assert said[0].startswith(f"error: {out}/resume/00000001-") and said[2].startswith("error:") and all("make room" in line for line in said[::2]), said
     assert not (out / "virtue.json").exists()
     source = data / "revisions.jsonl"
     kept = source.read_bytes()
