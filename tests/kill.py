@@ -34,8 +34,8 @@ STAGES = {  # name -> script and flags; {out} is the chain's folder, {here} the 
     "eval": "run_eval models --policy {out}/ppo --limit 6 --batch-size 2 --judge-limit 4 --judge-batch-size 2 --show 1",
 }
 SMALL = {  # the same with --small, in a third of the time: these flags come after those
-    "revisions": "--limit 12", "sft": "--batch-size 3", "preferences": "--limit 6", "rm": "--epochs 1 --save-every 1",
-    "ppo": "--iterations 3 --rollout-size 4 --minibatch-size 2 --limit 6 --ppo-epochs 1", "eval": "--limit 2 --judge-limit 2",
+    "revisions": "--limit 8", "sft": "--batch-size 3", "preferences": "--limit 6", "rm": "--epochs 1 --save-every 1",
+    "ppo": "--iterations 2 --value-warmup 1 --rollout-size 4 --minibatch-size 2 --limit 6 --ppo-epochs 1", "eval": "--limit 2 --judge-limit 2",
 }
 
 
