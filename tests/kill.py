@@ -11,7 +11,7 @@ fields of time are left out. Children are forked from one process that has impor
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import random
@@ -32,6 +32,10 @@ STAGES = {  # name -> script and flags; {out} is the chain's folder, {here} the 
     "rm": "run_rm --data {out}/preferences --epochs 2 --batch-size 2 --rank 4 --held-out 0.25 --save-every 3",
     "ppo": "run_ppo --rm {out}/rm --iterations 4 --rollout-size 6 --minibatch-size 3 --rank 4 --limit 12 --save-every 1 --kl-target 3",
     "eval": "run_eval models --policy {out}/ppo --limit 6 --batch-size 2 --judge-limit 4 --judge-batch-size 2 --show 1",
+}
+SMALL = {  # the same with --small, in a third of the time: these flags come after those
+    "revisions": "--limit 8", "sft": "--batch-size 3", "preferences": "--limit 6", "rm": "--epochs 1 --save-every 1",
+    "ppo": "--iterations 2 --value-warmup 1 --rollout-size 4 --minibatch-size 2 --limit 6 --ppo-epochs 1", "eval": "--limit 2 --judge-limit 2",
 }
 
 
@@ -86,9 +90,9 @@ def compare(undisturbed: Path, resumed: Path) -> list[str]:
     return [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
 
 
-def torture(name: str, out: Path, kills: int, rng: random.Random, quiet: bool = False) -> int:
+def torture(name: str, out: Path, kills: int, rng: random.Random, quiet: bool = False, small: bool = False) -> int:
     """One stage: undisturbed, then killed `kills` times -> kills that hit. AssertionError where results differ."""
-    script, *flags = STAGES[name].format(out=out).split()
+    script, *flags = f"{STAGES[name]} {SMALL[name] if small else ''}".format(out=out).split()
     here, log = out / name, out / f"{name}.log"
     flags += ["--out", str(here), "--threads", "1"]
     started = time.monotonic()
@@ -121,17 +125,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="in all, spread over the stages")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to kill; those before them run undisturbed")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--small", action="store_true", help="the stages at their smallest, as the test suite kills them")
     args = parser.parse_args()
     import torch
     torch.set_num_threads(1)
     for script in ("run_data", "run_sft", "run_rm", "run_ppo", "run_eval"):
         importlib.import_module(script)
     import transformers.models.mistral.modeling_mistral  # noqa: F401 (6 seconds, once)
+    from transformers import AutoTokenizer, DynamicCache  # noqa: F401
+    if importlib.util.find_spec("matplotlib"):
+        import matplotlib.backends.backend_svg, matplotlib.figure  # noqa: E401, F401
     hits, last = 0, max(list(STAGES).index(s) for s in args.stages)
     with tempfile.TemporaryDirectory() as folder:
         for name in list(STAGES)[:last + 1]:
             share = args.kills // len(args.stages) + (args.stages.index(name) < args.kills % len(args.stages)) if name in args.stages else 0
-            hits += torture(name, Path(folder), share, random.Random(f"{args.seed} {name}"))
+            hits += torture(name, Path(folder), share, random.Random(f"{args.seed} {name}"), small=args.small)
     print(f"seed {args.seed}: {hits} kills, nothing lost, nothing twice")
 
 

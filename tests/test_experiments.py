@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import runpy
 import shlex
 import subprocess
 import sys
@@ -286,8 +287,11 @@ def test_a_revision_is_checked_out_and_removed_again(tmp_path):
         pass
 
 
-def test_fit_probe_prints_both_tables():
-    done = subprocess.run([sys.executable, Path(__file__).resolve().parent.parent / "experiments/fit_probe.py", "--n", "2"], capture_output=True, text=True)
-    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
-    assert len(rows) == 10, done.stderr
+def test_fit_probe_prints_both_tables(monkeypatch, capsys):
+    script = str(ROOT / "experiments/fit_probe.py")
+    monkeypatch.setattr(sys, "argv", [script, "--n", "2"])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which it changes
+    runpy.run_path(script, run_name="__main__")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 10
     assert all(0 <= float(row[2]) <= 1 for row in rows) and float(rows[1][2]) > 0.5  # two motives that fit beat one

@@ -72,6 +72,12 @@ def render(s=None, samples=None, metrics=METRICS, manifest=MANIFEST, curve=CURVE
     return html.render(scores() if s is None else s, [sample(i, i - 2) for i in range(30)] if samples is None else samples, metrics, manifest, curve)
 
 
+@pytest.fixture
+def without_figures(monkeypatch):
+    """For tests of words: matplotlib takes half a second a page."""
+    monkeypatch.setattr(plots, "available", lambda: False)
+
+
 def test_everything_foreign_is_escaped_and_control_characters_are_shown():
     bad = "<script>alert('1')</script>\"><img src=x> & \u202eflipped\u2066 \x1b[31m \ud800"
     s = scores()
@@ -107,13 +113,13 @@ def test_page_stands_alone_and_links_inside_itself():
     ((0.01, -0.02, 0.04), "", "No reliable difference in gold between PPO and SFT: +0.010 [−0.020, +0.040]."),
     ((0.02, 0.0, 0.04), "", "No reliable difference in gold between PPO and SFT: +0.020 [+0.000, +0.040]."),
     ((-0.1, -0.15, -0.05), "fell", "Gold of PPO fell against SFT: −0.100 [−0.150, −0.050].")])
-def test_verdict(found, direction, sentence):
+def test_verdict(without_figures, found, direction, sentence):
     assert html.verdict(scores(*found)) == (direction, sentence)
     text = Page(render(scores(*found))).text
     assert sentence in text and "What its reward models say, as the study's Score, standardised: +1.200 [+1.000, +1.400]." in text
 
 
-def test_verdict_without_gold_without_pairs_and_with_base_alone():
+def test_verdict_without_gold_without_pairs_and_with_base_alone(without_figures):
     s = scores()
     del s["differences"]["ppo - sft"]["gold"]
     assert html.verdict(s)[1] == "PPO raised study&#x27;s Score, standardised by +1.200 [+1.000, +1.400] over SFT."
@@ -121,7 +127,7 @@ def test_verdict_without_gold_without_pairs_and_with_base_alone():
     Page(render({"models": {"base": column(0.0)}}))
 
 
-def test_coherence_and_warnings():
+def test_coherence_and_warnings(without_figures):
     s = scores()
     assert html.coherence(s) == "PPO stays coherent: its perplexity under the base is 1.00 times that of SFT, 100.0% of its turns ended properly (SFT: 100.0%)."
     assert "Warnings" not in Page(render(s)).text
@@ -131,7 +137,7 @@ def test_coherence_and_warnings():
     assert text.index("reward rose, but gold fell") < text.index("Scores")
 
 
-def test_extremes_and_the_first_dialogues_are_shown():
+def test_extremes_and_the_first_dialogues_are_shown(without_figures):
     text = render(samples=[sample(i, {5: 9.0, 6: -9.0, 7: -8.0}.get(i, 0.0)) for i in range(300)] +
                   [{"id": "p", "prompt": [{"role": "user", "content": "A probe"}], "ppo": {"turns": {"action": "No."}}}])
     groups = dict(part.split("</h3>", 1) for part in text.split("<h3>")[1:])
@@ -147,8 +153,7 @@ def test_command_line_can_be_typed_again():
     assert html.command_line({"stage": "preferences", "settings": {}}) == "python run_data.py"
 
 
-def test_page_with_little_to_show(monkeypatch):
-    monkeypatch.setattr(plots, "available", lambda: False)
+def test_page_with_little_to_show(without_figures):
     page = Page(render())
     assert 'pip install ".[report]"' in page.text and page.text.count("pip install") == 1 and "honesty" in page.text
     assert "path" not in {tag for tag, _ in page.tags}

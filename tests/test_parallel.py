@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from virtue import parallel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 WORKER = """
-import sys, torch
+import json, os, runpy, sys, torch
 sys.path.insert(0, sys.argv[1])
 from virtue import parallel
 from virtue.runtime import main_rank
+commands, ports, stdout = json.loads(sys.argv[2]), iter(sys.argv[3:]), sys.stdout
 device = parallel.join(torch.device("cpu"))
 rank, size = parallel.rank(), parallel.size()
 assert size == 2 and main_rank() == (rank == 0) and device.type == "cpu"
@@ -38,16 +40,35 @@ parallel.sum_gradients([a, b, c])
 assert a.grad.tolist() == [[5, 5], [5, 5]] and b.grad.tolist() == [1, 1, 1] and c.grad is None
 parallel.barrier()
 parallel.leave()
-print("rank", rank, "well")
+sys.stdout.write(f"rank {rank} well\\n")  # in one piece, since the other writes too
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # that one keeps the addresses of a group which is no more
+for name, command in commands.items():  # each script as torchrun would run it: it joins and leaves a group of its own
+    sys.argv, os.environ["MASTER_PORT"] = command, next(ports)
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code == 0, (name, stop.code)
+    assert parallel.size() == 1  # it left
+    sys.stdout = stdout
+    sys.stdout.write(f"rank {rank} after {name}\\n")
+    sys.stdout.flush()
+os.environ["MASTER_PORT"] = next(ports)
+parallel.join(torch.device("cpu"))
+if parallel.rank() == 1:
+    os.kill(os.getpid(), 9)
+parallel.total(torch.zeros(1))
+print("never")
 """
 
 
-def torchrun(*command, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1", f"--master-port={port}",
-               *map(str, command)]
+def torchrun(*command, groups: int, timeout: float = 300) -> subprocess.CompletedProcess:
+    """The command by two processes, with a free port for each further group appended."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(groups)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        port, *more = [str(s.getsockname()[1]) for s in sockets]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}", *map(str, command), *more]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -58,40 +79,45 @@ def test_one_process_changes_nothing():
     assert parallel.share([1, 2, 3]) == [1, 2, 3] and parallel.join(torch.device("cpu")).type == "cpu"
 
 
-def test_shares_sums_and_text(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    result = torchrun(tmp_path / "worker.py", ROOT)
-    assert result.returncode == 0 and result.stdout.count("well") == 2, result.stderr[-2000:]
-
-
 def content(path: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in path.read_text().splitlines()]
 
 
+STAGES = {  # uneven shares: 9 prompts, batches of 3 and 5, micro-batches of 2 in mini-batches of 3
+    "revisions": "run_data.py revisions --limit 13 --max-new-tokens 48 --batch-size 3",
+    "sft": "run_sft.py --data {one}/revisions --epochs 1 --batch-size 5 --rank 4",
+    "preferences": "run_data.py preferences --sft {one}/sft --limit 9 --batch-size 4 --judge-batch-size 4",
+    "rm": "run_rm.py --data {one}/preferences --epochs 1 --batch-size 2 --accumulation 2 --rank 4 --held-out 0.25",
+    "ppo": "run_ppo.py --rm {one}/rm --iterations 2 --value-warmup 0 --rollout-size 6 --minibatch-size 3 --micro-batch-size 2 --rank 4 --limit 12 --ppo-epochs 1",
+}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The chain by one process and by two; uneven shares: 9 prompts, batches of 3 and 5."""
-    out = {}
-    for n in (1, 2):
-        out[n] = tmp_path_factory.mktemp(f"by{n}")
-        for name, command in {
-            "revisions": "run_data.py revisions --limit 13 --max-new-tokens 48 --batch-size 3",
-            "sft": f"run_sft.py --data {out[1]}/revisions --epochs 1 --batch-size 5 --rank 4",
-            "preferences": f"run_data.py preferences --sft {out[1]}/sft --limit 9 --batch-size 4 --judge-batch-size 4",
-            "rm": f"run_rm.py --data {out[1]}/preferences --lens action --epochs 1 --batch-size 2 --accumulation 2 --rank 4 --held-out 0.25",
-        }.items():
-            command = [*command.split(), "--out", str(out[n] / name), "--threads", "1"]
-            if n == 1:
-                importlib.import_module(command[0].removesuffix(".py")).main(command[1:])
-            elif name != "revisions":  # sampled as the preferences are
-                result = torchrun(*command)
-                assert result.returncode == 0, result.stderr[-2000:]
-                assert result.stdout.count("wrote") == 1, result.stdout
-    return out
+    """The chain by one process, and by two in one torchrun (a process imports for 5 seconds), which ends with the death of a rank -> folders, and what torchrun said."""
+    one, two = (tmp_path_factory.mktemp(f"by{n}") for n in (1, 2))
+    commands = {name: [*command.format(one=one).split(), "--threads", "1"] for name, command in STAGES.items()}
+    for name, (script, *flags) in commands.items():
+        importlib.import_module(script.removesuffix(".py")).main([*flags, "--out", str(one / name)])
+    del commands["revisions"]  # sampled as the preferences are
+    commands["rm"] += ["--lens", "action"]
+    (two / "worker.py").write_text(WORKER)
+    return one, two, torchrun(two / "worker.py", ROOT, json.dumps({name: [*command, "--out", str(two / name)] for name, command in commands.items()}),
+                              groups=len(commands) + 2)
+
+
+def test_shares_sums_and_text(runs):
+    assert runs[2].stdout.count("well") == 2, runs[2].stderr[-2000:]
+
+
+def test_the_scripts_end_well_and_one_rank_speaks(runs):
+    said, failed = runs[2].stdout, runs[2].stderr[-2000:]
+    assert said.count("wrote") == len(STAGES) - 1, said + failed
+    assert all(f"rank {rank} after {name}" in said for rank in (0, 1) for name in STAGES if name != "revisions"), said + failed
 
 
 def test_two_processes_give_the_update_of_one(runs):
-    one, two = runs[1], runs[2]
+    one, two, _ = runs
     assert (one / "preferences/dialogues.jsonl").read_bytes() == (two / "preferences/dialogues.jsonl").read_bytes()
     assert [json.loads(a)["chosen"] for a in open(one / "preferences/action.jsonl")] == [json.loads(a)["chosen"] for a in open(two / "preferences/action.jsonl")]
     for name in ("sft", "rm/action"):
@@ -104,25 +130,16 @@ def test_two_processes_give_the_update_of_one(runs):
         assert not (two / name / "resume").exists()
 
 
-def test_ppo_by_two(tmp_path):
-    for script, flags in (("run_data", f"preferences --limit 12 --out {tmp_path}/p"), ("run_rm", f"--data {tmp_path}/p --epochs 1 --rank 4 --held-out 0.25 --out {tmp_path}/rm")):
-        importlib.import_module(script).main(flags.split())
-    flags = f"--rm {tmp_path}/rm --iterations 2 --value-warmup 0 --rollout-size 6 --minibatch-size 3 --micro-batch-size 2 --rank 4 --limit 12 --ppo-epochs 1 --threads 1".split()
-    importlib.import_module("run_ppo").main([*flags, "--out", str(tmp_path / "one")])
-    result = torchrun("run_ppo.py", *flags, "--out", tmp_path / "two")
-    assert result.returncode == 0, result.stderr[-2000:]
-    for was, now in zip(content(tmp_path / "one/metrics.jsonl"), content(tmp_path / "two/metrics.jsonl"), strict=True):
+def test_ppo_by_two(runs):
+    one, two = (folder / "ppo" for folder in runs[:2])
+    for was, now in zip(content(one / "metrics.jsonl"), content(two / "metrics.jsonl"), strict=True):
         assert was == pytest.approx(now, abs=2e-3), (was, now)
-    first = [content(tmp_path / n / "rollouts.jsonl")[:6] for n in ("one", "two")]
+    first = [content(folder / "rollouts.jsonl")[:6] for folder in (one, two)]
     assert [r["turns"] for r in first[0]] == [r["turns"] for r in first[1]]
-    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
     moved = max(float(t.abs().max()) for k, t in a.items() if "lora_B" in k)
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 0.05 * moved
 
 
-def test_a_rank_that_dies_ends_the_others(tmp_path):
-    (tmp_path / "dies.py").write_text(
-        "import os, sys, torch\nsys.path.insert(0, sys.argv[1])\nfrom virtue import parallel\nparallel.join(torch.device('cpu'))\n"
-        "if parallel.rank() == 1:\n    os.kill(os.getpid(), 9)\nparallel.total(torch.zeros(1))\nprint('never')\n")
-    result = torchrun(tmp_path / "dies.py", ROOT, timeout=120)
-    assert result.returncode != 0 and "never" not in result.stdout
+def test_a_rank_that_dies_ends_the_others(runs):
+    assert "rank 0 after ppo" in runs[2].stdout and runs[2].returncode != 0 and "never" not in runs[2].stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_replay_computes_what_is_missing(tmp_path):
 def test_stages_survive_sigkill():
     """One kill each: revisions, SFT, preferences, reward models, PPO; `python tests/kill.py` does a hundred."""
     seed = random.SystemRandom().randrange(10**6)
-    result = subprocess.run([sys.executable, ROOT / "tests/kill.py", "--kills", "5", "--stages", "revisions", "sft", "preferences", "rm", "ppo", "--seed", str(seed)],
+    result = subprocess.run([sys.executable, ROOT / "tests/kill.py", "--small", "--kills", "5", "--stages", "revisions", "sft", "preferences", "rm", "ppo", "--seed", str(seed)],
                             capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and f"seed {seed}: 5 kills, nothing lost, nothing twice" in result.stdout, result.stdout + result.stderr
 
@@ -167,11 +168,15 @@ def test_a_finished_stage_is_left_alone_and_another_command_refused(tmp_path):
 LIMITED = """
 import resource, sys
 sys.path.insert(0, {root!r})
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 from virtue.runtime import run_main
 import run_sft
 sys.argv = ["run_sft.py", *{flags!r}]
-run_main(run_sft.main)
+for limit in {limits!r}:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        run_main(run_sft.main)
+    except SystemExit as stop:
+        print(f"status {{stop.code}}", file=sys.stderr)
 """
 
 
@@ -183,12 +188,13 @@ def test_a_full_disk_and_a_changed_source_leave_the_state_whole(tmp_path):
     data, out = tmp_path / "r", tmp_path / "s"
     run_data.main(["revisions", "--limit", "16", "--max-new-tokens", "48", "--out", str(data)])
     flags = ["--data", str(data), "--epochs", "2", "--batch-size", "4", "--rank", "4", "--save-every", "1", "--out", str(out), "--threads", "1"]
-    for limit in (1500, 200_000):  # the metrics no longer fit; no checkpoint fits
-        script = LIMITED.format(root=str(ROOT), limit=limit, flags=[*flags, "--resume"])
-        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-        errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-        assert result.returncode == 2 and len(errors) == 1 and "Traceback" not in result.stderr and str(out) in errors[0], result.stderr
-        assert not (out / "virtue.json").exists()
+    limits = [200_000, 50]  # no checkpoint fits; not even the metrics do
+    script = LIMITED.format(root=str(ROOT), limits=limits, flags=[*flags, "--resume"])
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    said = [line for line in result.stderr.splitlines() if line.startswith(("error:", "status"))]
+    assert said[1::2] == ["status 2"] * 2 and len(said) == 4 and "Traceback" not in result.stderr, result.stderr
+    assert said[0].startswith(f"error: {out}/resume/00000001-") and said[2].startswith("error:") and all("make room" in line for line in said[::2]), said
+    assert not (out / "virtue.json").exists()
     source = data / "revisions.jsonl"
     kept = source.read_bytes()
     source.write_bytes(kept.splitlines(keepends=True)[0] * 9)
@@ -201,11 +207,11 @@ def test_a_full_disk_and_a_changed_source_leave_the_state_whole(tmp_path):
     assert (out / "metrics.jsonl").read_bytes() == (tmp_path / "t/metrics.jsonl").read_bytes()
 
 
-def test_a_folder_that_cannot_be_written_is_an_error():
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from virtue.runtime import run_main; import run_data; " \
-             "sys.argv = ['run_data.py', 'revisions', '--limit', '2', '--out', '/proc/nowhere']; run_main(run_data.main)"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 2 and "error: /proc/nowhere" in result.stderr and "Traceback" not in result.stderr
+def test_a_folder_that_cannot_be_written_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_data.py", "revisions", "--limit", "2", "--out", "/proc/nowhere"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "run_data.py"), run_name="__main__")
+    assert stop.value.code == 2 and "error: /proc/nowhere" in capsys.readouterr().err
 
 
 def test_another_sft_adapter_or_other_prompts_are_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,20 +26,26 @@ def call(script: str, *flags) -> None:
     importlib.import_module(script).main([str(f) for f in flags])
 
 
-def chain(out: Path, quantize: str) -> Path:
-    call("run_data", "revisions", "--out", out / "revisions", "--limit", 24, "--quantize", quantize, "--max-new-tokens", 48)
+def chain(out: Path, quantize: str, revised: int, prompts: int, iterations: int = 2) -> Path:
+    call("run_data", "revisions", "--out", out / "revisions", "--limit", revised, "--quantize", quantize, "--max-new-tokens", 48)
     call("run_sft", "--data", out / "revisions", "--out", out / "sft", "--epochs", 2, "--lr", 1e-3, *SMALL)
-    call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", 24)
+    call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", prompts)
     call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--epochs", 1, "--held-out", 0.25, *SMALL)
-    call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", 2, "--value-warmup", 0, "--rollout-size", 8, "--lr", 1e-3, "--minibatch-size", 4,
+    call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", iterations, "--value-warmup", 0, "--rollout-size", 8, "--lr", 1e-3, "--minibatch-size", 4,
          "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3)
-    call("run_eval", "models", "--policy", out / "policy", "--out", out / "report", "--limit", 8, "--show", 1, "--judge-limit", 4)
+    call("run_eval", "models", "--policy", out / "policy", "--out", out / "report", "--limit", prompts // 2, "--show", 1, "--judge-limit", 3)
     return out
 
 
 @pytest.fixture(scope="module")
 def fp32(tmp_path_factory):
-    return chain(tmp_path_factory.mktemp("fp32"), "none")
+    return chain(tmp_path_factory.mktemp("fp32"), "none", 24, 16)
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """PPO draws its curves anew at each iteration; those of `fp32`, which is made before this, are enough."""
+    monkeypatch.setattr("virtue.plots.available", lambda: False)
 
 
 def lines(path: Path) -> list[dict]:
@@ -72,7 +79,7 @@ def test_chain_on_fp32(fp32):
 
 
 def test_chain_on_nf4(tmp_path):
-    out = chain(tmp_path, "nf4")
+    out = chain(tmp_path, "nf4", 8, 8, iterations=1)
     manifest = json.loads((out / "policy/virtue.json").read_text())
     assert manifest["settings"]["quantize"] == "nf4" and manifest["settings"]["max_new_tokens"] == 48  # inherited
     assert set(json.loads((out / "report/scores.json").read_text())["models"]) == {"base", "sft", "ppo"}
@@ -81,9 +88,10 @@ def test_chain_on_nf4(tmp_path):
 def test_same_seed_same_bytes(fp32, tmp_path):
     call("run_data", "revisions", "--out", tmp_path / "again", "--limit", 24, "--max-new-tokens", 48)
     call("run_sft", "--data", tmp_path / "again", "--out", tmp_path / "sft", "--epochs", 2, "--lr", 1e-3, *SMALL)
-    call("run_data", "revisions", "--out", tmp_path / "other", "--limit", 24, "--max-new-tokens", 48, "--seed", 1)
-    read = [(p / "revisions.jsonl").read_bytes() for p in (fp32 / "revisions", tmp_path / "again", tmp_path / "other")]
-    assert read[0] == read[1] != read[2]
+    call("run_data", "revisions", "--out", tmp_path / "other", "--limit", 8, "--max-new-tokens", 48, "--seed", 1)
+    assert (fp32 / "revisions/revisions.jsonl").read_bytes() == (tmp_path / "again/revisions.jsonl").read_bytes()
+    first, other = ({r["id"]: r["initial"] for r in lines(p / "revisions.jsonl")} for p in (fp32 / "revisions", tmp_path / "other"))
+    assert len(both := first.keys() & other.keys()) > 2 and any(first[i] != other[i] for i in both)  # of the same prompts
     assert (fp32 / "sft/adapter_model.safetensors").read_bytes() == (tmp_path / "sft/adapter_model.safetensors").read_bytes()
 
 
@@ -107,8 +115,8 @@ def test_ppo_records_every_rollout(fp32):
 
 def test_what_the_ablations_change(fp32, tmp_path):
     def first(name, *flags):
-        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / name, "--iterations", 1, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 8, "--ppo-epochs", 1,
-             "--rank", 4, "--limit", 8, *flags)
+        call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / name, "--iterations", 1, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--ppo-epochs", 1,
+             "--rank", 4, "--limit", 4, *flags)
         return lines(tmp_path / name / "metrics.jsonl")[0]
     plain, raw, half, bare = (first(name, *flags) for name, flags in (
         ("plain", []), ("raw", ["--no-standardize"]), ("half", ["--score-dtype", "fp16"]), ("bare", ["--no-whiten"])))
@@ -123,8 +131,7 @@ def test_what_the_ablations_change(fp32, tmp_path):
 
 def test_the_policy_waits_for_the_value_function(fp32, tmp_path):
     from safetensors.torch import load_file
-    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "w", "--iterations", 2, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
-         "--value-warmup", 1)
+    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "w", "--iterations", 2, "--value-warmup", 1, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 8)
     first, second = lines(tmp_path / "w/metrics.jsonl")
     assert second["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and first["value/loss"] > 0
     policy, value = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("w", "w/value"))
@@ -138,12 +145,12 @@ def test_the_best_policy_is_kept(fp32, tmp_path):
     metrics = lines(fp32 / "policy/metrics.jsonl")
     for m in metrics:
         assert m["objective/rlhf_reward"] == pytest.approx(m["objective/score"] - m["objective/kl_coef"] * m["objective/kl"])
-    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 3, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
-         "--lr", 1e-7, "--kl-coef", 0.0, "--save-every", 1)
+    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 3, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 12,
+         "--ppo-epochs", 1, "--lr", 1e-7, "--kl-coef", 0.0, "--save-every", 1)
     found = [m["objective/rlhf_reward"] for m in lines(tmp_path / "p/metrics.jsonl")]
     manifest = json.loads((tmp_path / "p/best/virtue.json").read_text())
     assert manifest["stage"] == "policy" and manifest["extra"]["iterations"] == found.index(max(found))
-    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "q", "--iterations", 2, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 16,
+    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "q", "--iterations", 2, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 8,
          "--lr", 0.02, "--kl-coef", 1e6)
     best = load_file(tmp_path / "q/best/adapter_model.safetensors")
     assert not any((t != 0).any() for k, t in best.items() if "lora_B" in k)  # a change so large is dear: the start is the best
@@ -173,13 +180,14 @@ def test_numbers_that_go_wrong_name_step_records_and_checkpoint(fp32, tmp_path, 
         return scores
 
     monkeypatch.setattr(virtue.rollout, "score_dialogues", broken)
-    flags = ["--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 4, "--value-warmup", 0, "--rollout-size", 8, "--minibatch-size", 8, "--rank", 4, "--limit", 8, "--save-every", 1]
+    flags = ["--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 3, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 4,
+             "--save-every", 1, "--ppo-epochs", 1]
     with pytest.raises(VirtueError, match=r"ppo, iteration 3: the score of records (\w+) is not finite: .*checkpoint is .*resume.00000002-") as caught:
         call("run_ppo", *flags)
     assert lines(tmp_path / "p/rollouts.jsonl")[0]["id"] and str(tmp_path) in str(caught.value)
     monkeypatch.undo()
     call("run_ppo", *flags, "--resume")
-    assert [m["iteration"] for m in lines(tmp_path / "p/metrics.jsonl")] == [1, 2, 3, 4]
+    assert [m["iteration"] for m in lines(tmp_path / "p/metrics.jsonl")] == [1, 2, 3]
 
 
 def test_whole_matrices_and_merged_reward_models(fp32, tmp_path):
@@ -192,42 +200,49 @@ def test_whole_matrices_and_merged_reward_models(fp32, tmp_path):
 
 def test_one_question_and_one_order(fp32, tmp_path):
     for name, flags in (("rules", ["--ask", "rules"]), ("one", ["--orders", "one"])):
-        call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 24, "--out", tmp_path / name, *flags)
+        call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 8, "--out", tmp_path / name, *flags)
     both, rules, one = ({r["id"]: r for r in lines(folder / "action.jsonl")} for folder in (fp32 / "preferences", tmp_path / "rules", tmp_path / "one"))
     assert all(len(set(r["virtues"].values())) == 1 and r["votes"] == 5 for r in rules.values())
     assert all(r["position_flips"] == 0 for r in one.values()) and any(r["position_flips"] for r in both.values())
-    assert set(both) == set(rules) == set(one) and any(both[i]["label"] != pytest.approx(one[i]["label"]) for i in both)
+    assert set(both) > set(rules) == set(one) and len(one) > 4 and any(both[i]["label"] != pytest.approx(one[i]["label"]) for i in one)
 
 
-def test_reward_models_on_a_half_pooled_and_with_noise(fp32, tmp_path):
+@pytest.fixture(scope="module")
+def second(fp32, tmp_path_factory):
+    """Reward models on the half of the preferences that is never the first's."""
+    out = tmp_path_factory.mktemp("rm") / "second"
+    call("run_rm", "--data", fp32 / "preferences", "--out", out, "--epochs", 1, "--held-out", 0.25, *SMALL, "--share", "second")
+    return out
+
+
+def test_reward_models_on_a_half_pooled_and_with_noise(fp32, second, tmp_path):
     from safetensors.torch import load_file
-    for name, flags in (("first", ["--share", "first"]), ("second", ["--share", "second"]), ("pool", ["--pool"]), ("noise", ["--label-noise", 0.4])):
+    for name, flags in (("first", ["--share", "first"]), ("pool", ["--pool"]), ("noise", ["--label-noise", 0.4, "--lens", "action"])):
         call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / name, "--epochs", 1, "--held-out", 0.25, *SMALL, *flags)
 
     def extra(name, lens):
-        folder = tmp_path / name if name != "all" else fp32 / "rm"
+        folder = {"all": fp32 / "rm", "second": second}.get(name, tmp_path / name)
         return json.loads((folder / f"{lens}/virtue.json").read_text())["extra"]
     for lens in LENSES:
-        assert extra("first", lens)["trained_on"] + extra("second", lens)["trained_on"] == extra("all", lens)["trained_on"] == extra("noise", lens)["trained_on"]
+        assert extra("first", lens)["trained_on"] + extra("second", lens)["trained_on"] == extra("all", lens)["trained_on"]
         assert extra("pool", lens)["trained_on"] == sum(extra("all", other)["trained_on"] for other in LENSES)
     pooled = [load_file(tmp_path / f"pool/{lens}/adapter_model.safetensors") for lens in LENSES]
     assert all(torch.equal(pooled[0][k], other[k]) for other in pooled[1:] for k in pooled[0])
     assert len({extra("pool", lens)["score_mean"] for lens in LENSES}) == 3  # one model, each turn's own statistics
-    assert extra("noise", "action")["held_out"] != extra("all", "action")["held_out"]
-    call("run_eval", "models", "--policy", fp32 / "policy", "--eval-rm", tmp_path / "second", "--out", tmp_path / "report", "--limit", 4, "--judge-limit", 2)
-    assert "eval_reward/action" in json.loads((tmp_path / "report/scores.json").read_text())["models"]["ppo"]
+    assert extra("noise", "action")["trained_on"] == extra("all", "action")["trained_on"] and extra("noise", "action")["held_out"] != extra("all", "action")["held_out"]
 
 
-def test_sft_on_the_chosen_dialogues_is_a_policy(fp32, tmp_path):
-    call("run_sft", "--data", fp32 / "preferences", "--out", tmp_path / "chosen", "--epochs", 3, *SMALL)
+def test_sft_on_the_chosen_dialogues_is_a_policy_and_other_reward_models_read_it(fp32, second, tmp_path):
+    call("run_sft", "--data", fp32 / "preferences", "--out", tmp_path / "chosen", "--epochs", 2, *SMALL)
     manifest = json.loads((tmp_path / "chosen/virtue.json").read_text())
     assert manifest["stage"] == "policy" and set(manifest["parents"]) == {"sft"}
     losses = [m["loss/train"] for m in lines(tmp_path / "chosen/metrics.jsonl") if "loss/train" in m]
     assert sum(losses[-len(losses) // 3:]) < sum(losses[:len(losses) // 3])  # held-out loss need not fall on so few
     with pytest.raises(VirtueError, match="give --rm"):
         call("run_eval", "models", "--policy", tmp_path / "chosen", "--out", tmp_path / "no", "--limit", 4)
-    call("run_eval", "models", "--policy", tmp_path / "chosen", "--rm", fp32 / "rm", "--out", tmp_path / "report", "--limit", 4, "--judge-limit", 2)
-    assert json.loads((tmp_path / "report/scores.json").read_text())["models"]["ppo"]["kl"] != 0
+    call("run_eval", "models", "--policy", tmp_path / "chosen", "--rm", fp32 / "rm", "--eval-rm", second, "--out", tmp_path / "report", "--limit", 4, "--judge-limit", 2)
+    found = json.loads((tmp_path / "report/scores.json").read_text())["models"]["ppo"]
+    assert found["kl"] != 0 and {found[f"eval_reward/{lens}"] != found[f"reward/{lens}"] for lens in LENSES} == {True}
 
 
 def test_judge_against_the_files_choice_and_against_gold(fp32, tmp_path):
@@ -263,13 +278,21 @@ def test_best_of_n(fp32, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def other_folder(tmp_path_factory):
-    """Another Mistral of another shape, trained just long enough to end its turns."""
-    from virtue.toy import pretrain
+def other_folder(tmp_path_factory, toy_folder):
+    """Another Mistral of another shape, which ends its turns: the toy less its last layer, and its tokens with other ids, of which the toy makes nothing."""
+    from safetensors.torch import load_file, save_file
     folder = tmp_path_factory.mktemp("other") / "model"
-    pretrain.judge_accuracy, kept = (lambda *a: {}), pretrain.judge_accuracy
-    pretrain.main(["--steps", "200", "--texts", "8", "--pairs", "1", "--hidden", "64", "--layers", "2", "--out", str(folder)])
-    pretrain.judge_accuracy = kept
+    shutil.copytree(toy_folder, folder)
+    weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if ".layers.3." not in k}
+    config, tokenizer = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "tokenizer"))
+    assert config["num_hidden_layers"] == 4 and config["tie_word_embeddings"]
+    special = len(tokenizer["added_tokens"])
+    vocab, embedding = tokenizer["model"]["vocab"], weights["model.embed_tokens.weight"]
+    tokenizer["model"]["vocab"] = {token: i if i < special else (i - special + 100) % (len(vocab) - special) + special for token, i in vocab.items()}
+    weights["model.embed_tokens.weight"] = torch.cat([embedding[:special], embedding[special:].roll(100, 0)])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
 
@@ -278,7 +301,7 @@ def test_hh_prompts_without_sft_and_another_local_folder(tmp_path, other_folder)
     hh.write_text("".join(json.dumps({"chosen": f"\n\nHuman: What about {i}: the cake?\n\nAssistant: Yes.", "rejected": "x"}) + "\n"
                           for i in range(60)))
     call("run_data", "preferences", "--prompts", hh, "--split", "rm", "--limit", 12, "--out", tmp_path / "out",
-         "--model", other_folder, "--max-new-tokens", 160)
+         "--model", other_folder)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     for lens in LENSES:
         dropped = sum(summary[lens][f"dropped_{why}"] for why in ("truncated", "empty", "identical"))
@@ -288,16 +311,18 @@ def test_hh_prompts_without_sft_and_another_local_folder(tmp_path, other_folder)
 
 
 def test_the_study_s_reward_model_settings_and_another_judge(fp32, tmp_path, other_folder):
-    call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 16, "--judge", other_folder, "--preference", "mean", "--out", tmp_path / "p")
+    call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 8, "--judge", other_folder, "--preference", "mean", "--out", tmp_path / "p")
+    summary = json.loads((tmp_path / "p/summary.json").read_text())
     assert json.loads((tmp_path / "p/virtue.json").read_text())["extra"]["judge"]["id"] == str(other_folder)
     for lens in LENSES:
         assert all(r["label"] >= 0.5 for r in lines(tmp_path / f"p/{lens}.jsonl"))  # chosen by the mean
+        assert summary[lens]["label_mass"] > 0.9  # it read the pairs with its own tokenizer
     call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "action", "--labels", "hard", "--batch-size", 5, "--accumulation", 2,
          "--epochs", 2, "--lr", 1.41e-5, "--schedule", "constant", "--max-tokens", 40, "--over-long", "cut", "--rank", 4)
     manifest = json.loads((tmp_path / "rm/action/virtue.json").read_text())
     steps = max(m["step"] for m in lines(tmp_path / "rm/action/metrics.jsonl"))
     assert manifest["extra"]["over_long"] > 0 and steps == 2 * -(-manifest["extra"]["trained_on"] // 10)
-    call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "motivation", *SMALL)  # beside it, without --overwrite
+    call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "motivation", "--epochs", 1, *SMALL)  # beside it, without --overwrite
 
 
 def test_again_with_overwrite_is_as_if_new(fp32, tmp_path):
@@ -311,10 +336,12 @@ def test_again_with_overwrite_is_as_if_new(fp32, tmp_path):
 
 
 def test_batch_size_changes_no_draw(fp32, tmp_path):
-    call("run_data", "preferences", "--sft", fp32 / "sft", "--out", tmp_path / "p", "--limit", 24, "--batch-size", 5, "--judge-batch-size", 3)
-    assert (tmp_path / "p/dialogues.jsonl").read_bytes() == (fp32 / "preferences/dialogues.jsonl").read_bytes()
+    call("run_data", "preferences", "--sft", fp32 / "sft", "--out", tmp_path / "p", "--limit", 8, "--batch-size", 5, "--judge-batch-size", 3)
+    ours, theirs = ((folder / "dialogues.jsonl").read_bytes().splitlines() for folder in (tmp_path / "p", fp32 / "preferences"))
+    assert ours == theirs[:8] + theirs[16:24]  # two dialogues of each of the first 8 prompts
+    prompts = {d["id"] for d in lines(tmp_path / "p/dialogues.jsonl")}
     for lens in LENSES:
-        for a, b in zip(lines(tmp_path / f"p/{lens}.jsonl"), lines(fp32 / f"preferences/{lens}.jsonl"), strict=True):
+        for a, b in zip(lines(tmp_path / f"p/{lens}.jsonl"), (r for r in lines(fp32 / f"preferences/{lens}.jsonl") if r["id"] in prompts), strict=True):
             assert a["label"] == pytest.approx(b["label"], abs=1e-4) and a["id"] == b["id"]
 
 
@@ -363,7 +390,16 @@ def bad_line(path: Path, text: str) -> Path:
     return path
 
 
-def test_bad_input(fp32, tmp_path, toy_folder):
+def as_main(monkeypatch, capsys, script: str, *flags) -> tuple[int, str]:
+    """`python script.py flags` in this process, which has torch already -> exit status and stderr; a traceback goes up."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    return stop.value.code, capsys.readouterr().err
+
+
+def test_bad_input(fp32, tmp_path, toy_folder, monkeypatch, capsys):
     good = lines(fp32 / "revisions/revisions.jsonl")[0]
 
     def revisions(name, text):
@@ -403,9 +439,9 @@ def test_bad_input(fp32, tmp_path, toy_folder):
         ("run_eval", ["models", "--policy", fp32 / "policy", "--limit", 1], ["at least 2"]),
     ]
     for script, flags, words in cases:
-        result = subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, flags), "--out", out], capture_output=True, text=True, cwd=ROOT)
-        error = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-        assert result.returncode == 2 and len(error) == 1 and "Traceback" not in result.stderr, (script, flags, result.stderr)
+        status, stderr = as_main(monkeypatch, capsys, script, *flags, "--out", out)
+        error = [line for line in stderr.splitlines() if line.startswith("error:")]
+        assert status == 2 and len(error) == 1 and "Traceback" not in stderr, (script, flags, stderr)
         assert all(word in error[0] for word in words), (words, error)
         assert not out.exists(), (script, flags)
     for script, *flag, folder in (("run_sft", "--data", "revisions"), ("run_eval", "models", "--policy", "policy")):  # an input is never written over
@@ -415,8 +451,9 @@ def test_bad_input(fp32, tmp_path, toy_folder):
         call("run_sft", "--data", fp32 / "revisions", "--out", tmp_path / "nan", "--lr", 1e30, "--max-grad-norm", 1e30, *SMALL)
     assert not (tmp_path / "nan/virtue.json").exists()
     occupied = bad_line(tmp_path / "full/notes.txt", "mine")
-    result = subprocess.run([sys.executable, ROOT / "run_data.py", "revisions", "--out", occupied.parent], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 2 and "--overwrite" in result.stderr and occupied.read_text() == "mine"
+    result = subprocess.run([sys.executable, ROOT / "run_data.py", "revisions", "--out", occupied.parent], capture_output=True, text=True, cwd=ROOT)  # truly
+    assert result.returncode == 2 and result.stderr.startswith("error:") and result.stderr.count("\n") == 1
+    assert "--overwrite" in result.stderr and occupied.read_text() == "mine"
 
 
 # ---- flags
