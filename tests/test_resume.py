@@ -193,7 +193,7 @@ def test_a_full_disk_and_a_changed_source_leave_the_state_whole(tmp_path):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     said = [line for line in result.stderr.splitlines() if line.startswith(("error:", "status"))]
     assert said[1::2] == ["status 2"] * 2 and len(said) == 4 and "Traceback" not in result.stderr, result.stderr
-    assert said[0].startswith(f"error: {out}/resume/00000001-") and said[2].startswith("error:") and all("make room" in line for line in said[::2]), said
+    assert said[0].startswith(f"error: {out}/resume/00000001-") and said[2].startswith(f"error: {out}/metrics.jsonl") and all("make room" in line for line in said[::2]), said
     assert not (out / "virtue.json").exists()
     source = data / "revisions.jsonl"
     kept = source.read_bytes()

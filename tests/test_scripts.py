@@ -32,7 +32,7 @@ def chain(out: Path, quantize: str, revised: int, prompts: int, iterations: int 
     call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", prompts)
     call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--epochs", 1, "--held-out", 0.25, *SMALL)
     call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", iterations, "--value-warmup", 0, "--rollout-size", 8, "--lr", 1e-3, "--minibatch-size", 4,
-         "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3)
+         "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3, *(["--rollout-dtype", "fp32", "--gradient-checkpointing"] if quantize == "nf4" else []))
     call("run_eval", "models", "--policy", out / "policy", "--out", out / "report", "--limit", prompts // 2, "--show", 1, "--judge-limit", 3)
     return out
 
@@ -496,7 +496,7 @@ STAGES = {  # flags, and words of what is read, written and planned
     "sft": (["run_sft", "--data", "{}/revisions", "--max-tokens", 99], ["--max-new-tokens 48", "--max-tokens 99", "conversations", "metrics.jsonl", "update"]),
     "chosen": (["run_sft", "--data", "{}/preferences"], ["reads sft: {}/sft, an adapter of rank 4", "optimiser moments"]),
     "preferences": (["run_data", "preferences", "--sft", "{}/sft"], ["reads sft: {}/sft", "consequence.jsonl, dialogues.jsonl", "judging"]),
-    "rm": (["run_rm", "--data", "{}/preferences", "--gradient-checkpointing"], ["--gradient-checkpointing", "48 dialogues", "reads pairs of motivation: ", "motivation", "update"]),
+    "rm": (["run_rm", "--data", "{}/preferences", "--gradient-checkpointing"], ["--gradient-checkpointing", "32 dialogues", "reads pairs of motivation: ", "motivation", "update"]),
     "policy": (["run_ppo", "--rm", "{}/rm", "--rollout-size", 8, "--minibatch-size", 8, "--limit", 16, "--whole"],
                ["--sft {}/sft", "--quantize none", "reads consequence: {}/rm/consequence, an adapter of rank 4", "prompts: toy, 16 records", "rollouts.jsonl", "sampling", "update"]),
     "report": (["run_eval", "models", "--policy", "{}/policy", "--limit", 8], ["--rm {}/rm", "reads policy: {}/policy", "report.html", "judging"]),

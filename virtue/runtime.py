@@ -228,8 +228,11 @@ class MetricsLog:
         plain = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
         line = json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v
                            for k, v in plain.items()}, ensure_ascii=False)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:  # one that comes when the file is flushed does not say which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def pick_device(name: str):
