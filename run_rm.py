@@ -185,7 +185,7 @@ def main(argv=None):
                     check_finite(norm, f"rm {lens}, step {step}", "the gradient", "lower --lr", [pair[3] for pair in whole], state)
                     optimizer.step(), optimizer.zero_grad(), schedule.step()
                     log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
-                    bar.set_postfix(loss=f"{total:.3f}")
+                    bar.set_postfix(loss=f"{total:.3f}", refresh=False)
                     if step % args.save_every == 0:
                         save_checkpoint(state, step, parameters, optimizer, schedule, [log.path])
                 if step >= resumed:

@@ -126,7 +126,7 @@ def main(argv=None):
                 check_finite(norm, f"sft, step {step}", "the gradient", "lower --lr", [r for *_, r in whole], state)
                 optimizer.step(), optimizer.zero_grad(), schedule.step()
                 log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
-                bar.set_postfix(loss=f"{total:.3f}")
+                bar.set_postfix(loss=f"{total:.3f}", refresh=False)
                 if step % args.save_every == 0:
                     save_checkpoint(state, step, parameters, optimizer, schedule, [log.path], before=before)
             if step >= resumed:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -114,7 +115,17 @@ def test_metrics_log_appends_strict_json(tmp_path):
 def test_progress_yields_all_on_stderr(capsys):
     assert list(runtime.progress(iter([1, 2]), "Reading", total=2)) == [1, 2]
     out, err = capsys.readouterr()
-    assert out == "" and "Reading" in err
+    assert out == "" and "Reading" in err and "\r" not in err  # a log file gets lines, a terminal a bar
+
+
+def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    list(runtime.progress(range(3), "Reading"))
+    assert "\r" in sys.stderr.getvalue() and "3/3" in sys.stderr.getvalue()
 
 
 def test_device_and_threads():

@@ -26,6 +26,7 @@ from . import VirtueError
 from .logprobs import entropy, gather_logprobs, scatter, select_next
 from .lora import active_stack, adapter_names, use_stack
 from .memory import LOGITS_AT_ONCE
+from .runtime import progress
 
 if TYPE_CHECKING:
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
@@ -224,8 +225,6 @@ def load_model(
         raise ValueError(f"quantize {quantize!r} not in {QUANTIZE}, or {dtype!r} in {list(DTYPES)}")
     folder = resolve(name)
     config, files = read_config(folder), _weight_files(folder)
-    from tqdm import tqdm
-
     try:
         model = _skeleton(config, quantize, DTYPES[dtype], device)
     except VirtueError:
@@ -235,7 +234,7 @@ def load_model(
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     shapes = {key: value.shape for key, value in model.state_dict().items() if key not in tied}
     seen: set[str] = set()
-    with tqdm(total=len(shapes), desc=f"loading {folder.name}", unit="tensor", leave=False) as bar:
+    with progress(None, f"loading {folder.name}", len(shapes), unit="tensor", leave=False) as bar:
         for path, key, tensor in _tensors(files):
             if key in tied or key.endswith("rotary_emb.inv_freq"):
                 continue  # computed, or tied, below

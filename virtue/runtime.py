@@ -208,11 +208,24 @@ def torch_seed(*key: int | float | str) -> int:
     return _key("torch", *key) >> 65
 
 
-def progress(iterable: Iterable, desc: str, total: int | None = None) -> Iterable:
-    """`iterable` with a progress bar on stderr."""
+class _Lines:
+    """stderr where it is no terminal: each state of a progress bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(iterable: Iterable | None, desc: str, total: int | None = None, **settings) -> Iterable:
+    """`iterable` with a progress bar on stderr; a line every half minute where that is no terminal."""
     from tqdm import tqdm
 
-    return tqdm(iterable, desc=desc, total=total, file=sys.stderr, dynamic_ncols=True, disable=not main_rank())
+    terminal = sys.stderr.isatty()
+    return tqdm(iterable, desc=desc, total=total, file=sys.stderr if terminal else _Lines(), dynamic_ncols=terminal, mininterval=0.1 if terminal else 30,
+                disable=not main_rank(), **settings)
 
 
 class MetricsLog:
