@@ -60,7 +60,7 @@ def parse(argv):
     ppo("--rollout-size", type=positive_int, default=128, help="dialogues an iteration")
     ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
     ppo("--minibatch-size", type=positive_int, default=32, help="dialogues an optimiser step")
-    ppo("--micro-batch-size", type=positive_int, default=16, help="dialogues a forward pass; changes memory, not the update")
+    ppo("--micro-batch-size", type=positive_int, default=8, help="dialogues a forward pass; changes memory, not the update")
     ppo("--lr", type=positive_float, default=2e-3, help="Adam learning rate of the policy adapter, linear decay to a tenth (Mistral-7B: 1e-5)")
     ppo("--value-lr", type=positive_float, default=4e-3, help="Adam learning rate of value adapter and head")
     ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss")

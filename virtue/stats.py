@@ -37,12 +37,22 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, *, resamples: int = 10000, leve
     """
     a, b = _paired(a, b, max_dim=2)
     _in_range(level, resamples)
-    statistic, rng, draws = statistic or np.mean, np.random.default_rng(seed), np.empty(resamples)
-    for i in range(resamples):
-        rows = rng.integers(0, len(a), len(a))
-        draws[i] = statistic(b[rows]) - statistic(a[rows])
+    rows = _resampled(len(a), resamples, seed)
+    if statistic is None:
+        d = (b - a).reshape(len(a), -1).mean(1)
+        difference, draws = d.mean(), d[rows].mean(1)
+    else:
+        difference, draws = statistic(b) - statistic(a), np.array([statistic(b[r]) - statistic(a[r]) for r in rows])
+    return _interval(difference, draws, level)
+
+
+def _resampled(n: int, resamples: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, n, (resamples, n))
+
+
+def _interval(difference: float, draws: np.ndarray, level: float) -> tuple[float, float, float]:
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(statistic(b) - statistic(a)), float(low), float(high)
+    return float(difference), float(low), float(high)
 
 
 def permutation_test(a: ArrayLike, b: ArrayLike, *, resamples: int = 10000, seed: int = 0) -> float:
@@ -137,20 +147,19 @@ def holm(p: ArrayLike) -> np.ndarray:
     return adjusted
 
 
-def _intercept(rows: np.ndarray) -> float:
-    """Of the least-squares line of column 0 on column 1, rows (n, 2)."""
-    d, x = rows.T
-    if np.ptp(x) <= 1e-9 * np.abs(x).max():  # constant but for rounding, as lengths + 0.1
-        return float(d.mean()) if x[0] == 0 else math.nan
-    centred = x - x.mean()
-    return float(d.mean() - (centred @ d) / (centred @ centred) * x.mean())
+def _intercept(d: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Of the least-squares lines of d on x, both (..., n) -> (...,)."""
+    constant = np.ptp(x, axis=-1) <= 1e-9 * np.abs(x).max(-1)  # but for rounding, as lengths + 0.1
+    mean, centred = x.mean(-1), x - x.mean(-1, keepdims=True)
+    slope = (centred * d).sum(-1) / np.where(constant, 1, (centred * centred).sum(-1))
+    return np.where(constant, np.where(x[..., 0] == 0, d.mean(-1), math.nan), d.mean(-1) - slope * mean)
 
 
-def _differences(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike) -> np.ndarray:
+def _differences(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     (a, b), (length_a, length_b) = _paired(a, b), _paired(length_a, length_b)
     if len(a) != len(length_a):
         raise ValueError(f"need one length for each score, got {len(length_a)} for {len(a)}")
-    return np.column_stack([b - a, length_b - length_a])
+    return b - a, length_b - length_a
 
 
 def length_controlled(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike) -> float:
@@ -159,7 +168,7 @@ def length_controlled(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b:
     The mean where lengths are equal in every row. NaN where they differ by one constant: what length does
     cannot then be told from what the model does. Dubois et al. 2024 (arXiv:2404.04475), in linear form.
     """
-    return _intercept(_differences(a, b, length_a, length_b))
+    return float(_intercept(*_differences(a, b, length_a, length_b)))
 
 
 def length_controlled_interval(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike, *, resamples: int = 2000,
@@ -168,8 +177,9 @@ def length_controlled_interval(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, 
 
     low and high are NaN if any resample gives NaN: too few rows differ in how lengths differ.
     """
-    rows = _differences(a, b, length_a, length_b)
-    return paired_bootstrap(0 * rows, rows, resamples=resamples, level=level, seed=seed, statistic=_intercept)
+    (d, x), _ = _differences(a, b, length_a, length_b), _in_range(level, resamples)
+    rows = _resampled(len(d), resamples, seed)
+    return _interval(_intercept(d, x), _intercept(d[rows], x[rows]), level)
 
 
 def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> float:
