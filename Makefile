@@ -1,4 +1,4 @@
-# make demo   the whole method on the toy model, into runs/demo/ (8.4 minutes on 2 cores)
+# make demo   the whole method on the toy model, into runs/demo/ (7 minutes on 2 cores)
 # make test   the test suite (no network, no GPU)
 # make check  ruff, which it installs, and the tests
 # make interop  the tests against PEFT, TRL and datasets, which it installs; make test skips those where they are absent

@@ -191,9 +191,9 @@ def main(argv=None):
     best, best_iteration, resumed, stop, drawn = -float("inf"), 0, 0, False, -float("inf")
     flatten(model, ("policy",), "best")
     learned = lambda: [*policy_parameters, *value_parameters, *adapter_parameters(model, "best")]  # noqa: E731 (flatten makes "best" anew)
-    if done := load_checkpoint(state, learned(), optimizer, schedule, [log.path, rollouts.path]):
-        resumed, kl_coef, best, best_iteration, before, first, metrics = (
-            done[k] for k in ("step", "kl_coef", "best", "best_iteration", "before", "first", "metrics"))
+    numbers = ("kl_coef", "best", "best_iteration", "before", "first", "metrics")
+    if done := load_checkpoint(state, learned(), optimizer, schedule, [log.path, rollouts.path], numbers):
+        resumed, kl_coef, best, best_iteration, before, first, metrics = (done[k] for k in ("step", *numbers))
         stop = args.stop_kl is not None and metrics["objective/kl"] > args.stop_kl
     bar = progress(range(1, args.iterations + 1), "ppo")
     updates = args.ppo_epochs * -(-args.rollout_size // args.minibatch_size)  # optimiser steps an iteration

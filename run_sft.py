@@ -99,7 +99,7 @@ def main(argv=None):
     steps = args.epochs * -(-len(train) // step_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1 if args.schedule == "linear" else 1.0, steps)
     log = MetricsLog(out / "metrics.jsonl")
-    done = load_checkpoint(state, parameters, optimizer, schedule, [log.path])
+    done = load_checkpoint(state, parameters, optimizer, schedule, [log.path], ["before"])
     before = done["before"] if done else evaluate()
     if not done:
         log.write({"step": 0, "loss/held_out": before})

@@ -127,7 +127,7 @@ class Kit:
         weights, log = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))], out / "metrics.jsonl"
         optimizer = torch.optim.Adam([{"params": weights[:1], "lr": 0.1}, {"params": weights[1:], "lr": 0.03}])
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 7)
-        done = resume.load_checkpoint(out / "resume", weights, optimizer, schedule, [log])
+        done = resume.load_checkpoint(out / "resume", weights, optimizer, schedule, [log], ["total"])
         assert done is None or isinstance(done["step"], int) and done["step"] >= 0
         sum((w ** 2).sum() for w in weights).backward()
         optimizer.step(), schedule.step()

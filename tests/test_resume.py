@@ -26,7 +26,7 @@ class Loop:
         self.weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.zeros(2, 2))]
         self.optimizer = torch.optim.Adam([{"params": self.weights[:1], "lr": 0.1}, {"params": self.weights[1:], "lr": 0.03}])
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1, 7)
-        found = load_checkpoint(folder, self.weights, self.optimizer, self.schedule, [self.log])
+        found = load_checkpoint(folder, self.weights, self.optimizer, self.schedule, [self.log], ["total"])
         self.step, self.total = (found["step"], found["total"]) if found else (0, 0.0)
 
     def run(self, until: int, save_every: int = 2) -> None:
@@ -87,6 +87,14 @@ def test_without_a_sound_checkpoint_it_begins_anew(tmp_path):
     Loop(tmp_path).run(3)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(VirtueError, match="metrics.jsonl: shorter"):
+        Loop(tmp_path)
+
+
+def test_a_checkpoint_without_the_numbers_of_this_code_is_refused(tmp_path):
+    loop = Loop(tmp_path)
+    loop.run(2)
+    save_checkpoint(tmp_path, 4, loop.weights, loop.optimizer, loop.schedule, [loop.log], sum=1.0)
+    with pytest.raises(VirtueError, match="00000004-.*another version of the code"):
         Loop(tmp_path)
 
 

@@ -162,11 +162,12 @@ def _fits(known: Mapping, tensors: Mapping[str, Tensor], parameters: Sequence[Te
     return want.keys() == tensors.keys() and all((t.shape, t.dtype) == (want[k].shape, want[k].dtype) and is_sound(t) for k, t in tensors.items())
 
 
-def load_checkpoint(state: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, schedule, logs: Sequence[Path]) -> dict | None:
+def load_checkpoint(state: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, schedule, logs: Sequence[Path],
+                    numbers: Sequence[str] = ()) -> dict | None:
     """Puts everything back as the newest sound checkpoint has it, cuts the logs back -> {"step", **numbers}, or None.
 
     A checkpoint whose bytes are not those that were written is passed over, with a warning. VirtueError: sound bytes
-    of another run.
+    of another run, or without the `numbers` that this one saves.
     """
     for path in sorted(state.glob("*.safetensors"), reverse=True):
         try:
@@ -177,7 +178,7 @@ def load_checkpoint(state: Path, parameters: Sequence[Tensor], optimizer: torch.
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as e:
             print(f"warning: {path}: damaged ({_said(str(e))}): trying the checkpoint before it", file=sys.stderr)
             continue
-        if not isinstance(known, dict) or not _fits(known, tensors, parameters, optimizer, schedule, logs):
+        if not isinstance(known, dict) or not _fits(known, tensors, parameters, optimizer, schedule, logs) or known["numbers"].keys() != set(numbers):
             raise VirtueError(f"{path}: not of this run, or of another version of the code: start anew with --overwrite")
         with torch.no_grad():
             for i, p in enumerate(parameters):
