@@ -82,7 +82,7 @@ def main(argv=None):
         judge_base = open_base(args, args.judge) if args.judge else base
         label_ids(judge_base.tokenizer)  # refuse a tokenizer without single-token labels before hours of sampling
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
-    state = start(args, out, prompts=prompts_hash(args.prompts))
+    state = start(args, out, prompts=prompts_hash(args.prompts), base=base.info["fingerprint"], judge=judge_base.info["fingerprint"])
     if state is None:
         return
     sampling = dict(seed=args.seed, max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch_size=args.batch_size)

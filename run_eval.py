@@ -154,7 +154,7 @@ def compare_models(args):
             raise VirtueError(f"{folder}: the logits of {name} equal those of {same}: this adapter was never trained or never loaded; train it again")
 
     # Every model on the same prompts, from the same random numbers
-    state = start(args, out, prompts=prompts_hash(args.prompts), policy=file_hash(args.policy))
+    state = start(args, out, base=base.info["fingerprint"], prompts=prompts_hash(args.prompts), policy=file_hash(args.policy))
     if state is None:
         return
     columns, details, texts, spoken = {}, {}, {}, {}
@@ -256,7 +256,7 @@ def evaluate_judge(args):
     if len(kept) < 2:
         raise VirtueError(f"{args.pairs}: {len(kept)} pairs are left ({skipped} without two answers, {len(pairs) - len(kept)} too long): "
                           "give more pairs, or raise --limit")
-    state = start(args, out, pairs=sha256_file(args.pairs))
+    state = start(args, out, base=base.info["fingerprint"], pairs=sha256_file(args.pairs))
     result = {"pairs": len(kept), "skipped": skipped, "too_long": len(pairs) - len(kept), "wording": args.wording, "model": args.model}
     for lens in LENSES:
         of_lens = [p for p in kept if p["lens"] == lens]
@@ -417,7 +417,7 @@ def best_of_n(args):
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
 
     # n dialogues for each prompt, scored
-    state = start(args, out, prompts=prompts_hash(args.prompts), **{lens: file_hash(args.rm / lens) for lens in LENSES})
+    state = start(args, out, base=base.info["fingerprint"], prompts=prompts_hash(args.prompts), **{lens: file_hash(args.rm / lens) for lens in LENSES})
     if sft:
         flatten(model, sft, "rollout")
     scores, golds = [], []

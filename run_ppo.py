@@ -181,12 +181,10 @@ def main(argv=None):
     weights = torch.tensor(args.weights) if args.weights else None
     ensemble = dict(weights=weights, coef=args.uwo_coef, use_variance=args.uwo_variance, reference=args.lsc_reference)
 
-    state = start(args, out, prompts=prompts_hash(args.prompts),
+    state = start(args, out, base=base.info["fingerprint"], prompts=prompts_hash(args.prompts),
                   **{lens: file_hash(args.rm / lens) for lens in LENSES})
     if state is None:
         return
-    prepare_output(out / "value", overwrite=True)
-    prepare_output(out / "best", overwrite=True)
     log, rollouts, kl_coef = MetricsLog(out / "metrics.jsonl"), MetricsLog(out / "rollouts.jsonl"), args.kl_coef
     best, best_iteration, resumed, stop, drawn = -float("inf"), 0, 0, False, -float("inf")
     flatten(model, ("policy",), "best")
@@ -195,6 +193,9 @@ def main(argv=None):
     if done := load_checkpoint(state, learned(), optimizer, schedule, [log.path, rollouts.path], numbers):
         resumed, kl_coef, best, best_iteration, before, first, metrics = (done[k] for k in ("step", *numbers))
         stop = args.stop_kl is not None and metrics["objective/kl"] > args.stop_kl
+    else:
+        prepare_output(out / "value", overwrite=True)
+        prepare_output(out / "best", overwrite=True)
     bar = progress(range(1, args.iterations + 1), "ppo")
     updates = args.ppo_epochs * -(-args.rollout_size // args.minibatch_size)  # optimiser steps an iteration
     for iteration in bar:

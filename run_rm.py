@@ -117,7 +117,7 @@ def main(argv=None):
     summary = []
     for lens in lenses:
         folder = args.out / lens
-        state = start(args, folder, data=data_hash(args.data, [*(f"{lens}.jsonl" for lens in lenses), "dialogues.jsonl"]),
+        state = start(args, folder, base=base.info["fingerprint"], data=data_hash(args.data, [*(f"{lens}.jsonl" for lens in lenses), "dialogues.jsonl"]),
                       **({"pairs": sha256_file(args.pairs)} if args.pairs else {}))
         name, (train, held_out) = lens, pairs[lens]
         if args.pool:  # one model, trained when its first lens comes by

@@ -91,7 +91,7 @@ def main(argv=None):
 
     # Train
     files = [f"{lens}.jsonl" for lens in LENSES] if chosen else ["revisions.jsonl"]
-    state = start(args, out, data=data_hash(args.data, files))
+    state = start(args, out, base=base.info["fingerprint"], data=data_hash(args.data, files))
     if state is None:
         return
     step_size = args.batch_size * args.accumulation

@@ -1,6 +1,6 @@
 """Kill every stage at random moments, resume it, and compare with a run that was left alone.
 
-    python tests/kill.py --kills 100            # about 10 minutes on a core; --seed for other moments
+    python tests/kill.py --kills 100            # about 5 minutes on a core; --seed for other moments
     python tests/kill.py --stages ppo --kills 5
 
 Each stage of a small chain runs once undisturbed. Then the same command runs in a child process that gets

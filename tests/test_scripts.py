@@ -584,3 +584,23 @@ def test_a_run_upon_another_base_than_the_toy_prints_its_plan(tmp_path, capsys):
     call("run_data", "revisions", "--model", tmp_path / "base", "--limit", 4, "--out", tmp_path / "data")
     said = capsys.readouterr().out
     assert said.startswith("memory plan") and "settings" not in said and (tmp_path / "data/virtue.json").is_file()
+
+
+def test_a_run_that_dies_while_it_finishes_loses_nothing(fp32, tmp_path, monkeypatch):
+    import virtue.resume
+    from virtue.checkpoint import read_manifest
+    flags = ["--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 1, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 8]
+
+    def die(out):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(virtue.resume, "finish", die)
+        with pytest.raises(KeyboardInterrupt):
+            call("run_ppo", *flags)
+    call("run_ppo", *flags, "--resume")
+    assert [read_manifest(tmp_path / "p" / name)["stage"] for name in ("", "best", "value")] == ["policy", "policy", "value"] and not (tmp_path / "p/resume").exists()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/metrics.jsonl").write_text("mine")
+    with pytest.raises(VirtueError, match="not empty"):
+        call("run_ppo", *flags[:2], "--out", tmp_path / "foreign", "--resume", *flags[4:])
+    assert (tmp_path / "foreign/metrics.jsonl").read_text() == "mine"

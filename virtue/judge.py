@@ -124,6 +124,8 @@ def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], le
         hidden = hidden_states(model, ids, mask, position_ids=positions)
         last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, 5, D)
         logprobs = model.lm_head(last).float().log_softmax(-1)[..., labels.to(device)]  # (B, 5, 2)
+        if not logprobs.isfinite().all():  # before it is kept
+            raise VirtueError(f"judge {lens}, pairs {sorted({job[0] for job in batch})}: the model's logits are not finite: use another --dtype, or another judge")
         return logprobs.softmax(-1)[..., 0].tolist(), logprobs.exp().sum().item()
 
     batches = share([jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)])

@@ -32,8 +32,8 @@ from virtue.runtime import main_rank
 
 FOLDER, SETTINGS = "resume", "settings.json"
 KEPT = 2  # checkpoints on the disk: where the newest is damaged, the one before it serves
-# Flags that may differ when a run goes on: they change speed and memory, and results by rounding only.
-FREE = ("out", "overwrite", "threads", "device", "micro_batch_size", "gradient_checkpointing")
+# Flags that may differ when a run goes on: they change speed, memory and when it stops, and results by rounding only.
+FREE = ("out", "overwrite", "threads", "device", "micro_batch_size", "gradient_checkpointing", "save_every", "stop_kl")
 
 T = TypeVar("T")
 
@@ -44,10 +44,11 @@ def _said(value: object) -> str:
 
 
 def may_write(args: argparse.Namespace, out: Path, inputs: Iterable[Path | None] = ()) -> Path:
-    """`check_output` for a stage that can be resumed: with --resume the folder may hold something."""
+    """`check_output` for a stage that can be resumed: with --resume the folder may hold what such a run wrote."""
     if args.resume and args.overwrite:
         raise VirtueError("--resume goes on, --overwrite starts anew: give one of them")
-    return check_output(out, args.overwrite or args.resume, inputs)
+    begun = any((out / name).exists() for name in (FOLDER, MANIFEST, "judge.json", "rewards.json", "best_of_n.json"))
+    return check_output(out, args.overwrite or args.resume and begun, inputs)
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -86,6 +87,7 @@ def _start(args: argparse.Namespace, out: Path, settings: dict) -> Path | None:
             _agree(was, settings, out)
         elif args.resume and (out / MANIFEST).is_file():
             _agree(read_manifest(out)["settings"], {k: v for k, v in settings.items() if k != "processes" and not k.startswith("sha256")}, out)
+            shutil.rmtree(state, ignore_errors=True)  # of a run that was killed while it removed this
             print(f"{out}: finished already")
             return None
         else:
