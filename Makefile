@@ -14,7 +14,7 @@ SEEDS     ?= 0 1 2
 FLAGS     ?=
 PROCESSES ?= 2
 RUN        = .venv/bin/python
-# One process a core, of one thread each: a quarter faster than one process of two threads. They talk on this machine only.
+# One process a core, of one thread each: a fifth faster than one process of two threads. They talk on this machine only.
 STAGE      = GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES)
 COMMON     = --seed $(SEED) --overwrite
 

@@ -35,7 +35,7 @@ def parse(argv):
     data("--sft", type=Path, help="SFT adapter: reference and start of the policy")
     data("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
     data("--rollout-dtype", choices=("fp32", "bf16", "fp16"), help="sample from a copy of the base in this type, dequantised once: 14.5 GB more for "
-                                                                   "Mistral-7B in bf16, and rollouts in half the time or less (default: sample with the base itself)")
+                                                                   "Mistral-7B in bf16, and no weight dequantised for each token (default: sample with the base itself)")
     data("--limit", type=positive_int, help="use the first so many prompts of the ppo split (default: all)")
     reward = parser.add_argument_group("reward").add_argument
     reward("--aggregate", choices=AGGREGATORS, default="mean", help="how three scores become one; uwo's spread is conflict of values, not doubt")

@@ -105,7 +105,7 @@ def add_lora_flags(parser: argparse.ArgumentParser, rank: int, alpha: float) -> 
     add("--alpha", type=positive_float, default=alpha, help="the update is scaled by alpha / r")
     add("--whole", action="store_true", help="train the layers' whole matrices instead of B A: memory for four more copies of them, and a lower --lr")
     add("--targets", nargs="+", default=TARGETS, metavar="NAME", help="linear layers that get an adapter")
-    add("--gradient-checkpointing", action="store_true", help="compute activations again in the backward pass: much less memory, a third more time")
+    add("--gradient-checkpointing", action="store_true", help="compute activations again in the backward pass: much less memory, a third more arithmetic")
 
 
 def lora_settings(args: argparse.Namespace) -> dict:
