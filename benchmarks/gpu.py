@@ -10,6 +10,7 @@ measured rate of a copy in memory.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -90,18 +91,18 @@ def decode(folder: Path, device: str, dtype: str, batches: list[int]) -> None:
         for name, which in (("NF4", model), (f"{dtype} copy", copy)):
             ids, mask = (t.to(device) for t in left_pad(batch, 0))
 
-            def ours(n):
+            def ours(n, which=which, batch=batch):
                 with use_stack(which, "rollout"):
-                    sample(which, batch, np.random.default_rng(0).random((rows, n)), eos_id=-1, pad_id=0)
+                    sample(which, batch, np.random.default_rng(0).random((len(batch), n)), eos_id=-1, pad_id=0)
 
-            def theirs(n):
+            def theirs(n, which=which, ids=ids, mask=mask):
                 with use_stack(which, "rollout"), torch.no_grad():
                     which.generate(input_ids=ids, attention_mask=mask.long(), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=n, min_new_tokens=n, pad_token_id=0)
 
             each = []
             for run in (ours, theirs):
                 run(2)
-                each.append((clocked(lambda: run(steps), device) - clocked(lambda: run(1), device)) / (steps - 1))
+                each.append((clocked(functools.partial(run, steps), device) - clocked(functools.partial(run, 1), device)) / (steps - 1))
             cache = 2 * rows * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * (width + steps / 2) * torch.finfo(DTYPES[dtype]).bits / 8
             print(f"| {rows} | {name} | {each[0]:.4f} | {each[0] / ((read + cache) / rate):.2f} | {each[1]:.4f} | {each[1] / each[0]:.2f} |", flush=True)
 

@@ -35,12 +35,12 @@ def main() -> None:
         for name, end in (("together", -1e9), ("apart", math.log(vocab_size / 23))):  # nearly uniform otherwise
             head.bias.zero_()[2] = end
 
-            def theirs():
+            def theirs(model=model, ids=ids, mask=mask):
                 with torch.no_grad():
                     model.generate(input_ids=ids, attention_mask=mask.long(), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
                                    max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=2)
 
-            def ours():
+            def ours(model=model, rows=rows):
                 sample(model, rows, np.random.default_rng(0).random((PROMPTS, NEW_TOKENS)), eos_id=2, pad_id=0)
 
             torch.manual_seed(0)
