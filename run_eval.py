@@ -257,6 +257,8 @@ def evaluate_judge(args):
         raise VirtueError(f"{args.pairs}: {len(kept)} pairs are left ({skipped} without two answers, {len(pairs) - len(kept)} too long): "
                           "give more pairs, or raise --limit")
     state = start(args, out, base=base.info["fingerprint"], pairs=sha256_file(args.pairs))
+    if state is None:
+        return
     result = {"pairs": len(kept), "skipped": skipped, "too_long": len(pairs) - len(kept), "wording": args.wording, "model": args.model}
     for lens in LENSES:
         of_lens = [p for p in kept if p["lens"] == lens]
@@ -290,7 +292,7 @@ def evaluate_rewards(args):
     import numpy as np
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, read_manifest, write_json
+    from virtue.checkpoint import check_made_by, data_hash, file_hash, read_manifest, sha256_file, write_json
     from virtue.dialogue import check_ids, encode_conversation, messages_of, read_dialogues, read_pairs, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import use_stack
@@ -320,6 +322,11 @@ def evaluate_rewards(args):
     unseen = held_out_ids((d.id for d in dialogues), settings["seed"], settings["held_out"])
     held_out = [d for d in dialogues if d.id in unseen]
     limit = model.config.max_position_embeddings
+    if bare := [lens for lens in LENSES if len(held_out) < 3 or all(r["id"] not in unseen for r in data[lens])]:
+        raise VirtueError(f"{args.data}: no pair of lens {bare[0]} was held out from {args.rm}: give the preferences that it was trained on")
+    if start(args, out, base=base.info["fingerprint"], data=data_hash(args.data, [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"]),
+             pairs=sha256_file(args.pairs) if args.pairs else None, **{lens: file_hash(args.rm / lens) for lens in LENSES}) is None:
+        return
 
     @torch.no_grad()
     def score(k, conversations):
@@ -329,8 +336,8 @@ def evaluate_rewards(args):
         result = torch.full((len(rows),), float("nan"))
         order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: len(rows[i]))
         with use_stack(model, *stack):
-            for start in progress(range(0, len(order), args.batch_size), f"score {LENSES[k]}"):
-                batch = order[start:start + args.batch_size]
+            for begin in progress(range(0, len(order), args.batch_size), f"score {LENSES[k]}"):
+                batch = order[begin:begin + args.batch_size]
                 ids, attention = right_pad([rows[i] for i in batch], tokenizer.pad_token_id)
                 last = attention.long().sum(1, keepdim=True) - 1
                 result[batch] = score_at(model, head, ids.to(model.device), attention.to(model.device), last.to(model.device))[:, 0].cpu()
@@ -340,8 +347,6 @@ def evaluate_rewards(args):
     for k, lens in enumerate(LENSES):
         # 1. Held-out pairs: accuracy and calibration
         pairs = [r for r in data[lens] if r["id"] in unseen]
-        if not pairs or len(held_out) < 3:
-            raise VirtueError(f"{args.data}: no pair of lens {lens} was held out from {args.rm}: give the preferences that it was trained on")
         margins = (score(k, [r["chosen"] for r in pairs]) - score(k, [r["rejected"] for r in pairs])) * std[k]
         known_margins = margins[~margins.isnan()]
         labels = torch.tensor([r["label"] for r in pairs])[~margins.isnan()]
@@ -367,7 +372,6 @@ def evaluate_rewards(args):
                                  "accuracy": accuracy(judged, torch.ones(len(judged))) if len(judged) else None}
         result[lens] = found
 
-    start(args, out)  # scores are quick: a resumed run makes them all again
     write_json(out / "rewards.json", result)
     finish(out)
     for lens, found in result.items():
@@ -418,6 +422,8 @@ def best_of_n(args):
 
     # n dialogues for each prompt, scored
     state = start(args, out, base=base.info["fingerprint"], prompts=prompts_hash(args.prompts), **{lens: file_hash(args.rm / lens) for lens in LENSES})
+    if state is None:
+        return
     if sft:
         flatten(model, sft, "rollout")
     scores, golds = [], []

@@ -117,7 +117,8 @@ def main(argv=None):
     summary = []
     for lens in lenses:
         folder = args.out / lens
-        state = start(args, folder, base=base.info["fingerprint"], data=data_hash(args.data, [*(f"{lens}.jsonl" for lens in lenses), "dialogues.jsonl"]),
+        state = start(args, folder, [args.out / other for other in lenses[lenses.index(lens) + 1:]], base=base.info["fingerprint"],
+                      data=data_hash(args.data, [*(f"{lens}.jsonl" for lens in lenses), "dialogues.jsonl"]),
                       **({"pairs": sha256_file(args.pairs)} if args.pairs else {}))
         name, (train, held_out) = lens, pairs[lens]
         if args.pool:  # one model, trained when its first lens comes by
@@ -195,6 +196,7 @@ def main(argv=None):
         # 3. Score statistics on held-out, unfiltered dialogues; save
         scores = score_dialogues(model, [((*sft, name), head)], held_out_dialogues, [LENSES.index(lens)], tokenizer.pad_token_id,
                                  batch_size=args.batch_size)[0]
+        check_finite(scores[None], f"rm {lens}, scores of held-out dialogues", "the score", "lower --lr", [d.id for d in held_out_dialogues], state)
         extra = {"lens": lens, "score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item(),
                  "scored_dialogues": len(scores), "held_out": result, "held_out_pairs": len(held_out), "trained_on": len(train), "over_long": over_long[lens],
                  "data": made["sha256"]}

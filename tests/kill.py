@@ -2,11 +2,13 @@
 
     python tests/kill.py --kills 100            # about 5 minutes on a core; --seed for other moments
     python tests/kill.py --stages ppo --kills 5
+    python tests/kill.py --each --small         # at each change of the disk in turn, not at random
 
 Each stage of a small chain runs once undisturbed. Then the same command runs in a child process that gets
 SIGKILL at a random moment of its life, is started again with --resume, killed again, and so on, until its
 share of the kills is spent and it may end. All files must then be equal, byte by byte; in metrics the
-fields of time are left out. Children are forked from one process that has imported everything.
+fields of time are left out. With --each a child dies before its first rename, removal or truncation of a
+file, the next one before its second, and so on, as many as the stage makes; each is then resumed. Children are forked from one process that has imported everything.
 """
 from __future__ import annotations
 
@@ -39,12 +41,30 @@ SMALL = {  # the same with --small, in a third of the time: these flags come aft
 }
 
 
-def child(script: str, flags: list[str], log: Path) -> int:
-    """Forks a process that runs a script -> its pid."""
+def die_at(point: int) -> None:
+    """Lets this process kill itself before its `point`-th change of the disk: rename, removal, truncation."""
+    left = point
+
+    def dying(change):
+        def changed(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*args, **kwargs)
+        return changed
+    for name in ("replace", "unlink", "remove", "rmdir", "truncate", "rename"):  # shutil and pathlib call these
+        setattr(os, name, dying(getattr(os, name)))
+
+
+def child(script: str, flags: list[str], log: Path, point: int = 0) -> int:
+    """Forks a process that runs a script -> its pid. It dies at `point` (see `die_at`) if that is not 0."""
     pid = os.fork()
     if pid:
         return pid
     status = 70
+    if point:
+        die_at(point)
     try:
         with open(log, "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
@@ -59,11 +79,13 @@ def child(script: str, flags: list[str], log: Path) -> int:
 
 
 def wait(pid: int, seconds: float | None, log: Path) -> bool:
-    """Waits for a child's end, or kills it after `seconds` -> whether it was killed. RuntimeError if it failed."""
+    """Waits for a child's end, or kills it after `seconds` -> whether it was killed. RuntimeError if it failed otherwise."""
     until = time.monotonic() + seconds if seconds is not None else None
     while True:
         done, status = os.waitpid(pid, os.WNOHANG if until else 0)
         if done:
+            if status == signal.SIGKILL:
+                return True
             if status:
                 raise RuntimeError(f"{log}: the stage failed:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-12:]))
             return False
@@ -90,8 +112,11 @@ def compare(undisturbed: Path, resumed: Path) -> list[str]:
     return [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
 
 
-def torture(name: str, out: Path, kills: int, rng: random.Random, quiet: bool = False, small: bool = False) -> int:
-    """One stage: undisturbed, then killed `kills` times -> kills that hit. AssertionError where results differ."""
+def torture(name: str, out: Path, kills: int, rng: random.Random, quiet: bool = False, small: bool = False, each: bool = False) -> int:
+    """One stage: undisturbed, then killed `kills` times -> kills that hit. AssertionError where results differ.
+
+    With `each` it is killed at every change of the disk instead, once each and then resumed, unless `kills` is 0.
+    """
     script, *flags = f"{STAGES[name]} {SMALL[name] if small else ''}".format(out=out).split()
     here, log = out / name, out / f"{name}.log"
     flags += ["--out", str(here), "--threads", "1"]
@@ -101,6 +126,15 @@ def torture(name: str, out: Path, kills: int, rng: random.Random, quiet: bool = 
     reference = out / f"{name}-undisturbed"
     shutil.move(here, reference)
     hit, moments, again = 0, [], []
+    while each and kills and wait(child(script, flags, log, hit + 1), None, log):
+        hit += 1
+        wait(child(script, [*flags, "--resume"], log), None, log)
+        assert not compare(reference, here), f"{name}, killed at change {hit} of the disk: {compare(reference, here)} differ"
+        assert not (here / "resume").exists()
+        shutil.rmtree(here)
+    if each:
+        kills = 0
+        shutil.rmtree(here, ignore_errors=True)
     for _ in range(10 * kills):
         if hit == kills:
             break
@@ -124,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="in all, spread over the stages")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to kill; those before them run undisturbed")
+    parser.add_argument("--each", action="store_true", help="instead of at random: at each rename, removal and truncation in turn, --kills or not")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--small", action="store_true", help="the stages at their smallest, as the test suite kills them")
     args = parser.parse_args()
@@ -139,8 +174,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in list(STAGES)[:last + 1]:
             share = args.kills // len(args.stages) + (args.stages.index(name) < args.kills % len(args.stages)) if name in args.stages else 0
-            hits += torture(name, Path(folder), share, random.Random(f"{args.seed} {name}"), small=args.small)
-    print(f"seed {args.seed}: {hits} kills, nothing lost, nothing twice")
+            hits += torture(name, Path(folder), share, random.Random(f"{args.seed} {name}"), small=args.small, each=args.each)
+    print(f"{'each change of the disk' if args.each else f'seed {args.seed}'}: {hits} kills, nothing lost, nothing twice")
 
 
 if __name__ == "__main__":

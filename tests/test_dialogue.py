@@ -4,6 +4,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -353,3 +354,9 @@ def test_buckets_hold_every_row_once_and_like_lengths_together(n, size):
     if n == 64:
         means = [sum(lengths[i] for i in b) for b in batches[:8]]
         assert means != sorted(means)  # the order of the batches is not that of their lengths
+
+
+def test_a_pipe_is_refused_before_it_blocks(tmp_path):
+    os.mkfifo(tmp_path / "p.jsonl")
+    with pytest.raises(VirtueError, match="p.jsonl: cannot be read .a pipe, which waits"):
+        next(dialogue.read_jsonl(tmp_path / "p.jsonl"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import runpy
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from virtue import VirtueError
-from virtue.resume import KEPT, finish, load_checkpoint, may_write, replay, save_checkpoint, settings_of, start
+from virtue.resume import KEPT, finish, load_checkpoint, may_write, replay, save_checkpoint, start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -124,14 +125,34 @@ def test_start_goes_on_only_with_the_same_flags_and_files(tmp_path, capsys):
     finish(out)
     assert not state.exists()
     capsys.readouterr()
-    start(flags(out, resume=True), out)
+    (out / "done.json").unlink()
+    start(flags(out, resume=True), out, data="abc")
     assert "nothing to resume" in capsys.readouterr().out
     finish(out)
-    manifest = {"stage": "x", "base": {}, "template": "", "parents": {}, "sha256": "", "seed": 0, "settings": {**settings_of(flags(str(out)))}, "extra": {}}
-    (out / "virtue.json").write_text(json.dumps(manifest))
+    (out / "virtue.json").write_text("{}")
     assert start(flags(out, resume=True), out, data="abc") is None and "finished already" in capsys.readouterr().out
     with pytest.raises(VirtueError, match="--lr"):
-        start(flags(out, resume=True, lr=1.0), out)
+        start(flags(out, resume=True, lr=1.0), out, data="abc")
+    with pytest.raises(VirtueError, match="the file behind data abc, which is now abd"):  # changed since it ended
+        start(flags(out, resume=True), out, data="abd")
+    (out / "done.json").unlink()
+    with pytest.raises(VirtueError, match="an artefact without done.json"):
+        start(flags(out, resume=True), out, data="abc")
+    assert (out / "virtue.json").exists()
+
+
+def test_a_part_begun_anew_takes_no_later_part_for_finished(tmp_path, capsys):
+    """run_rm.py --overwrite killed in its first lens: what an earlier run left of the others is not this run's."""
+    first, second = tmp_path / "action", tmp_path / "motivation"
+    for folder in (first, second):
+        start(flags(tmp_path), folder)
+        (folder / "virtue.json").write_text("{}")
+        finish(folder)
+    start(flags(tmp_path, overwrite=True), first, [second, tmp_path / "none yet"])
+    again = flags(tmp_path, resume=True)
+    for folder in (first, second):  # as a new process would
+        assert may_write(again, folder) == folder and start(again, folder, [second] if folder is first else []) == folder / "resume"
+    assert "finished already" not in capsys.readouterr().out and not (tmp_path / "none yet").exists()
 
 
 def test_replay_computes_what_is_missing(tmp_path):
@@ -159,6 +180,12 @@ def test_stages_survive_sigkill():
     result = subprocess.run([sys.executable, ROOT / "tests/kill.py", "--small", "--kills", "5", "--stages", "revisions", "sft", "preferences", "rm", "ppo", "--seed", str(seed)],
                             capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and f"seed {seed}: 5 kills, nothing lost, nothing twice" in result.stdout, result.stdout + result.stderr
+
+
+def test_a_stage_survives_a_kill_at_each_change_of_the_disk():
+    result = subprocess.run([sys.executable, ROOT / "tests/kill.py", "--small", "--each", "--stages", "sft"], capture_output=True, text=True, cwd=ROOT)
+    kills = re.search(r"each change of the disk: (\d+) kills, nothing lost, nothing twice", result.stdout)
+    assert result.returncode == 0 and int(kills[1]) >= 10, result.stdout + result.stderr
 
 
 def test_a_finished_stage_is_left_alone_and_another_command_refused(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import make_tiny_model
 
+from virtue import VirtueError
 from virtue.dialogue import Dialogue, Turn, prompt_record, right_pad
 from virtue.generate import sample_dialogues
 from virtue.logprobs import kl_k1, kl_k3
@@ -169,3 +170,12 @@ def test_what_comes_after_the_mask_costs_nothing_and_changes_nothing(tmp_path):
     for a, b in zip(got, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     assert logprobs_at(model, ids, attention, mask & False).abs().sum() == 0
+
+
+def test_logits_that_are_not_finite_name_stage_step_and_records():
+    model = load_model("toy")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    record = {"id": "abc", "prompt": [{"role": "user", "content": "hi"}]}
+    with pytest.raises(VirtueError, match="sampling for ppo, step 3, a batch with records abc: the model's logits are not finite"):
+        sample_dialogues(model, load_tokenizer("toy"), [record], seed=0, stage="ppo", step=3, max_new_tokens=2, temperature=1.0, batch_size=1)

@@ -42,10 +42,22 @@ def test_samples_of_both_phases_fit_together():
     from virtue.toy.pretrain import Samples
     tokenizer = load_tokenizer("toy")
     for fit in (False, True):
-        for batch in Samples(tokenizer, SimpleNamespace(seed=0, texts=1, pairs=3, reviews=2), 12, fit):
+        for batch in Samples(tokenizer, SimpleNamespace(seed=0, texts=1, pairs=3, reviews=2, borrow=0.5), 12, fit):
             rows, mask, ids, _, _, ends, answer, targets, reviews = batch
             assert ends.shape == targets.shape and len(targets) == len(ids) == len(answer) and len(reviews) == 2 * fit
             assert targets.shape[1] == 5 + fit and ((targets > 0) & (targets < 1)).all() and answer.any(1).all()
+
+
+def test_a_borrowed_word_replaces_no_name_and_none_comes_from_a_held_out_question():
+    from virtue.toy.pretrain import BORROWED, draw_prompt
+    new = {word for q in grammar.HELD_OUT_QUESTIONS for word in q.split(". ")[0].split()} - {w for q in grammar.QUESTIONS for w in q.split()}
+    assert "judge" in new and "judge" not in BORROWED
+    rng, changed = random.Random(0), 0
+    for _ in range(200):
+        question, person, thing = draw_prompt(rng, borrow=0.5)
+        assert person in question and thing in question and question.split(". ")[1] in ("What do you do?", "What do you say?", "How do you act?")
+        changed += question not in {q.format(p=person, t=thing) for q in grammar.QUESTIONS}
+    assert 60 < changed < 140
 
 
 def test_what_the_second_phase_teaches():

@@ -44,6 +44,11 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name too, should the machine itself go down
+        finally:
+            os.close(folder)
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise VirtueError(f"{path}: cannot be written ({e.strerror}): make room, or choose "

@@ -220,6 +220,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """
     path, number, found = Path(path), 0, False
     try:
+        if path.is_fifo():
+            raise OSError(0, "a pipe, which waits for its other end and can be read only once")
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
             for number, raw in enumerate(iter(lambda: lines.readline(LONGEST + 1), b""), 1):  # of bytes: only \n ends a line
                 _need(len(raw) <= LONGEST, f"longer than {LONGEST >> 20} MiB")

@@ -146,8 +146,11 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
             uniforms = np.stack([
                 stream(seed, stage, step, prompts[i]["id"], copy, turn).random(max_new_tokens)
                 for i in batch])
-            sampled = sample(model, [rows[i] for i in batch], uniforms, eos_id=eos_id,
-                             pad_id=pad_id, temperature=temperature)
+            try:
+                sampled = sample(model, [rows[i] for i in batch], uniforms, eos_id=eos_id,
+                                 pad_id=pad_id, temperature=temperature)
+            except VirtueError as e:
+                raise VirtueError(f"sampling for {stage}, step {step}, a batch with records {', '.join(prompts[i]['id'] for i in batch[:4])}: {e}") from None
             for i, (new, truncated) in zip(batch, sampled, strict=True):
                 start, end = len(rows[i]), len(rows[i]) + len(new)
                 spans[i].append(Turn(start, end, truncated))

@@ -1,7 +1,7 @@
 """Going on where a killed run stopped: one way to save, one way to go on, for every stage.
 
 A run keeps its state in <out>/resume, which goes when it ends well; the same command with --resume goes
-on from there. Loops over optimiser steps save all that the next step depends on (`save_checkpoint`);
+on from there. What stays is <out>/done.json, the flags and the hashes of the inputs that the results stand for. Loops over optimiser steps save all that the next step depends on (`save_checkpoint`);
 loops over batches keep each batch's result (`replay`). Randomness is keyed (``runtime.stream``), so no
 generator has a state to save, and what a resumed run writes is what it would have written anyway.
 """
@@ -24,13 +24,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from virtue import VirtueError, printable
-from virtue.checkpoint import MANIFEST, check_output, file_hash, prepare_output, read_manifest, write_atomic, write_json
+from virtue.checkpoint import MANIFEST, check_output, file_hash, prepare_output, write_atomic, write_json
 from virtue.parallel import rank, size, total
 from virtue.dialogue import is_number
 from virtue.models import is_sound
 from virtue.runtime import main_rank
 
-FOLDER, SETTINGS = "resume", "settings.json"
+FOLDER, SETTINGS, DONE = "resume", "settings.json", "done.json"
 KEPT = 2  # checkpoints on the disk: where the newest is damaged, the one before it serves
 # Flags that may differ when a run goes on: they change speed, memory and when it stops, and results by rounding only.
 FREE = ("out", "overwrite", "threads", "device", "micro_batch_size", "gradient_checkpointing", "save_every", "stop_kl")
@@ -47,7 +47,7 @@ def may_write(args: argparse.Namespace, out: Path, inputs: Iterable[Path | None]
     """`check_output` for a stage that can be resumed: with --resume the folder may hold what such a run wrote."""
     if args.resume and args.overwrite:
         raise VirtueError("--resume goes on, --overwrite starts anew: give one of them")
-    begun = any((out / name).exists() for name in (FOLDER, MANIFEST, "judge.json", "rewards.json", "best_of_n.json"))
+    begun = any((out / name).exists() for name in (FOLDER, DONE, MANIFEST))
     return check_output(out, args.overwrite or args.resume and begun, inputs)
 
 
@@ -64,38 +64,46 @@ def _agree(was: Mapping, now: Mapping, where: Path) -> None:
                               "give it as it was, or start anew with --overwrite")
 
 
-def start(args: argparse.Namespace, out: Path, **inputs: str | None) -> Path | None:
+def start(args: argparse.Namespace, out: Path, later: Sequence[Path] = (), **inputs: str | None) -> Path | None:
     """Makes the output folder and its resume/ -> that; None if the run has come to its end already.
 
     With --resume the flags, and the hashes of `inputs` and of the SFT adapter, must be those that the run was begun with.
+    Where it begins anew, what the folders of its `later` parts hold is an earlier run's, and is nothing finished.
     """
     inputs["sft"] = file_hash(args.sft) if getattr(args, "sft", None) else None
     settings = json.loads(json.dumps(settings_of(args), default=str)) | {f"sha256 {name}": digest for name, digest in inputs.items()}
-    state = _start(args, out, settings | {"processes": size()}) if main_rank() else out / FOLDER
+    state = _start(args, out, later, settings | {"processes": size()}) if main_rank() else out / FOLDER
     return None if total(torch.tensor(float(state is None))) else state  # the others wait for rank 0
 
 
-def _start(args: argparse.Namespace, out: Path, settings: dict) -> Path | None:
+def _begun(path: Path) -> dict:
+    try:
+        was = json.loads(path.read_bytes())
+        was.keys()
+    except (ValueError, RecursionError, AttributeError):
+        raise VirtueError(f"{path}: not JSON, or no object: start anew with --overwrite") from None
+    return was
+
+
+def _start(args: argparse.Namespace, out: Path, later: Sequence[Path], settings: dict) -> Path | None:
     state = out / FOLDER
     try:
         if args.resume and (state / SETTINGS).is_file():
-            try:
-                was = json.loads((state / SETTINGS).read_bytes())
-                was.keys()
-            except (ValueError, RecursionError, AttributeError):
-                raise VirtueError(f"{state / SETTINGS}: not JSON, or no object: start anew with --overwrite") from None
-            _agree(was, settings, out)
-        elif args.resume and (out / MANIFEST).is_file():
-            _agree(read_manifest(out)["settings"], {k: v for k, v in settings.items() if k != "processes" and not k.startswith("sha256")}, out)
+            _agree(_begun(state / SETTINGS), settings, out)
+        elif args.resume and (out / DONE).is_file():
+            _agree(_begun(out / DONE), settings, out)
             shutil.rmtree(state, ignore_errors=True)  # of a run that was killed while it removed this
             print(f"{out}: finished already")
             return None
+        elif args.resume and (out / MANIFEST).exists():
+            raise VirtueError(f"{out}: an artefact without {DONE}, so not of a run that --resume knows: choose another --out, or give --overwrite")
         else:
             if args.resume:
                 print(f"{out}: nothing to resume: starting at the beginning")
-            shutil.rmtree(state, ignore_errors=True)
-            prepare_output(out, overwrite=True)
-            state.mkdir(exist_ok=True)
+            for folder in (out, *(folder for folder in later if folder.exists())):
+                (folder / DONE).unlink(missing_ok=True)
+                shutil.rmtree(folder / FOLDER, ignore_errors=True)
+                (prepare_output(folder, overwrite=True) / FOLDER).mkdir(exist_ok=True)  # begun
             write_json(state / SETTINGS, settings)
     except OSError as e:
         raise VirtueError(f"{out}: cannot be a folder to write in ({e.strerror}): choose another --out") from None
@@ -103,10 +111,10 @@ def _start(args: argparse.Namespace, out: Path, settings: dict) -> Path | None:
 
 
 def finish(out: Path) -> None:
-    """Removes the state of a run that wrote its artefact; the settings first, so that no half of it is resumed."""
+    """Removes the state of a run that wrote its results; the settings first, which stay as done.json."""
     if not main_rank():
         return
-    (out / FOLDER / SETTINGS).unlink(missing_ok=True)
+    os.replace(out / FOLDER / SETTINGS, out / DONE)
     shutil.rmtree(out / FOLDER, ignore_errors=True)
 
 

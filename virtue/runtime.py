@@ -177,8 +177,9 @@ def run_main(main: Callable[[], object]) -> None:
             sys.exit(2)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise
-        print("error: out of memory: lower --batch-size, --micro-batch-size or --judge-batch-size, or take --quantize nf4 or --gradient-checkpointing "
-              "(--dry-run says what a run needs); with the last, or another --micro-batch-size, the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("error: out of memory: of --batch-size, --micro-batch-size and --judge-batch-size lower what this script has, or take --quantize nf4 or "
+              "--gradient-checkpointing (--dry-run says what a run needs); with the last, or another --micro-batch-size, "
+              "the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,11 +2,11 @@
 
     python -m virtue.toy.pretrain --out runs/quick --steps 50   # a quick look
 
-The shipped folder was made by three commands, 45, 50 and 10 minutes on one core:
+The shipped folder was made by three commands, 45, 50 and 20 minutes on one core:
 
     python -m virtue.toy.pretrain --out runs/toy-1
     python -m virtue.toy.pretrain --out runs/toy-2 --init runs/toy-1 --fit-steps 2000
-    python -m virtue.toy.pretrain --out runs/toy-3 --init runs/toy-2 --fit-steps 300 --seed 7 \
+    python -m virtue.toy.pretrain --out runs/toy-3 --init runs/toy-2 --fit-steps 600 --seed 7 --borrow 0.4 \
                                   --texts 40 --pairs 12 --reviews 10 --lr 7.5e-4 --matrix-lr 0.005
 
 Good and bad clauses are mixed evenly, so that the base model is no better than the world it has read.
@@ -23,8 +23,9 @@ does not bear out. The second (--fit-steps) teaches the difference: most pairs o
 consequences share one good action and differ by how they fit it; broken and repeated sentences cost more; what is
 true to the action is asked in words, sentence by sentence. In it the model also meets the judge's other
 wording and the extra questions of virtue/ethics.py, and questions with their words shuffled, so that naming the
-person does not hang on places. The third command, with more text at a quarter of the rates, gives back some of the
-naming that the second loses (docs/experiments.md, section 4).
+person does not hang on places. The third command, with more text at a quarter of the rates, gives back the
+naming that the second loses; a word of its questions is often replaced (--borrow), since a question with the rare
+word "judge" had called up the judge's answers (docs/experiments.md, section 5).
 """
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ import argparse
 import json
 import math
 import random
+import re
 import time
 from pathlib import Path
 
@@ -39,7 +41,8 @@ import torch
 from torch.nn import functional as F
 
 from virtue.dialogue import encode_conversation, right_pad
-from virtue.ethics import JUDGE_LABELS, LENSES, VIRTUES
+from virtue.ethics import (CONSTITUTION, CRITIQUE, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS,
+                           LENSES, REVISION, VIRTUES)
 from virtue.judge import encode_questions, judge_pairs, label_ids, pack, pair_text, questions
 from virtue.toy import grammar
 
@@ -48,22 +51,38 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[
             "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
 
 
-def draw_prompt(rng: random.Random, jumble: float = 0.0) -> tuple[str, str, str]:
-    """A question with its person and thing; with probability ``jumble`` the words of its first sentence are shuffled,
-    so that naming them does not hang on the places that the few seen questions give them."""
+# Every word that a question may borrow: of the judge's questions, the constitution and the seen wordings.
+BORROWED = sorted(set(re.findall("[a-z]+", " ".join([
+    *JUDGE_PAIRS.values(), *JUDGE_ABOUT.values(), *JUDGE_QUESTIONS.values(), *EXTRA_QUESTIONS.values(), CRITIQUE, REVISION,
+    *VIRTUES, *(text for texts in CONSTITUTION.values() for text in texts), "true false broken good bad none",
+    *(wording for lens, virtues in grammar.WORDINGS.items() for poles in virtues.values() for pole, wordings in poles.items()
+      for i, wording in enumerate(wordings) if not grammar.is_held_out(lens, pole, i))]).lower())) - {"p", "t"})
+
+
+def draw_prompt(rng: random.Random, jumble: float = 0.0, borrow: float = 0.0) -> tuple[str, str, str]:
+    """A question with its person and thing.
+
+    With probability ``jumble`` the words of its first sentence are shuffled, so that naming them does not hang on the places
+    that the few seen questions give them; with probability ``borrow`` one or two of them are replaced, by words of other
+    tasks or by letters at random, so that a word which is new in a question does not call up another task.
+    """
     person, thing = rng.choice(grammar.PERSONS), rng.choice(grammar.THINGS)
     question = rng.choice(grammar.QUESTIONS)
+    first, rest = question.split(". ", 1)
+    words = first.split()
+    if borrow and rng.random() < borrow:
+        for place in rng.sample([i for i, word in enumerate(words) if "{" not in word], rng.choice((1, 2))):
+            words[place] = (rng.choice(BORROWED) if rng.random() < 0.5 else
+                            "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 7))))
     if jumble and rng.random() < jumble:
-        first, rest = question.split(". ", 1)
-        words = first.split()
         rng.shuffle(words)
-        question = f"{' '.join(words)}. {rest}"
+    question = f"{' '.join(words)}. {rest}"
     return question.format(p=person, t=thing), person, thing
 
 
-def draw_text(rng: random.Random, jumble: float = 0.0) -> list[dict]:
+def draw_text(rng: random.Random, jumble: float = 0.0, borrow: float = 0.0) -> list[dict]:
     """One language-modelling conversation: a dialogue (two in three) or a revision."""
-    prompt, person, thing = draw_prompt(rng, jumble)
+    prompt, person, thing = draw_prompt(rng, jumble, borrow)
     if rng.random() < 0.33:
         return grammar.sample_revision(rng, prompt, person, thing)
     return grammar.sample_dialogue(rng, prompt, person, thing)[0]
@@ -141,7 +160,8 @@ class Samples(torch.utils.data.IterableDataset):
     def __iter__(self):
         rng = random.Random(self.args.seed + (3 if self.fit else 1))
         for step in range(self.steps):
-            rows = [encode_conversation(self.tokenizer, draw_text(rng, 0.4 if self.fit else 0.0))[0] for _ in range(self.args.texts)]
+            rows = [encode_conversation(self.tokenizer, draw_text(rng, 0.4 if self.fit else 0.0, self.args.borrow))[0]
+                    for _ in range(self.args.texts)]
             reviews = [encode_review(rng, self.tokenizer) for _ in range(self.args.reviews if self.fit else 0)]
             encoded, targets, answers = [], [], []
             weights = (1, 3, 3) if self.fit else (8, 1, 1) if step < self.steps / 3 else (3, 3, 3)
@@ -239,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--texts", type=int, default=14, help="conversations a step")
     parser.add_argument("--pairs", type=int, default=18, help="judged pairs of answers a step; fewer of the longer lenses")
     parser.add_argument("--reviews", type=int, default=20, help="dialogues a step of the second phase whose fit is asked in words")
+    parser.add_argument("--borrow", type=float, default=0.0, help="share of questions in which a word or two are replaced by others or by letters")
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate for embeddings and norms")
     parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon learning rate for matrices")
     parser.add_argument("--hidden", type=int, default=192, help="hidden size")
