@@ -215,8 +215,8 @@ def compare_models(args):
                                      "models": columns, "differences": compared, "wins": wins, "curve": curve, "warnings": warned,
                                      "interval": "paired bootstrap over prompts, 95 %, 2000 resamples; p: permutation test; p_holm: Holm over the pair's rows"}
     write_json(out / "scores.json", scores)
-    barrier()
     write_manifest(out, stage="eval", seed=args.seed, settings=settings_of(args), parents={**parents, "policy": args.policy}, extra={}, **known)
+    barrier()  # every process reads back what rank 0 wrote
     as_read = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     write_atomic(out / "report.html", html.render(as_read, [r for _, r in read_jsonl(out / "samples.jsonl")], metrics, read_manifest(out), curve).encode())
     finish(out)
