@@ -32,7 +32,7 @@ def parse(argv):
                                      "--data still gives the dialogues for the score statistics")
     group("--labels", choices=("soft", "hard"), default="soft", help="target: the judge's probability, or its choice")
     group("--held-out", type=fraction, default=0.15, help="share of prompts kept for accuracy, calibration and score statistics")
-    group("--max-tokens", type=positive_int, default=1024, help="longer conversations are over-long")
+    group("--max-tokens", type=positive_int, default=1024, help="longer conversations are over-long (the study: 100, cut)")
     group("--over-long", choices=("drop", "cut"), default="drop", help="drop and count over-long pairs, or cut their end as the study did "
                                                                                    "(to reproduce it: score statistics and PPO still read whole dialogues)")
     group("--share", choices=("all", "first", "second"), default="all",
@@ -41,7 +41,7 @@ def parse(argv):
     group("--label-noise", type=fraction, default=0.0, help="share of training pairs whose label is turned round, to study a worse judge")
     group("--merge", action="store_true", help="also write the merged model, as MistralForSequenceClassification")
     add_lora_flags(parser, rank=16, alpha=32)
-    add_training_flags(parser, lr=2e-3, epochs=5, batch_size=8)
+    add_training_flags(parser, lr=2e-3, epochs=5, batch_size=8, study={"lr": "1.41e-5", "epochs": "2", "batch_size": "20", "accumulation": "16"})
     return parse_with_parent(parser, argv, "preferences", "data")
 
 

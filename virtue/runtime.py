@@ -92,7 +92,7 @@ def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every stage that samples."""
     add = parser.add_argument_group("sampling").add_argument
-    add("--max-new-tokens", type=positive_int, default=64, help="most tokens of one turn (Mistral: 256)")
+    add("--max-new-tokens", type=positive_int, default=64, help="most tokens of one turn (Mistral: 256; the study: 32)")
     add("--max-prompt-tokens", type=positive_int, default=512, help="longer prompts are dropped and counted")
     add("--temperature", type=positive_float, default=1.0, help="sampling temperature; no top-k, no top-p")
     add("--batch-size", type=positive_int, default=64, help="dialogues sampled or scored at once")
@@ -113,14 +113,17 @@ def lora_settings(args: argparse.Namespace) -> dict:
     return dict(rank=None if args.whole else args.rank, alpha=args.alpha, targets=args.targets)
 
 
-def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: int, batch_size: int) -> None:
-    """Flags of the supervised stages: SFT and reward models."""
+def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: int, batch_size: int, study: Mapping[str, str] | None = None) -> None:
+    """Flags of the supervised stages: SFT and reward models. `study` has the study's own values, for the help."""
+    def told(text: str, name: str) -> str:
+        return f"{text} (the study: {study[name]})" if study else text
+
     add = parser.add_argument_group("training").add_argument
-    add("--lr", type=positive_float, default=lr, help="AdamW learning rate (Mistral-7B: 1e-4)")
+    add("--lr", type=positive_float, default=lr, help=told("AdamW learning rate; Mistral-7B: 1e-4", "lr"))
     add("--schedule", choices=("linear", "constant"), default="linear", help="linear: decay to a tenth of --lr")
-    add("--epochs", type=positive_int, default=epochs, help="passes over the data")
-    add("--batch-size", type=positive_int, default=batch_size, help="records a forward pass")
-    add("--accumulation", type=positive_int, default=1, help="forward passes an optimiser step")
+    add("--epochs", type=positive_int, default=epochs, help=told("passes over the data", "epochs"))
+    add("--batch-size", type=positive_int, default=batch_size, help=told("records a forward pass", "batch_size"))
+    add("--accumulation", type=positive_int, default=1, help=told("forward passes an optimiser step", "accumulation"))
     add("--max-grad-norm", type=positive_float, default=1.0, help="gradient clipping")
     add("--save-every", type=positive_int, default=50, help="optimiser steps between checkpoints for --resume")
 
