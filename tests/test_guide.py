@@ -202,7 +202,7 @@ def test_dpo(demo, tree):
         found = call("run_sft", *flags, "--out", demo / "dpo")
         again = call("run_sft", "--data", demo / "revisions", "--rank", 4, "--epochs", 1, "--out", demo / "sft-again")
     assert found[0]["loss/held_out"] == pytest.approx(math.log(2), abs=1e-5) == found[1]["loss/train"]  # the policy is the reference
-    assert min(m["loss/train"] for m in found if "loss/train" in m) < math.log(2) - 0.01  # and learns
+    assert min(m["loss/train"] for m in found if "loss/train" in m) < math.log(2) - 0.005  # and learns
     for ours, before in zip(again, (json.loads(line) for line in (demo / "sft/metrics.jsonl").read_text().splitlines()), strict=True):
         assert ours == pytest.approx(before, abs=1e-4)  # SFT on revisions is left alone
     manifest = json.loads((demo / "dpo/virtue.json").read_text())
