@@ -131,7 +131,8 @@ def test_what_the_ablations_change(fp32, tmp_path):
 
 def test_the_policy_waits_for_the_value_function(fp32, tmp_path):
     from safetensors.torch import load_file
-    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "w", "--iterations", 2, "--value-warmup", 1, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 8)
+    call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "w", "--iterations", 2, "--value-warmup", 1, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 8,
+         "--lr", 0.02)
     first, second = lines(tmp_path / "w/metrics.jsonl")
     assert second["objective/kl_k3"] == pytest.approx(0, abs=1e-6) and first["value/loss"] > 0
     policy, value = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("w", "w/value"))
@@ -233,11 +234,12 @@ def test_reward_models_on_a_half_pooled_and_with_noise(fp32, second, tmp_path):
 
 
 def test_sft_on_the_chosen_dialogues_is_a_policy_and_other_reward_models_read_it(fp32, second, tmp_path):
-    call("run_sft", "--data", fp32 / "preferences", "--out", tmp_path / "chosen", "--epochs", 2, *SMALL)
+    call("run_sft", "--data", fp32 / "preferences", "--out", tmp_path / "chosen", "--epochs", 6, *SMALL)
     manifest = json.loads((tmp_path / "chosen/virtue.json").read_text())
     assert manifest["stage"] == "policy" and set(manifest["parents"]) == {"sft"}
     losses = [m["loss/train"] for m in lines(tmp_path / "chosen/metrics.jsonl") if "loss/train" in m]
-    assert sum(losses[-len(losses) // 3:]) < sum(losses[:len(losses) // 3])  # held-out loss need not fall on so few
+    epoch = len(losses) // 6
+    assert sum(losses[-epoch:]) < sum(losses[:epoch])  # the same records; held-out loss need not fall on so few
     with pytest.raises(VirtueError, match="give --rm"):
         call("run_eval", "models", "--policy", tmp_path / "chosen", "--out", tmp_path / "no", "--limit", 4)
     call("run_eval", "models", "--policy", tmp_path / "chosen", "--rm", fp32 / "rm", "--eval-rm", second, "--out", tmp_path / "report", "--limit", 4, "--judge-limit", 2)
