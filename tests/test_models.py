@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -290,6 +291,15 @@ def test_an_unfit_tokenizer_is_refused(copy, damage, complaint):
     with pytest.raises(VirtueError, match=complaint) as caught:
         load_tokenizer(copy)
     assert str(copy) in str(caught.value)
+
+
+def test_a_chat_template_that_loops_is_stopped(copy, monkeypatch):
+    nested = "".join(f"{{% for {v} in range(99999) %}}" for v in "abc") + "x" + "{% endfor %}" * 3
+    (copy / "chat_template.jinja").write_text(nested)
+    monkeypatch.setattr("virtue.models.TEMPLATE_SECONDS", 0.2)
+    with pytest.raises(VirtueError, match="cannot be used .it runs for more than 0.2 s"):
+        load_tokenizer(copy)
+    time.sleep(0.3)  # and no alarm is left
 
 
 # ---- fingerprints

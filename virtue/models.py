@@ -13,7 +13,10 @@ import hashlib
 import json
 import re
 import reprlib
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +82,9 @@ def resolve(name: str | Path, download: bool = True) -> Path | None:
                           "the spelling, the network, and `hf auth login`") from error
 
 
+TEMPLATE_SECONDS = 10  # for "?" through the chat template, which takes milliseconds
+
+
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Tokenizer with a chat template, an EOS, and a PAD that is not EOS (else EOS is masked away
     and the model never learns to stop). Where no PAD is set, the unknown token takes its place.
@@ -109,10 +115,29 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     if (folder / "config.json").is_file() and max(tokenizer.get_vocab().values()) >= (size := read_config(folder).vocab_size):
         raise VirtueError(f"{where}: has tokens beyond the model's {size} embeddings; fetch the tokenizer that belongs to it")
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
+        with _at_most(TEMPLATE_SECONDS):
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
     except Exception as error:  # jinja2's, and whatever odd settings lead to
         raise VirtueError(f"{where}: the chat template cannot be used ({_said(error)}); fetch the tokenizer's files again") from error
     return tokenizer
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """TimeoutError after so many seconds: a template is a program, and may loop. Only the main thread can be woken."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"it runs for more than {seconds} s")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _said(error: Exception) -> str:
