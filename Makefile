@@ -2,6 +2,7 @@
 # make test   the test suite (no network, no GPU)
 # make check  ruff, which it installs, and the tests
 # make interop  the tests against PEFT, TRL and datasets, which it installs; make test skips those where they are absent
+# make oldest, make newest  the test suite with the lowest and the newest versions that pyproject.toml admits (several GB each)
 # make compare REV=HEAD SEEDS="0 1 2"   did a change to the code help? FLAGS for more, e.g. FLAGS='--jobs 2 --ppo "--iterations 6"'
 # Each installs what it needs into .venv first. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to
 # pip (README: how to get torch's small CPU build), SEED, OUT and PROCESSES (cores to use) go to the demo.
@@ -18,12 +19,17 @@ RUN        = .venv/bin/python
 STAGE      = GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES)
 COMMON     = --seed $(SEED) --overwrite
 
-.PHONY: demo test check interop compare clean
+.PHONY: demo test check interop oldest newest compare clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
+	touch $@
+
+.venv-%/installed: requirements-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r $<
 	touch $@
 
 demo: .venv/installed
@@ -46,8 +52,11 @@ interop: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-interop.txt
 	$(RUN) -m pytest -q tests/interop
 
+oldest newest: %: .venv-%/installed
+	.venv-$*/bin/python -m pytest -q
+
 compare: .venv/installed
 	$(RUN) experiments/compare.py $(REV) --seeds $(SEEDS) $(FLAGS)
 
 clean:
-	rm -rf .venv runs/demo
+	rm -rf .venv .venv-oldest .venv-newest runs/demo

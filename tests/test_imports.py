@@ -2,9 +2,11 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ("masked", "logprobs", "preference", "ensemble", "ppo", "stats")
@@ -65,3 +67,14 @@ def test_importing_the_core_loads_no_heavy_library():
             "print(sorted({'transformers', 'bitsandbytes'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_what_make_oldest_and_newest_install_are_versions_that_pyproject_admits():
+    def pins(name):
+        return {r.name: r.specifier for line in (ROOT / name).read_text().splitlines() if not line.startswith("#") for r in [Requirement(line)]}
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for wanted in map(Requirement, project["dependencies"] + project["optional-dependencies"]["report"]):
+        low, = (s.version for s in wanted.specifier if s.operator == ">=")
+        oldest, pinned, newest = (next(iter(pins(f"requirements{end}.txt")[wanted.name])).version for end in ("-oldest", "", "-newest"))
+        assert oldest.removesuffix(".0") == low and pinned in wanted.specifier and newest in wanted.specifier, wanted
