@@ -107,7 +107,7 @@ def test_files_are_pefts_and_tell_their_origin(saved):
     assert manifest["extra"] == {"lens": "action", "score_mean": 0.5, "score_std": 2.0}
     assert manifest["settings"] == {"lr": 1e-3, "out": str(path / "rm")} and manifest["seed"] == 7
     assert manifest["stage"] == "rm" and manifest["base"] == BASE and manifest["template"] == "t1"
-    assert manifest["versions"]["torch"] == torch.__version__ and "python" in manifest["versions"]
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0] and "python" in manifest["versions"]
 
 
 def test_a_head_with_bias(model, tmp_path):
