@@ -3,7 +3,7 @@
 # make check  ruff, which it installs, and the tests
 # make interop  the tests against PEFT, TRL and datasets, which it installs; make test skips those where they are absent
 # make oldest, make newest  the test suite with the lowest and the newest versions that pyproject.toml admits (several GB each)
-# make compare REV=HEAD SEEDS="0 1 2"   did a change to the code help? FLAGS for more, e.g. FLAGS='--jobs 2 --ppo "--iterations 6"'
+# make compare REV=HEAD   did a change to the code help? SEEDS="0 1" for fewer than six; FLAGS for more, e.g. FLAGS='--jobs 2 --scale small'
 # Each installs what it needs into .venv first. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to
 # pip (README: how to get torch's small CPU build), SEED, OUT and PROCESSES (cores to use) go to the demo.
 PYTHON    ?= python3
@@ -11,7 +11,7 @@ PIP_FLAGS ?=
 SEED      ?= 0
 OUT       ?= runs/demo
 REV       ?= HEAD
-SEEDS     ?= 0 1 2
+SEEDS     ?= 0 1 2 3 4 5
 FLAGS     ?=
 PROCESSES ?= 2
 RUN        = .venv/bin/python

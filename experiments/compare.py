@@ -1,17 +1,20 @@
 """Judge a change to the code against a git revision: did it help?
 
-  make compare REV=HEAD SEEDS="0 1 2"
-  python experiments/compare.py HEAD --seeds 0 1 2 3 4 5 6 7 --jobs 2
+  make compare REV=HEAD SEEDS="0 1 2 3 4 5"
+  python experiments/compare.py HEAD --scale fast --seeds 0             # does all of it run? minutes, and no result
+  python experiments/compare.py HEAD --scale small --jobs 2             # a third of the time
   python experiments/compare.py HEAD~3 --from rm --ppo "--iterations 6"       # one flag alone: --ppo=--no-whiten
 
 Both codes train on the same earlier artefacts, seed by seed: those of the default recipe, made once by the
 working tree and shared with experiments/run.py. --from says where the two begin to differ. The revision is
 checked out under runs/compare for as long as this takes. One ruler: run_eval.py of the working tree
-evaluates both. Leave the code alone meanwhile. With n seeds no p is below 2 / 2^n: 6 seeds can reach 0.05.
+evaluates both. Leave the code alone meanwhile. With n seeds no p is below 2 / 2^n: 6 seeds, the default, can reach
+0.05, and 3 are a look.
 """
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -24,7 +27,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-from run import Arm, Run, Stage, Tree, cell, chain, code_of, load, paired, run_locked, seed_test  # noqa: E402
+from run import Arm, Run, Stage, Tree, cell, chain, code_of, lines_of, load, paired, rows_of, run_locked, seed_test  # noqa: E402
 from virtue.stats import effect_size, t_interval  # noqa: E402
 
 DIFFER = {"data": ("revisions", "sft", "preferences", "rm", "policy"), "sft": ("sft", "preferences", "rm", "policy"),
@@ -42,7 +45,10 @@ def git(*command: str, root: Path = ROOT) -> str:
 @contextmanager
 def checkout(revision: str, folder: Path, root: Path = ROOT) -> Iterator[Path]:
     """The revision's files under `folder`, in a git worktree that is removed at the end."""
-    sha = git("rev-parse", "--short=12", "--verify", f"{revision}^{{commit}}", root=root)
+    try:
+        sha = git("rev-parse", "--short=12", "--verify", "--quiet", f"{revision}^{{commit}}", root=root)
+    except SystemExit:
+        raise SystemExit(f"error: {revision}: no revision of this repository: give HEAD, a branch or a hash (git log --oneline)") from None
     tree = folder.resolve() / sha
     if tree.exists():  # of a run that was killed
         shutil.rmtree(tree)
@@ -59,13 +65,13 @@ def verdict(differences: Sequence[float], p: float, what: str = "gold", level: f
     n, mean = len(differences), float(np.mean(differences))
     if not np.any(differences):
         return "No difference at all: both codes gave the same numbers."
-    way = f"{what} {'rose' if mean > 0 else 'fell'} by {abs(mean):.3f} in the mean"
+    way = f"{what} {'rose' if mean > 0 else 'fell'} by {abs(mean):.3f} in the mean" if abs(mean) >= 0.0005 else f"{what} hardly moved ({mean:+.4f} in the mean)"
+    least = next(m for m in range(n, 99) if 2 / 2**m <= level)
     if n == 1:
-        return f"Cannot tell: {way}, but one seed says nothing of the next."
+        return f"Cannot tell: {way}, but one seed says nothing of the next: take {least} or more."
     if p <= level:
         return f"The change {'helped' if mean > 0 else 'hurt'}: {way} over {n} seeds (p = {p:.3g})."
     if 2 / 2**n > level:
-        least = next(m for m in range(n, 99) if 2 / 2**m <= level)
         return f"Cannot tell: {way} (p = {p:.3g}), but with {n} seeds the smallest possible p is {2 / 2**n:.3g}: take {least} or more."
     return f"Cannot tell: {way}, as {n} seeds may by chance (p = {p:.3g})."
 
@@ -79,7 +85,7 @@ def judge(old: dict[int, Run], new: dict[int, Run]) -> str:
     a, b = ([pair[i].models[pair[i].final][what] for pair in pairs] for i in (0, 1))
     apart = [y - x for x, y in zip(a, b)]
     if golden:
-        found, how = paired(*([pair[i].gold[pair[i].final] for pair in pairs] for i in (0, 1))), "seeds, then prompts, resampled"
+        found, how = paired(*([pair[i].gold[pair[i].final] for pair in pairs] for i in (0, 1))), "seeds, then prompts, resampled" if len(seeds) > 1 else "prompts resampled"
     else:
         found, how = t_interval(apart) if len(apart) > 1 else (apart[0],), "Student's t over seeds"
     p = seed_test(a, b)
@@ -91,17 +97,31 @@ def judge(old: dict[int, Run], new: dict[int, Run]) -> str:
     return "\n".join(lines)
 
 
+def beside(sides: Sequence[str], reports: Sequence[Sequence[Path]], policies: Sequence[Sequence[Path]]) -> str:
+    """What gold may have been bought with, mean over seeds: `reports` and `policies` hold the folders of each side."""
+    rows = []
+    for side, folders, trained in zip(sides, reports, policies):
+        runs = [load(folder) for folder in folders]
+        last = [json.loads(lines_of(folder / "metrics.jsonl")[-1]) for folder in trained]
+        tuned, base = ([run.models[name] for run, name in zip(runs, names)] for names in ([r.final for r in runs], [next(iter(r.models)) for r in runs]))
+        ratio = [t["perplexity"] / b["perplexity"] for t, b in zip(tuned, base)]
+        rows.append([side, *(f"{np.mean(values):.{digits}f}" for values, digits in (
+            ([t["kl"] for t in tuned], 2), ([t["length"] for t in tuned], 1), (ratio, 3), *(([m[key] for m in last], 4) for key in ("policy/entropy", "policy/clip_frac"))))])
+    return rows_of(rows, "mean over seeds | KL | tokens | perplexity / base's | entropy, last iteration | clip_frac, last iteration")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision", help="the code to compare with: HEAD, a branch, a hash")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--from", dest="start", choices=DIFFER, default="ppo", help="the first stage that each code runs itself")
     parser.add_argument("--ppo", default="", help="flags of run_ppo.py for both")
     parser.add_argument("--base", default="", help='base model, prompts and sampling for both, e.g. "--model FOLDER --prompts FILE"')
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/experiments", help="folder of the stages' folders")
     parser.add_argument("--jobs", type=int, default=1, help="stages at once, one thread each: at most as many as cores")
     parser.add_argument("--scale", choices=("full", "small", "fast"), default="full",
-                        help="small: about half of everything, in a third of the time; fast: whatever --ppo says, to see that all runs")
+                        help="small: about half of everything, in a third of the time; fast: a few small iterations, whatever --ppo says: "
+                             "shows that all runs, and is no result")
     args = parser.parse_args(argv)
     seeds, runs = list(dict.fromkeys(args.seeds)), args.runs.resolve()
     runs = runs.relative_to(ROOT) if runs.is_relative_to(ROOT) else runs
@@ -109,18 +129,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arm = Arm("compared", base=args.base, policy=args.ppo)
     with checkout(args.revision, ROOT / "runs/compare") as tree:
         trees = {"revision": Tree(tree, code_of(tree)), "working tree": Tree(ROOT, code_of(ROOT))}
+        if trees["revision"].code == trees["working tree"].code:
+            raise SystemExit(f"error: run_*.py and virtue/ are the same in {args.revision} and in the working tree: nothing to compare "
+                             "(is the change committed already? then give HEAD~1)")
         made: dict[str, dict[int, dict[str, Stage]]] = {side: {s: chain(arm, s, args.scale, lambda name: own if name in DIFFER[args.start] else None)
                                                                for s in seeds} for side, own in trees.items()}
         order = [stage for s in seeds for side in made for stage in made[side][s].values()]
         label = {stage.folder: f"{side}, seed {s}" for side in made for s in seeds for stage in made[side][s].values()}
         print(f"{args.revision} is {tree.name} (code {trees['revision'].code}); working tree: code {trees['working tree'].code}")
+        if 2 / 2**len(seeds) > 0.05:
+            print(f"a look: with {len(seeds)} seed{'s' * (len(seeds) > 1)} no p is below {min(1, 2 / 2**len(seeds)):.3g}; 6 can reach 0.05")
         failed = run_locked(order, runs, args.jobs, label)
         if code_of(ROOT) != trees["working tree"].code:
             print("warning: the working tree's code changed meanwhile: these numbers are of a mixture; run it again")
     found = {side: {s: load(runs / stages["report"].folder) for s, stages in by_seed.items() if stages["report"].done(runs)}
              for side, by_seed in made.items()}
     print(f"\nworking tree against {args.revision} ({tree.name}), from {args.start} on"
-          f"{f', run_ppo.py {args.ppo}' if args.ppo else ''}{'' if args.scale == 'full' else f', at --scale {args.scale}'}\n")
+          f"{f', run_ppo.py {args.ppo}' if args.ppo else ''}{'' if args.scale == 'full' else f', at --scale {args.scale}'}{': a check that all runs, not a result' * (args.scale == 'fast')}\n")
     if not found["revision"].keys() & found["working tree"].keys():
         print("no seed was finished by both: nothing to compare")
         return 1
@@ -128,8 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text)
     if SCORE in text and args.start != "ppo":
         print("Caution: without gold each code is scored by its own reward models, and these two scales are not the same.")
+    both = [s for s in seeds if all(s in found[side] for side in made)]
+    folders = {stage: [[runs / made[side][s][stage].folder for s in both] for side in made] for stage in ("report", "policy")}
+    print("\n" + beside(list(made), folders["report"], folders["policy"]) + "\n")
     for s in seeds:
-        print(f"seed {s}: " + ", ".join(f"{side} {runs / made[side][s]['report'].folder}" for side in made))
+        print(f"seed {s}: " + "; ".join(f"{side} {runs / made[side][s]['policy'].folder}, {runs / made[side][s]['report'].folder}" for side in made))
     return 1 if failed else 0
 
 

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -283,7 +284,7 @@ def test_a_revision_is_checked_out_and_removed_again(tmp_path):
             assert (tree / "virtue/ppo.py").read_text() == "old" and run.code_of(tree) != run.code_of(root)
         assert not tree.exists() and compare.git("worktree", "list", root=root).count("\n") == 0
         tree.mkdir(parents=True)
-    with pytest.raises(SystemExit, match="error: git rev-parse"), compare.checkout("no-such-revision", tmp_path / "trees", root):
+    with pytest.raises(SystemExit, match="error: no-such-revision: no revision"), compare.checkout("no-such-revision", tmp_path / "trees", root):
         pass
 
 
@@ -295,3 +296,24 @@ def test_fit_probe_prints_both_tables(monkeypatch, capsys):
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert len(rows) == 10
     assert all(0 <= float(row[2]) <= 1 for row in rows) and float(rows[1][2]) > 0.5  # two motives that fit beat one
+
+
+def test_compare_tells_what_gold_was_bought_with(tmp_path):
+    folders = {"reports": [], "policies": []}
+    for side, kl in (("old", 1.0), ("new", 3.0)):
+        for seed in (0, 1):
+            policy = tmp_path / f"{side}{seed}-policy"
+            policy.mkdir()
+            (policy / "metrics.jsonl").write_text("".join(json.dumps({"policy/entropy": e, "policy/clip_frac": 0.01}) + "\n" for e in (9.0, 0.5 + seed)))
+            folders["policies"].append(policy)
+            folders["reports"].append(report(tmp_path / f"{side}{seed}", {"base": [0.25], "sft": [0.5], "ppo": [0.75]}, kl=kl + seed))
+    halves = [[found[:2], found[2:]] for found in (folders["reports"], folders["policies"])]
+    *_, old, new = compare.beside(["revision", "working tree"], *halves).splitlines()
+    assert old == "| revision | 1.50 | 60.0 | 1.500 | 1.0000 | 0.0100 |" and new.startswith("| working tree | 3.50 |")
+
+
+def test_compare_refuses_a_tree_without_a_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "checkout", lambda revision, folder: nullcontext(tmp_path))
+    monkeypatch.setattr(compare, "code_of", lambda tree: "same")
+    with pytest.raises(SystemExit, match="nothing to compare"):
+        compare.main(["HEAD", "--runs", str(tmp_path)])
