@@ -76,7 +76,7 @@ def verdict(differences: Sequence[float], p: float, what: str = "gold", level: f
     return f"Cannot tell: {way}, as {n} seeds may by chance (p = {p:.3g})."
 
 
-def judge(old: dict[int, Run], new: dict[int, Run]) -> str:
+def judge(old: dict[int, Run], new: dict[int, Run], sides: Sequence[str] = ("revision", "working tree")) -> str:
     """Difference seed by seed, mean with interval, effect size, p, verdict; seeds that both have."""
     seeds = sorted(old.keys() & new.keys())
     pairs = [(old[s], new[s]) for s in seeds]
@@ -89,7 +89,7 @@ def judge(old: dict[int, Run], new: dict[int, Run]) -> str:
     else:
         found, how = t_interval(apart) if len(apart) > 1 else (apart[0],), "Student's t over seeds"
     p = seed_test(a, b)
-    lines = [f"| seed | {what}, revision | {what}, working tree | difference |", "|---|---|---|---|",
+    lines = [f"| seed | {what}, {sides[0]} | {what}, {sides[1]} | difference |", "|---|---|---|---|",
              *(f"| {s} | {x:.3f} | {y:.3f} | {d:+.3f} |" for s, x, y, d in zip(seeds, a, b, apart)), "",
              f"difference {cell(*found, sign='+')} (95 %: {how})"
              + (f"; effect size d_z {effect_size(a, b):.2f} over seeds; p {p:.3g}, all sign flips" if len(seeds) > 1 else ""),
@@ -97,17 +97,18 @@ def judge(old: dict[int, Run], new: dict[int, Run]) -> str:
     return "\n".join(lines)
 
 
-def beside(sides: Sequence[str], reports: Sequence[Sequence[Path]], policies: Sequence[Sequence[Path]]) -> str:
-    """What gold may have been bought with, mean over seeds: `reports` and `policies` hold the folders of each side."""
+def beside(sides: Sequence[str], reports: Sequence[Sequence[Path]], policies: Sequence[Sequence[Path]] | None) -> str:
+    """What gold may have been bought with, mean over seeds: `reports` and `policies` (of PPO) hold the folders of each side."""
     rows = []
-    for side, folders, trained in zip(sides, reports, policies):
-        runs = [load(folder) for folder in folders]
-        last = [json.loads(lines_of(folder / "metrics.jsonl")[-1]) for folder in trained]
-        tuned, base = ([run.models[name] for run, name in zip(runs, names)] for names in ([r.final for r in runs], [next(iter(r.models)) for r in runs]))
-        ratio = [t["perplexity"] / b["perplexity"] for t, b in zip(tuned, base)]
-        rows.append([side, *(f"{np.mean(values):.{digits}f}" for values, digits in (
-            ([t["kl"] for t in tuned], 2), ([t["length"] for t in tuned], 1), (ratio, 3), *(([m[key] for m in last], 4) for key in ("policy/entropy", "policy/clip_frac"))))])
-    return rows_of(rows, "mean over seeds | KL | tokens | perplexity / base's | entropy, last iteration | clip_frac, last iteration")
+    for i, side in enumerate(sides):
+        runs = [load(folder) for folder in reports[i]]
+        tuned, base = [run.models[run.final] for run in runs], [next(iter(run.models.values())) for run in runs]
+        row = [(2, [t["kl"] for t in tuned]), (1, [t["length"] for t in tuned]), (3, [t["perplexity"] / b["perplexity"] for t, b in zip(tuned, base)])]
+        if policies:
+            last = [json.loads(lines_of(folder / "metrics.jsonl")[-1]) for folder in policies[i]]
+            row += [(4, [m[key] for m in last]) for key in ("policy/entropy", "policy/clip_frac")]
+        rows.append([side, *(f"{np.mean(values):.{digits}f}" for digits, values in row)])
+    return rows_of(rows, "mean over seeds | KL | tokens | perplexity / base's" + " | entropy, last iteration | clip_frac, last iteration" * bool(policies))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
   for s in 0 1 2; do make demo SEED=$s OUT=runs/demo-$s; done
   python experiments/summary.py runs/demo-0 runs/demo-1 runs/demo-2
+  python experiments/summary.py runs/dpo-0 runs/dpo-1 --against runs/demo-0 runs/demo-1   # and another recipe's, seed by seed
 
 Intervals are 95 %: for each seed a paired bootstrap over prompts; over all seeds a hierarchical one,
 which resamples seeds, then prompts within each, and Student's t over the seeds' means.
@@ -15,24 +16,30 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from virtue.ethics import LENSES
-from virtue.stats import hierarchical_bootstrap, t_interval
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+from compare import beside, judge  # noqa: E402
+from run import cell, load  # noqa: E402
+from virtue.ethics import LENSES  # noqa: E402
+from virtue.stats import hierarchical_bootstrap, t_interval  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of make demo")
-    runs = parser.parse_args().runs
+    parser.add_argument("--against", nargs="+", type=Path, metavar="RUN", help="folders of another recipe, as many, in the order of their seeds")
+    args = parser.parse_args()
+    runs = args.runs
+    if args.against and len(args.against) != len(runs):
+        parser.error("--against wants as many folders as there are runs")
     scores = [json.loads((run / "report/scores.json").read_text()) for run in runs]
     samples = [[json.loads(line) for line in (run / "report/samples.jsonl").read_text().splitlines()] for run in runs]
     names = list(scores[0]["models"])
 
-    print(f"{len(runs)} seeds ({', '.join(str(s['seed']) for s in scores)}), {scores[0]['prompts']} held-out prompts each; mean [least, greatest]\n")
+    print(f"{len(runs)} seed{'s' * (len(runs) > 1)} ({', '.join(str(s['seed']) for s in scores)}), {scores[0]['prompts']} held-out prompts each; mean [least, greatest]\n")
     print("| |" + "|".join(names) + "|\n|---|" + "---|" * len(names))
     for key in scores[0]["models"][names[0]]:
         values = [[s["models"][name][key] for s in scores] for name in names]
-        print(f"| {key} | " + " | ".join(f"{np.mean(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for v in values) + " |")
+        print(f"| {key} | " + " | ".join(cell(np.mean(v), *(min(v), max(v)) * (len(v) > 1)) for v in values) + " |")
 
     print("\n| gold | seed by seed | all seeds, hierarchical | all seeds, t |\n|---|---|---|---|")
     gold = {name: [np.array([s[name]["gold"]["overall"] for s in run]) for run in samples] for name in names}
@@ -56,6 +63,14 @@ def main() -> None:
     print("\n| PPO | seed by seed |\n|---|---|")
     for title, values in checks.items():
         print(f"| {title} | {', '.join(f'{v:.3f}' for v in values)} |")
+
+    if args.against:
+        sides = ("against", "runs")
+        reports = [[run / "report" for run in side] for side in (args.against, runs)]
+        old, new = ({s["seed"]: load(folder) for s, folder in zip(scores, side)} for side in reports)
+        print("\nthe final models of these runs against those of --against\n")
+        print(judge(old, new, sides))
+        print("\n" + beside(sides, reports, None))
 
 
 if __name__ == "__main__":
