@@ -38,7 +38,7 @@ def test_help_keeps_the_docstring_and_shows_defaults():
     (["--lr", "-1e-5"], "argument --lr: must be a number above 0, not '-1e-5'"),
     (["--lr", "0"], "above 0"), (["--lr", "nan"], "above 0"), (["--lr", "inf"], "above 0"),
     (["--seed", "-1"], "at least 0"), (["--seed", "1.5"], "whole number"),
-    (["--quantize", "int8"], "invalid choice"), (["--overwr"], "unrecognized"), ([], None)])
+    (["--quantize", "int8"], "invalid choice"), (["--overwr"], "unrecognized arguments: --overwr: did you mean --overwrite?"), (["--zzz", "1"], "unrecognized arguments: --zzz 1 (see"), ([], None)])
 def test_bad_flags_give_one_line_and_status_2(capsys, argv, words):
     with pytest.raises(SystemExit) as caught:
         parser().parse_args([*argv, *(["--out", "x"] if words else [])])
@@ -52,6 +52,18 @@ def test_subcommands_are_alike(capsys):
     with pytest.raises(SystemExit) as caught:
         p.parse_args(["go", "--n", "0"])
     assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_unknown_flag_is_looked_up_in_its_own_command(capsys):
+    p = runtime.make_parser("x")
+    commands = p.add_subparsers(dest="command", metavar="go|stop")
+    commands.add_parser("go").add_argument("--clip-range")
+    for argv, words in ((["go", "--clip", "0.1"], "--clip 0.1: did you mean --clip-range? (see"), (["--clip-range", "1"], "the command comes first, then its flags")):
+        with pytest.raises(SystemExit) as caught:
+            p.parse_args(argv)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and words in error and error.count("\n") == 1
+        assert " go --help" in error or "stop" in error
 
 
 @pytest.mark.parametrize(("kind", "good", "bad"), [
@@ -146,3 +158,10 @@ def test_device_and_threads():
 def test_importing_it_loads_no_torch():
     code = "import sys, virtue.runtime; sys.exit('torch' in sys.modules or 'tqdm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_the_packages_one_line_says_where_they_are():
+    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a); import virtue.runtime"
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: torch: not installed for ") and done.stderr.count("\n") == 1
+    assert "source .venv/bin/activate" in done.stderr

@@ -558,6 +558,27 @@ def test_a_dry_run_refuses_what_a_run_refuses(fp32, tmp_path, monkeypatch, stage
     assert files_of(world) == before and not (tmp_path / "new").exists()
 
 
+def test_a_run_may_be_moved_whole(fp32, tmp_path, monkeypatch, capsys):
+    shutil.copytree(fp32, tmp_path / "old")
+    for stage, flag, below in (("rm", "--data", "preferences"), ("policy", "--rm", "rm")):  # its artefacts, made in a folder that is gone
+        for path in (tmp_path / "old" / stage).rglob("virtue.json"):
+            path.write_text(path.read_text().replace(str(fp32), str(tmp_path / "gone")))
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    forbid_weights(monkeypatch)
+    new = tmp_path / "new"
+    call("run_ppo", "--rm", new / "rm", "--out", tmp_path / "x", *SMALL, "--dry-run")
+    assert f"reads sft: {new / 'sft'}," in capsys.readouterr().out
+    call("run_eval", "models", "--policy", new / "policy", "--out", tmp_path / "x", "--dry-run")
+    out = capsys.readouterr().out
+    assert f"reads sft: {new / 'sft'}," in out and f"reads action: {new / 'rm/action'}," in out
+    shutil.move(new / "sft", tmp_path / "elsewhere")
+    with pytest.raises(VirtueError, match=r"new/rm/action: was made with --sft .*gone/sft, which is gone, and it is not at .*new/sft either: give --sft"):
+        call("run_ppo", "--rm", new / "rm", "--out", tmp_path / "x", "--dry-run")
+    call("run_ppo", "--rm", new / "rm", "--sft", tmp_path / "elsewhere", "--out", tmp_path / "x", *SMALL, "--dry-run")
+    with pytest.raises(VirtueError, match=r"rm/action: one artefact \(of stage 'rm'\): give the folder of run_rm.py"):
+        call("run_ppo", "--rm", new / "rm/action", "--out", tmp_path / "x", "--dry-run")
+
+
 def test_a_dry_run_needs_no_weights(fp32, tmp_path, monkeypatch, capsys, no_weights):
     config = json.loads((ROOT / "virtue/toy/model/config.json").read_text()) | {"hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768}
     (tmp_path / "big").mkdir()

@@ -5,8 +5,10 @@ Imports no torch at the top, so that ``--help`` is instant.
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -16,9 +18,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+if missing := [name for name in ("numpy", "torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]:
+    print(f"error: {', '.join(missing)}: not installed for {sys.executable}: make demo and make test install what it takes into .venv; "
+          "source .venv/bin/activate, or python -m pip install -r requirements.txt", file=sys.stderr)
+    raise SystemExit(2)
 
-from virtue import TARGETS, VirtueError, printable
+import numpy as np  # noqa: E402
+
+from virtue import TARGETS, VirtueError, printable  # noqa: E402
 
 
 # What a later stage takes from the earlier artefact's settings unless it is given again. A script
@@ -42,7 +49,19 @@ class _Parser(argparse.ArgumentParser):  # argparse makes sub-commands of the sa
         # "--lr -1e-5" is a number out of range, not a flag of the name -1e-5
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 
+    def parse_args(self, argv=None, namespace=None):
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            group = next((a for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
+            owner = group.choices.get(getattr(args, "command", None), self) if group else self
+            flag, flags = unknown[0].split("=")[0], owner._option_string_actions
+            near = [name for name in flags if name.startswith(flag)] or difflib.get_close_matches(flag, flags, 1, 0.65)
+            owner.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near[0]}?" if near else ""))
+        return args
+
     def error(self, message: str):
+        if "|" in message and "invalid choice" in message:
+            message += ": the command comes first, then its flags"
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
@@ -134,7 +153,8 @@ def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
 
     That artefact, of the given `stage` (None: of any), is the folder that --`flag` names, or `inside` it;
     without one the parser's own defaults stand. `commands` are the sub-parsers, if the script has any; one
-    with an attribute `parent`, (stage, flag, inside), goes by that.
+    with an attribute `parent`, (stage, flag, inside), goes by that. A run may be copied or moved whole: where a folder
+    that the settings name is gone, the one counts that lies to the artefact as that lay. VirtueError: neither is there.
     """
     def link(owner) -> tuple[str | None, str | None, str]:
         return getattr(owner, "parent", (stage, flag, inside))
@@ -150,8 +170,16 @@ def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     folder = getattr(args, flag) if flag else None
     if folder is None:
         return args
-    from virtue.checkpoint import read_manifest
+    from virtue.checkpoint import MANIFEST, read_manifest
+    if inside and (folder / MANIFEST).is_file():
+        raise VirtueError(f"{folder}: one artefact (of stage {read_manifest(folder)['stage']!r}): give the folder of run_rm.py, in which {inside}/ lies")
     settings = read_manifest(folder / inside, stage)["settings"]
+    for name in ("sft", "rm"):
+        if settings.get(name) and getattr(args, name, "") is None and not os.path.exists(settings[name]):
+            moved = os.path.normpath(folder / os.path.relpath(settings[name], settings.get("out", folder)))
+            if not os.path.exists(moved):
+                raise VirtueError(f"{folder / inside}: was made with --{name} {settings[name]}, which is gone, and it is not at {moved} either: give --{name}")
+            settings[name] = moved
     owner.set_defaults(**{name: settings[name] for name in CARRIED if settings.get(name) is not None})
     return parser.parse_args(argv)
 
