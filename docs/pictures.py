@@ -106,10 +106,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of make demo")
     parser.add_argument("--record", type=int, default=0, help="which dialogue of the last iteration")
     parser.add_argument("--model", help="the base, where it is not what the run recorded: toy, a folder or hub id")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for token_flow.svg")
+    parser.add_argument("--out", type=Path, help="folder for token_flow.svg (default: the run's; docs/ for the guide)")
     args = parser.parse_args()
     row = tokens_of(args.run, args.record, args.model)
     svg = token_flow(row)
+    args.out = args.out or args.run
     (args.out / "token_flow.svg").write_text(svg + "\n", encoding="utf-8")
     print(f"{row['prompt']}\n{' '.join(row['words'])}")
     for end, value, returned, reward in zip(row["ends"], *([row[name][e] for e in row["ends"]] for name in ("values", "returns", "rewards"))):

@@ -152,9 +152,11 @@ def ppo_loss(new_logprobs: Tensor, new_values: Tensor, entropy: Tensor | None, r
     """The objective of one minibatch, L = L_policy + vf_coef L_value - entropy_coef mean_t H_t.
 
     Schulman et al. 2017 (arXiv:1707.06347, eq. 9), sign turned. THE function to edit to train for
-    something else. new_logprobs, new_values (B, T) with gradient; entropy H (B, T), or None if not
-    wanted; rollout: the same B rows; advantages (B, T), whitened over the whole batch; returns
-    (B, T), raw. Stats: those of both losses, and policy/entropy where `entropy` is given.
+    something else. The clip is in `policy_loss`; the KL penalty is not here: `token_rewards` took
+    it from the rewards that advantages and returns were made of. new_logprobs, new_values (B, T)
+    with gradient; entropy H (B, T), or None if not wanted; rollout: the same B rows; advantages
+    (B, T), whitened over the whole batch; returns (B, T), raw. Stats: those of both losses, and
+    policy/entropy where `entropy` is given.
     """
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"entropy_coef = {entropy_coef} needs entropy")

@@ -23,9 +23,9 @@ if missing := [name for name in ("numpy", "torch", "transformers", "safetensors"
           "source .venv/bin/activate, or python -m pip install -r requirements.txt", file=sys.stderr)
     raise SystemExit(2)
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from virtue import TARGETS, VirtueError, printable  # noqa: E402
+from virtue import TARGETS, VirtueError, printable
 
 
 # What a later stage takes from the earlier artefact's settings unless it is given again. A script
