@@ -213,7 +213,7 @@ def compare_models(args):
     write_jsonl(out / "samples.jsonl", samples)
     scores = {"prompts": len(kept), "prompts_too_long": len(prompts) - len(kept), "seed": args.seed,
                                      "models": columns, "differences": compared, "wins": wins, "curve": curve, "warnings": warned,
-                                     "interval": "paired bootstrap over prompts, 95 %, 2000 resamples; p: permutation test; p_holm: Holm over the pair's rows"}
+                                     "interval": "paired bootstrap over prompts, 95 %, 2000 resamples; p: permutation test, 10000 sign flips; p_holm: Holm over the pair's rows"}
     write_json(out / "scores.json", scores)
     write_manifest(out, stage="eval", seed=args.seed, settings=settings_of(args), parents={**parents, "policy": args.policy}, extra={}, **known)
     barrier()  # every process reads back what rank 0 wrote

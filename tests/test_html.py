@@ -137,6 +137,17 @@ def test_coherence_and_warnings(without_figures):
     assert text.index("reward rose, but gold fell") < text.index("Scores")
 
 
+def test_page_explains_its_columns(without_figures):
+    text = Page(render()).text
+    assert "from SFT to the oracle, PPO closes 50 %" in text and "both orders averaged, on 9 prompts." in text  # 0.6 -> 0.8 of 1
+    without = scores()
+    for model in without["models"].values():
+        del model["gold"]
+    without["wins"] = {"ppo vs base": {"action": {"honesty": 0.7}}}
+    text = Page(render(without)).text
+    assert "to the oracle" not in text and "both orders averaged. Blue" in text and "Perplexity: how little" in text
+
+
 def test_extremes_and_the_first_dialogues_are_shown(without_figures):
     text = render(samples=[sample(i, {5: 9.0, 6: -9.0, 7: -8.0}.get(i, 0.0)) for i in range(300)] +
                   [{"id": "p", "prompt": [{"role": "user", "content": "A probe"}], "ppo": {"turns": {"action": "No."}}}])

@@ -136,11 +136,21 @@ def _tiles(models: dict) -> str:
 
 
 def _scores(models: dict) -> str:
+    columns = list(models.values())
+    notes = ["Score and rewards: what the reward models say, in their own units, or standardised by the SFT model's answers. Ended, named, fits, broken and "
+             "distinct are shares from 0 to 1; distinct: different texts over all texts, 1 = no two alike. Perplexity: how little the base expects the text; "
+             "far from the base's own, in either direction, the text has changed its nature."]
+    if _finite(columns[-1].get("gold")):
+        notes.append("Gold: the toy's own measure, which training never sees; the oracle knows the best answer to every prompt. Names masked: person and thing of the "
+                     "prompt replaced, so that one stock phrase counts as one text. Higher is better, for broken sentences lower.")
+        before, after = (c.get("gold") for c in columns[-2:]) if len(columns) > 1 else (None, None)
+        if _finite(before) and _finite(after) and before < 1:
+            notes.append(f"Of the distance in gold from {_model(list(models)[-2])} to the oracle, {_model(list(models)[-1])} closes {_number(100 * (after - before) / (1 - before), '.0f')} %.")
     head = "".join(f"<th>{_model(name)}</th>" for name in models)
     body = "".join(f"<tr><th{' class=sub' if ROWS.get(key, '').startswith(' ') else ''}>{_title(key)}</th>"
                    + "".join(f"<td>{_number(column.get(key))}</td>" for column in models.values()) + "</tr>"
                    for key in _by_rows(set().union(*models.values())))
-    return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'{"".join(f"<p class=soft>{note}</p>" for note in notes)}<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _picture(found: dict, most: float) -> str:
@@ -178,7 +188,7 @@ def _heat(value: object) -> str:
 
 def _wins(wins: dict) -> str:
     """Virtues by lenses, a table for each pair of models; a lens holds its questions, or them with the share of prompts won."""
-    tables = ""
+    tables, judged = "", max((row.get("pairs", 0) for lenses in wins.values() for row in lenses.values() if row), default=0)
     for pair, lenses in wins.items():
         lenses = {lens: row for lens, row in lenses.items() if row}
         asked = {lens: row.get("questions", row) for lens, row in lenses.items()}
@@ -190,8 +200,9 @@ def _wins(wins: dict) -> str:
                 f"<td>{_number(row.get('rate'), '.2f')}<small>[{_number(row.get('low'), '.2f')}, {_number(row.get('high'), '.2f')}]</small></td>" for row in lenses.values()) + "</tr>"
         tables += (f"<table><caption>{' against '.join(map(_model, pair.split(' vs ')))}</caption><thead><tr><th></th>"
                    f"{''.join(f'<th>{clean(lens)}</th>' for lens in lenses)}</tr></thead><tbody>{body}</tbody></table>")
-    return ("<p>P(the judge prefers the first-named model), both orders averaged. Blue: it does; orange: it prefers the other; "
-            f'0.5 is no difference.</p><div class="heat scroll">{tables}</div>')
+    return (f"<p>P(the judge prefers the first-named model), both orders averaged{f', on {clean(judged)} prompts' if judged else ''}. Blue: it does; orange: it prefers "
+            "the other; 0.5 is no difference. No model was trained on the questions after the five virtues, nor on the other wording: they are asked for this report only.</p>"
+            f'<div class="heat scroll">{tables}</div>')
 
 
 def _figures(metrics: Sequence[dict], curve: Sequence[dict] | None) -> str:
@@ -222,7 +233,7 @@ def _dialogue(sample: dict, names: Sequence[str], is_open: bool) -> str:
     change = f" <small>{_number(ends[0], '+.2f')} \N{RIGHTWARDS ARROW} {_number(ends[1], '+.2f')} ({_number(ends[1] - ends[0], '+.2f')})</small>" if None not in ends else ""
     columns = ""
     for name in names:
-        facts = [f"{what} {_number(value, form)}" for what, value, form in (("score", _sum(sample[name]), "+.2f"), ("gold", _gold(sample[name]), ".2f")) if value is not None]
+        facts = [f"{what} {_number(value, form)}" for what, value, form in (("reward", _sum(sample[name]), "+.2f"), ("gold", _gold(sample[name]), ".2f")) if value is not None]
         turns = "".join(f'<dt>{clean(lens)}</dt><dd class="text" dir="auto">{clean(text)}</dd>' for lens, text in sample[name]["turns"].items())
         columns += f"<section><h4>{_model(name)} <small>{', '.join(facts)}</small></h4><dl>{turns}</dl></section>"
     asked = "".join(f'<dt>{clean(m["role"])}</dt><dd class="text" dir="auto">{clean(m["content"])}</dd>' for m in messages)
@@ -247,7 +258,7 @@ def _samples(samples: Sequence[dict], models: Sequence[str]) -> str:
     fell = sum(c < 0 for c, _ in changed)
     groups = [("The largest falls", falls), ("The largest rises", rises), (f"The first {min(SHOWN, len(scored))} of {len(scored)}", scored[:SHOWN])]
     groups += [("Without scores, such as the study's probes", unscored[:SHOWN])] if changed else []
-    page = f"<p>Score: the three standardised scores summed. From the first to the last model it fell in {fell} of {len(changed)} dialogues.</p>" if changed else ""
+    page = f"<p>Reward: the three lenses' standardised scores, summed. From the first to the last model it fell in {fell} of {len(changed)} dialogues.</p>" if changed else ""
     return page + "".join(f"<h3>{title}</h3>{''.join(_dialogue(s, names(s), i == 0) for i, s in enumerate(group))}" for title, group in groups if group)
 
 
