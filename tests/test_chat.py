@@ -3,19 +3,21 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 
 import virtue.generate
 import virtue.runtime
-from virtue.chat import HELP, chat, columns
+from virtue.chat import HELP, TOY_QUESTION, chat, columns
 from virtue.checkpoint import save_artifact
 from virtue.dialogue import encode_conversation
 from virtue.ethics import FOLLOW_UPS, LENSES
 from virtue.lora import adapter_parameters, add_adapter, use_stack
 from virtue.models import ScalarHead, score_at
 from virtue.runtime import open_base
+from virtue.toy.grammar import prompts as toy_prompts
 
 MOTIVATION, CONSEQUENCE = FOLLOW_UPS.values()
 
@@ -131,6 +133,11 @@ def test_ctrl_c_ends_an_answer_and_then_the_program(talk, said):
     assert "stopped; the question is forgotten" in out and out.endswith("bye\n") and len(numbers(out)) == 2 * 2 * 3
     assert said.rows[4] == said.rows[2] and said.rows[5] == said.rows[3]  # asked again as if for the first time
     assert talk(EOFError).endswith("bye\n")
+
+
+def test_the_toy_says_what_it_knows(talk):
+    assert TOY_QUESTION in {p["prompt"][0]["content"] for p in toy_prompts()}
+    assert TOY_QUESTION in talk("/quit") and TOY_QUESTION not in talk("/quit", model=str(Path(virtue.__file__).parent / "toy/model"))
 
 
 def test_what_cannot_be_answered_ends_nothing(chain, talk, said):

@@ -128,6 +128,7 @@ def test_progress_yields_all_on_stderr(capsys):
     assert list(runtime.progress(iter([1, 2]), "Reading", total=2)) == [1, 2]
     out, err = capsys.readouterr()
     assert out == "" and "Reading" in err and "\r" not in err  # a log file gets lines, a terminal a bar
+    assert list(runtime.progress(iter([1, 2]), "Loading", total=2, leave=False)) == [1, 2] and capsys.readouterr().err == ""  # nothing was slow
 
 
 def test_progress_draws_a_bar_on_a_terminal(monkeypatch):

@@ -1,7 +1,6 @@
 """Talk to the tuned model in the terminal: base and tuned answers in two columns, each with what every reward model gives it.
 
-Scores are standardised. A reward model is trained to read one turn, action the answer and the others the two
-follow-up questions of the study; where it reads another turn its score stands in brackets.
+Scores are standardised. A reward model reads one turn, the answer or one of two follow-ups; of another turn its score is in brackets.
 """
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ import shutil
 import textwrap
 
 HELP = "/why asks for motivation and consequence of the last answer, /new begins anew, /quit ends; Ctrl-C ends an answer, or the program"
+TOY_QUESTION = "Anna lost the letter yesterday. How do you act?"
 
 
 def columns(texts: dict[str, str], width: int) -> str:
@@ -72,7 +72,7 @@ def chat(args):
         return {name: d.ids for name, d in found.items()}
 
     talk: dict[str, list[int]] = {}
-    print(HELP)
+    print(HELP, *[f"the toy knows a small world only; ask it, say: {TOY_QUESTION} And /new before another question"] * (args.model == "toy"), sep="\n")
     while True:
         try:
             line = input("you> ").encode(errors="replace").decode().strip()

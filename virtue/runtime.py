@@ -257,6 +257,7 @@ def progress(iterable: Iterable | None, desc: str, total: int | None = None, **s
 
     terminal = sys.stderr.isatty()
     return tqdm(iterable, desc=desc, total=total, file=sys.stderr if terminal else _Lines(), dynamic_ncols=terminal, mininterval=0.1 if terminal else 30,
+                delay=0 if terminal or settings.get("leave", True) else 30,  # a bar that goes away again is for what takes long
                 disable=not main_rank(), **settings)
 
 
