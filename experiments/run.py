@@ -121,8 +121,8 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
         Arm("scores not standardised", policy="--no-standardize"), slow_ppo(10), slow_rm(10),
         Arm("judge in one order", preferences="--orders one"), Arm("fp16 scores", policy="--score-dtype fp16"),
         Arm("NF4 base", base="--quantize nf4"), Arm("NF4 base, merged reward models", base="--quantize nf4", policy="--merge-rm")]),
-    "causes-more": ("The same, more of it: cuts, learning rates, LoRA's rank, whole matrices", [
-        DEFAULT, cut(30), cut(34), slow_ppo(100), slow_rm(100), rank(1), rank(4), rank(64),
+    "causes-more": ("The same, more of it: cuts, LoRA's rank, whole matrices", [
+        DEFAULT, cut(30), cut(34), rank(1), rank(64),
         Arm("whole matrices", sft=f"--whole --lr {SFT_LR / 10:g}", rm=f"--whole --lr {RM_LR / 10:g}",
             policy=f"--whole --lr {LR / 10:g} --value-lr {VALUE_LR / 10:g}")]),
     "aggregators": ("Which aggregator?", [Arm("mean"), *ppo(*AGGREGATORS)]),
