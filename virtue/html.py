@@ -136,7 +136,7 @@ def _tiles(models: dict) -> str:
 
 
 def _scores(models: dict) -> str:
-    columns = list(models.values())
+    columns, closed = list(models.values()), ""
     notes = ["Score and rewards: what the reward models say, in their own units, or standardised by the SFT model's answers. Ended, named, fits, broken and "
              "distinct are shares from 0 to 1; distinct: different texts over all texts, 1 = no two alike. Perplexity: how little the base expects the text; "
              "far from the base's own, in either direction, the text has changed its nature."]
@@ -145,12 +145,13 @@ def _scores(models: dict) -> str:
                      "prompt replaced, so that one stock phrase counts as one text. Higher is better, for broken sentences lower.")
         before, after = (c.get("gold") for c in columns[-2:]) if len(columns) > 1 else (None, None)
         if _finite(before) and _finite(after) and before < 1:
-            notes.append(f"Of the distance in gold from {_model(list(models)[-2])} to the oracle, {_model(list(models)[-1])} closes {_number(100 * (after - before) / (1 - before), '.0f')} %.")
+            closed = (f"<p>Of the distance in gold from {_model(list(models)[-2])} to the oracle, {_model(list(models)[-1])} closes {_number(100 * (after - before) / (1 - before), '.0f')} %.</p>")
     head = "".join(f"<th>{_model(name)}</th>" for name in models)
     body = "".join(f"<tr><th{' class=sub' if ROWS.get(key, '').startswith(' ') else ''}>{_title(key)}</th>"
                    + "".join(f"<td>{_number(column.get(key))}</td>" for column in models.values()) + "</tr>"
                    for key in _by_rows(set().union(*models.values())))
-    return f'{"".join(f"<p class=soft>{note}</p>" for note in notes)}<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (f'{closed}<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            + "".join(f"<p class=soft>{note}</p>" for note in notes))
 
 
 def _picture(found: dict, most: float) -> str:
