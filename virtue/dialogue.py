@@ -162,7 +162,7 @@ def right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tenso
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """As `right_pad`, pads at the left."""
+    """As `right_pad`, pads at the left: for sampling, where all rows go on from the last column."""
     return _pad(rows, pad_id, left=True)
 
 

@@ -29,7 +29,7 @@ def fits(tokenizer, messages: Messages, max_prompt_tokens: int) -> bool:
 
 
 def longest(max_prompt_tokens: int, max_new_tokens: int, turns: int = 3) -> int:
-    """Tokens of the longest dialogue that the flags allow."""
+    """Tokens of the longest dialogue of `turns` answers that the flags allow, follow-up questions included."""
     return max_prompt_tokens + turns * (max_new_tokens + 64)  # 64: a follow-up question
 
 

@@ -25,13 +25,13 @@ from virtue.runtime import progress
 
 
 def transcript(messages: list[dict]) -> str:
-    """A conversation as plain text, one speaker a line."""
+    """A conversation as plain text, one speaker a line. messages: {"role": "user" or "assistant", "content"}; KeyError on another role."""
     names = {"user": "Human", "assistant": "Assistant"}
     return "\n".join(f"{names[m['role']]}: {m['content']}" for m in messages)
 
 
 def pair_text(first: list[dict], second: list[dict], lens: str, wording: str = "trained") -> str:
-    """What all questions about a pair begin with."""
+    """What all questions about a pair begin with: both conversations, in this order, and which of their turns to judge (`lens`)."""
     a, b = JUDGE_LABELS
     return JUDGE_PAIRS[wording].format(first_label=a, second_label=b, first=transcript(first),
                                        second=transcript(second), about=JUDGE_ABOUT[lens])
@@ -46,7 +46,7 @@ def questions(first: list[dict], second: list[dict], lens: str, asked: Sequence[
 
 def encode_questions(tokenizer, first: list[dict], second: list[dict], lens: str, asked: Sequence[str] = VIRTUES,
                      wording: str = "trained") -> tuple[list[int], list[list[int]]]:
-    """Token ids of the shared prefix and of the endings."""
+    """Token ids of `questions`: what all of them begin with, encoded once, and the ending of each, never empty."""
     rows = [encode_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions(first, second, lens, asked, wording)]
     prefix = os.path.commonprefix(rows)
     if len(rows) == 1:  # an ending needs a token of its own

@@ -78,6 +78,7 @@ class LoRALinear(nn.Module):
         return self.folded(x, names) if simple and fp32 else self.plain(x, names)
 
     def plain(self, x: Tensor, names: list[str]) -> Tensor:
+        """base(x) + sum_n scaling_n B_n A_n x (Hu et al. 2021, arXiv:2106.09685, eq. 3). (..., in) -> (..., out), in the base's dtype."""
         output = self.base(x)
         updates = [  # the scale meets the narrow side, (..., r)
             F.linear(F.linear(x.float(), self.lora_A[n]) * self.scaling[n], self.lora_B[n])
@@ -86,6 +87,7 @@ class LoRALinear(nn.Module):
         return output + sum(updates[1:], updates[0]).to(output.dtype)
 
     def folded(self, x: Tensor, names: list[str]) -> Tensor:
+        """The same as (W + sum_n scaling_n B_n A_n) x + bias, for an fp32 base that is not trained. (..., in) -> (..., out)."""
         halves = [half[n] for n in names for half in (self.lora_A, self.lora_B)]
         scales = [self.scaling[n] for n in names]
         # PyTorch counts a tensor's changes in place. The tensors are kept beside the key, so that no
@@ -101,11 +103,13 @@ class LoRALinear(nn.Module):
         return _Folded.apply(x, folded, self.base.bias, scales, *halves)
 
     def put(self, name: str, A: Tensor, B: Tensor, scaling: float, trainable: bool) -> None:
+        """Adds adapter `name`, or replaces it: A (r, in), B (out, r), moved to the base's device."""
         for half, value in ((self.lora_A, A), (self.lora_B, B)):
             half[name] = nn.Parameter(value.to(self.base.weight.device), requires_grad=trainable)
         self.scaling[name] = scaling
 
     def drop(self, name: str) -> None:
+        """Removes adapter `name`, if this layer has it."""
         if self.scaling.pop(name, None) is not None:
             del self.lora_A[name], self.lora_B[name]
 

@@ -24,7 +24,7 @@ def linears(config) -> dict[str, tuple[int, int, int]]:
 
 
 def rest_bytes(config, dtype: str) -> int:
-    """What is never quantised: embeddings, norms and lm_head."""
+    """Bytes of what is never quantised: embeddings, norms and lm_head, each in `dtype`."""
     return config.hidden_size * (2 * config.num_hidden_layers + 1 + config.vocab_size * (1 if config.tie_word_embeddings else 2)) * BYTES[dtype]
 
 
@@ -73,7 +73,7 @@ def passing_bytes(config, quantize: str, dtype: str, rows: int, tokens: int) -> 
 
 
 def cache_bytes(config, dtype: str, rows: int, tokens: int) -> int:
-    """The KV cache of rows x tokens."""
+    """Bytes of the KV cache of rows x tokens: keys and values of every layer."""
     return 2 * linears(config)["k_proj"][1] * config.num_hidden_layers * BYTES[dtype] * rows * tokens
 
 

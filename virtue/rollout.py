@@ -144,6 +144,6 @@ def place_scores(scores: Tensor, dialogues: Sequence[Dialogue], mask: Tensor, me
 
 
 def ended_share(dialogues: Sequence[Dialogue]) -> float:
-    """Share of turns that ended with a sampled EOS."""
+    """Share of all turns that ended with a sampled EOS, in [0, 1]; the others met --max-new-tokens."""
     turns = [turn for d in dialogues for turn in d.turns]
     return 1.0 - sum(turn.truncated for turn in turns) / len(turns)

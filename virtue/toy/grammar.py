@@ -287,7 +287,7 @@ def sincerity(talk: list[Clause], action: list[Clause]) -> float:
 
 
 def worth(latent: dict[str, list[Clause]], lens: str) -> dict[str, float]:
-    """Per virtue, the latent quality of a dialogue's turn."""
+    """Virtue -> latent quality of one turn of a dialogue: `net` of an action, `talk_net` of a motivation or consequence."""
     return net(latent["action"]) if lens == "action" else talk_net(latent[lens], latent["action"])
 
 
