@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, lora_settings, make_parser, open_base,
+from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, hold_out, lora_settings, make_parser, open_base,
                             parse_with_parent, positive_int, preview, progress, run_main, stream, torch_seed)
 
 
@@ -24,7 +24,7 @@ def parse(argv):
     group = parser.add_argument_group("data").add_argument
     group("--data", type=Path, required=True, help="folder written by run_data.py revisions, or preferences")
     group("--sft", type=Path, help="the SFT adapter that sampled the preferences; revisions train one anew")
-    group("--held-out", type=fraction, default=0.1, help="share of revisions kept for the held-out loss")
+    group("--held-out", type=fraction, default=0.1, help="share of prompts kept for the held-out loss")
     group("--max-tokens", type=positive_int, default=1024, help="longer conversations are dropped and counted")
     add_lora_flags(parser, rank=16, alpha=32)
     add_training_flags(parser, lr=1e-3, epochs=3, batch_size=16)
@@ -49,11 +49,11 @@ def main(argv=None):
     made = read_manifest(args.data)
     chosen = made["stage"] == "preferences"
     if chosen:
-        conversations = [(r["chosen"], r["id"]) for lens in LENSES for r in read_preferences(args.data / f"{lens}.jsonl", lens)]
+        conversations = [(r["chosen"], (r["id"], lens)) for lens in LENSES for r in read_preferences(args.data / f"{lens}.jsonl", lens)]
     else:
         if made["stage"] != "revisions":
             raise VirtueError(f"{args.data}: of stage {made['stage']!r}: give a folder of revisions or of preferences")
-        conversations = [([*r["prompt"], {"role": "assistant", "content": r["revision"]}], r["id"]) for r in read_revisions(args.data / "revisions.jsonl")]
+        conversations = [([*r["prompt"], {"role": "assistant", "content": r["revision"]}], (r["id"],)) for r in read_revisions(args.data / "revisions.jsonl")]
     out = may_write(args, args.out, [args.data, args.sft])
     if preview(args, {"data": f"{args.data}, {len(conversations)} conversations"}, "adapter, metrics.jsonl", trained=["new"],
                update=dict(rows=args.batch_size, tokens=args.max_tokens, positions=args.batch_size * args.max_tokens, stacks=1)):
@@ -70,12 +70,10 @@ def main(argv=None):
     parameters = adapter_parameters(model, name)
     rows = [(*encode_conversation(tokenizer, c), record) for c, record in conversations]
     rows = [(ids, spans[-1:], record) for ids, spans, record in rows if len(ids) <= args.max_tokens]  # the last assistant turn is the new one
-    count = round(len(rows) * args.held_out)
-    if not 0 < count < len(rows):
+    held_out, train = hold_out(rows, [prompt for *_, (prompt, *_) in rows], args.held_out, args.seed, "sft", "split")
+    if not held_out or not train:
         raise VirtueError(f"{args.data}: {len(rows)} conversations of at most --max-tokens {args.max_tokens} cannot be split by "
                           f"--held-out {args.held_out}: make more data, or change these flags")
-    order = stream(args.seed, "sft", "split").permutation(len(rows))
-    held_out, train = [rows[i] for i in order[:count]], [rows[i] for i in order[count:]]
 
     def nll(batch):
         """Sum of -log p over the batch's assistant tokens, and their number."""
@@ -138,7 +136,7 @@ def main(argv=None):
                   settings=settings_of(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train), "data": made["sha256"]})
     finish(out)
     print(f"sft: {len(train)} {'chosen turns' if chosen else 'revisions'} ({len(conversations) - len(rows)} too long), "
-          f"held-out loss {before:.3f} -> {after:.3f} on {count}")
+          f"held-out loss {before:.3f} -> {after:.3f} on {len(held_out)}")
     print(f"wrote adapter {name} in {out}{used(device)}")
 
 

@@ -150,6 +150,17 @@ def test_an_adapter_goes_up_flat_and_is_an_artefact(run, model, api, capsys):
     assert json.loads(files["adapter_config.json"])["r"] == 3 + 4
 
 
+def test_the_same_files_into_a_folder(run, api, capsys):
+    push(run, "policy")
+    up = published(api)
+    hub.main([str(run / "policy"), "--push-to-hub", "me/virtue-x", "--out", str(run / "flat")])
+    assert {p.name: p.read_bytes() for p in (run / "flat").iterdir()} == up and "wrote 4 files to " in capsys.readouterr().out
+    push(run, "revisions", "--out", run / "data")  # files as they are
+    assert (run / "data/revisions.jsonl").read_bytes() == (run / "revisions/revisions.jsonl").read_bytes()
+    refuse("flat", run, "policy", "--out", run / "flat")  # nothing is overwritten
+    assert len(api.calls) == 2  # the first alone went up
+
+
 def test_a_reward_model_keeps_its_head(run, api):
     from safetensors.torch import load, load_file
     push(run, "rm/motivation")
@@ -237,7 +248,8 @@ def test_refusals(run, api):
     manifest["parents"]["policy"]["sha256"] = "0" * 64
     (run / "old/virtue.json").write_text(json.dumps(manifest))
     refuse("a report on other weights", run, "policy", "--report", run / "old")
-    refuse("a report on other weights", run, "rm/motivation", "--report", run / "report")
+    refuse("--report .*: only an SFT adapter or a policy has one", run, "rm/motivation", "--report", run / "report")
+    refuse("--report .*: only an SFT adapter or a policy has one", run, "revisions", "--report", run / "none")
     refuse("policy: not the weights that .*motivation records: give the SFT adapter by --sft", run, "rm/motivation", "--sft", run / "policy")
     shutil.move(run / "sft", run / "moved")
     refuse("cannot be read", run, "policy")

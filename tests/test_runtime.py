@@ -124,6 +124,17 @@ def test_metrics_log_appends_strict_json(tmp_path):
     assert rows == [{"step": 1, "loss": 0.5, "x": 2.0}, {"step": 2, "loss": None, "name": "é"}]
 
 
+def test_a_prompt_is_held_out_with_all_its_rows():
+    prompts = [f"p{i % 20}" for i in range(50)]
+    held, train = runtime.hold_out(range(50), prompts, 0.15, 3, "sft")
+    assert sorted(held + train) == list(range(50)) and len({prompts[i] for i in held}) == 3
+    assert not {prompts[i] for i in held} & {prompts[i] for i in train}
+    assert (held, train) == runtime.hold_out(range(50), prompts, 0.15, 3, "sft") and held != runtime.hold_out(range(50), prompts, 0.15, 4, "sft")[0]
+    assert runtime.hold_out([1, 2], "ab", 0.1, 0) in (([], [1, 2]), ([], [2, 1]))  # too few: none
+    order = runtime.stream(3, "sft").permutation(20)  # one row a prompt: a plain permutation of the rows
+    assert runtime.hold_out(range(20), list(map(str, range(20))), 0.1, 3, "sft") == ([*order[:2]], [*order[2:]])
+
+
 def test_progress_yields_all_on_stderr(capsys):
     assert list(runtime.progress(iter([1, 2]), "Reading", total=2)) == [1, 2]
     out, err = capsys.readouterr()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from virtue import VirtueError
-from virtue.checkpoint import CONFIG, MANIFEST, WEIGHTS, file_hash, read_manifest, sha256_file
+from virtue.checkpoint import CONFIG, MANIFEST, WEIGHTS, file_hash, prepare_output, read_manifest, sha256_file
 from virtue.ethics import LENSES, VIRTUES
 from virtue.report import ROWS
 from virtue.runtime import make_parser, run_main
@@ -142,6 +143,8 @@ def _table(names: Sequence[str], rows: Mapping[str, Sequence]) -> list[str]:
 def results(folder: Path, kind: str, manifest: dict, report: Path | None) -> list[str]:
     """Lines of Markdown: what was measured, with the intervals that the files have."""
     extra = manifest["extra"]
+    if report and kind not in ("sft", "policy"):
+        raise VirtueError(f"--report {report}: only an SFT adapter or a policy has one, {folder} is of stage {kind!r}: leave it out")
     if kind in DATA:
         summary = _read(folder / "summary.json")
         lines = [", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in summary.items() if not isinstance(value, dict))]
@@ -156,7 +159,7 @@ def results(folder: Path, kind: str, manifest: dict, report: Path | None) -> lis
         lines = [f"On {n or 'the'} pairs held out from training, against {whose}: accuracy {found['accuracy']:.3f}{interval}, log-loss {found['log_loss']:.3f}, "
                  f"calibration error {found['calibration_error']:.3f}."]
     else:
-        lines = [f"Held-out loss {extra['held_out_loss_before']:.3f} before and {extra['held_out_loss']:.3f} after, nats a token."] if "held_out_loss" in extra else []
+        lines = [f"Held-out loss {extra['held_out_loss_before']:.3f} before and {extra['held_out_loss']:.3f} after{', nats a token' * (kind == 'sft')}."] if "held_out_loss" in extra else []
     if report is None:
         return lines or ["Not measured: published without a report."]
     if read_manifest(report, "eval")["parents"].get(kind, {}).get("sha256") != manifest["sha256"]:
@@ -225,8 +228,9 @@ def upload(name: str, files: Mapping[str, bytes | Path], repo_type: str, private
 def main(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="adapter, merged model or data")
-    parser.add_argument("--name", required=True, help="the repository, owner/name")
-    parser.add_argument("--report", type=Path, help="folder of run_eval.py models on this adapter: its numbers go into the card")
+    parser.add_argument("--name", "--push-to-hub", dest="name", required=True, help="the repository, owner/name")
+    parser.add_argument("--out", type=Path, help="write the files into this new folder and upload nothing: PEFT's form of an adapter, SFT folded in")
+    parser.add_argument("--report", type=Path, help="of an SFT adapter or a policy: folder of run_eval.py models on it; its numbers go into the card")
     parser.add_argument("--sft", type=Path, help="the SFT adapter below it, for a folder that was moved")
     parser.add_argument("--license", help="the hub's name of a licence (default: mit on toy, else other)")
     parser.add_argument("--public", action="store_true", help="a new repository is open to all; otherwise it is private")
@@ -237,7 +241,13 @@ def main(argv=None):
     kind, manifest, files = contents(args.folder, args.sft)
     text = card(args.name, kind, public(manifest), results(args.folder, kind, manifest, args.report), args.license)
     files["README.md"] = text.encode()
-    if args.dry_run:
+    if args.out and not args.dry_run:
+        prepare_output(args.out, overwrite=False)
+        for path, data in files.items():
+            (args.out / path).parent.mkdir(parents=True, exist_ok=True)
+            (args.out / path).write_bytes(data) if isinstance(data, bytes) else shutil.copyfile(data, args.out / path)
+        print(f"wrote {len(files)} files to {args.out}")
+    elif args.dry_run:
         print(f"{text}\nwould upload to {args.name}, {'public' if args.public else 'private'}: {', '.join(sorted(files))}")
     else:
         print(f"wrote {len(files)} files to {upload(args.name, files, 'dataset' if kind in DATA else 'model', not args.public)}")

@@ -235,6 +235,17 @@ def held_out_ids(ids: Iterable[str], seed: int, share: float) -> set[str]:
     return {ids[i] for i in stream(seed, "rm", "split").permutation(len(ids))[:round(len(ids) * share)]}
 
 
+def hold_out(rows: Sequence, prompts: Sequence[str], share: float, *key: int | float | str) -> tuple[list, list]:
+    """(held-out rows, the others): all rows of a prompt, `prompts` naming each row's, fall on one side. Of P prompts
+    round(share P) are held out; either side may be empty."""
+    groups: dict[str, list] = {}
+    for row, prompt in zip(rows, prompts, strict=True):
+        groups.setdefault(prompt, []).append(row)
+    order, parts = stream(*key).permutation(len(groups)), list(groups.values())
+    count = round(len(parts) * share)
+    return tuple([row for i in part for row in parts[i]] for part in (order[:count], order[count:]))
+
+
 def torch_seed(*key: int | float | str) -> int:
     """A seed in [0, 2^63) for ``torch.Generator().manual_seed``, keyed as `stream` is."""
     return _key("torch", *key) >> 65
