@@ -41,7 +41,7 @@ def parse(argv):
     group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
     group("--ask", choices=("virtues", "rules"), default="virtues",
           help="rules: one question, which breaks fewer rules, instead of the five virtues: the rule-based control")
-    group("--orders", choices=("both", "one"), default="both", help="one: read each pair in one order only, and keep the judge's preference for a place")
+    group("--orders", choices=("both", "one"), default="both", help="one: read each pair in one order only, and keep the judge's preference for a place (the study)")
     group("--preference", choices=("votes", "mean"), default="votes",
           help="chosen by the majority of the five virtues (the study), or by their mean probability; "
                "matters to training with run_rm.py --labels hard only, since soft labels carry the mean either way")

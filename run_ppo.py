@@ -47,11 +47,11 @@ def parse(argv):
     reward("--train-turns", choices=("all", "action"), default="all", help="which turns' tokens the loss covers")
     reward("--score-clip", type=positive_float, default=5.0, help="standardised scores are cut at plus or minus this")
     reward("--no-standardize", action="store_true", help="aggregate raw scores, as the study may have: offset and scale of each model are arbitrary")
-    reward("--score-dtype", choices=("fp32", "fp16"), default="fp32", help="round raw scores to this type, to see what fp16 costs")
+    reward("--score-dtype", choices=("fp32", "fp16"), default="fp32", help="round raw scores to this type, to see what fp16 costs (the study: its Scores lie on the fp16 grid)")
     reward("--eos-penalty", type=nonnegative_float, default=1.0, help="subtracted at the end of a turn that did not stop")
     reward("--merge-rm", action="store_true", help="score with reward models merged into the 4-bit base and quantised again, as the study published its own: shows what rounding erases")
     kl = parser.add_argument_group("KL penalty").add_argument
-    kl("--kl-coef", type=nonnegative_float, default=0.06, help="coefficient of k1 per token in the reward")
+    kl("--kl-coef", type=nonnegative_float, default=0.06, help="coefficient of k1 per token in the reward (the study reports none)")
     kl("--kl-target", type=positive_float, help="adapt the coefficient towards this KL per dialogue, in nats (default: fixed)")
     kl("--stop-kl", type=positive_float, help="end the run when KL per dialogue exceeds this, in nats; best/ holds the best policy until then")
     kl("--kl-horizon", type=positive_int, default=2000, help="dialogues in which the coefficient adapts")

@@ -30,7 +30,7 @@ def parse(argv):
     group("--lens", choices=(*LENSES, "all"), default="all", help="train one lens, or all three on one loaded base")
     group("--pairs", type=Path, help="preferences to train the one --lens on instead: hh-rlhf .jsonl(.gz) or TRL's, read at the last answer, as hard labels; "
                                      "--data still gives the dialogues for the score statistics")
-    group("--labels", choices=("soft", "hard"), default="soft", help="target: the judge's probability, or its choice")
+    group("--labels", choices=("soft", "hard"), default="soft", help="target: the judge's probability, or its choice (the study: hard)")
     group("--held-out", type=fraction, default=0.15, help="share of prompts kept for accuracy, calibration and score statistics")
     group("--max-tokens", type=positive_int, default=1024, help="longer conversations are over-long (the study: 100, cut)")
     group("--over-long", choices=("drop", "cut"), default="drop", help="drop and count over-long pairs, or cut their end as the study did "

@@ -33,7 +33,8 @@ _AGAIN = "run again the stage that writes this folder"
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Writes `data` under a temporary name, to the disk, and renames: never half a file. Under torchrun rank 0 does."""
+    """Writes `data` under a temporary name, to the disk, and renames: never half a file. Under torchrun rank 0 does.
+    VirtueError: the disk is full, or the folder cannot be written."""
     if not main_rank():
         return
     path = Path(path)

@@ -108,7 +108,8 @@ def encode_conversation(tokenizer, messages: Messages) -> tuple[list[int], list[
 
 @functools.lru_cache(maxsize=64)
 def followup_ids(tokenizer, question: str) -> tuple[int, ...]:
-    """Ids between an assistant turn's EOS and the next, where the user asks `question`."""
+    """Ids between an assistant turn's EOS and the next, where the user asks `question`.
+    VirtueError: a template that writes earlier turns otherwise when others follow."""
     before: Messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     ids, _ = encode_conversation(tokenizer, before)
     whole = encode_prompt(tokenizer, [*before, {"role": "user", "content": question}])
@@ -157,7 +158,8 @@ def buckets(order: Sequence[int], lengths: Sequence[int], size: int, window: int
 
 
 def right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids as ``input_ids (B, L)`` and bool ``attention_mask (B, L)``, pads at the right."""
+    """Rows of ids as ``input_ids (B, L)`` and bool ``attention_mask (B, L)``, pads at the right.
+    ValueError: no row, or an empty one."""
     return _pad(rows, pad_id, left=False)
 
 
@@ -295,7 +297,8 @@ def _records(path: str | Path, convert: Callable[[dict], dict], remedy: str) -> 
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[dict]:
-    """The file's first `limit` (None: all) different prompts, as records ``{"id", "prompt"}``."""
+    """The file's first `limit` (None: all) different prompts, as records ``{"id", "prompt"}``.
+    VirtueError, here as in all that reads a file of records: it names file, line and what to mend."""
     found: dict[str, dict] = {}
     for record in _records(path, lambda r: prompt_record(prompt_of(r)), "correct or remove it"):
         found.setdefault(record["id"], record)

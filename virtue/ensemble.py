@@ -4,6 +4,8 @@ The three reward models (action, motivation, consequence) are three objectives, 
 one. Where Coste et al. read the spread of an ensemble as epistemic uncertainty, here it is conflict
 of values: `uwo` prefers what all lenses like equally to what shines in one lens only, and says
 nothing of how sure any model is. K is the whole population, so spreads divide by K.
+
+Core: imports torch, numpy and other core files only (tests/test_imports.py); everything may import it.
 """
 from __future__ import annotations
 
@@ -87,7 +89,7 @@ def study_score(scores, coef: float = 0.5):
 
     H. Li, "Virtue Ethics Guidance of LLMs with RLAIF and Ensemble of Reward Models" (EPFL, 2024).
     scores (K, n) or (n, K), torch or NumPy (a `statistic` for `virtue.stats`). On raw scores, std
-    holds the arbitrary offsets between the models; standardise to be rid of them.
+    holds the arbitrary offsets between the models; standardise to be rid of them. ValueError: not two dimensions, or empty.
     """
     if scores.ndim != 2 or 0 in scores.shape:
         raise ValueError(f"scores must be (K, n) and not empty, got {tuple(scores.shape)}")

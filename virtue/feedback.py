@@ -61,6 +61,8 @@ def agreement(probs: Tensor, signs: dict[str, np.ndarray], seed: int = 0) -> dic
     """How often the judge is right: probs (N, 2, 5) that the chosen is better; signs: what decides, > 0 chosen, 0 left out.
 
     signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry 95 % bootstrap intervals.
+    Returns "agreement": {"majority", "mean", "one_order", each virtue: {"share", "low", "high", "n"}}, "position_flips" and "first_place" (shares),
+    "halo" (mean correlation between two virtues' answers, or None).
     """
     def share(right: np.ndarray) -> dict:
         if len(right) < 2:
@@ -84,8 +86,8 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
               wording: str = "trained", keep: Path | None = None) -> dict | None:
     """The judge's comparison of two models' dialogues, prompt by prompt, both orders; None if no pair fits its context.
 
-    Returns {"rate", "low", "high"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
-    tie counts half), its bootstrap interval, and the mean P(after preferred) of each question.
+    Returns {"rate", "low", "high", "pairs", "questions"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
+    tie counts half), its bootstrap interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)}.
     """
     asked = (*VIRTUES, "helpfulness") if lens == "action" else (*VIRTUES, "helpfulness", "sincerity")
     pairs = [pair for pair in zip(after, before, strict=True) if pair_fits(judge, tokenizer, *pair, lens)]

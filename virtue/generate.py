@@ -43,7 +43,8 @@ def check_context(model: nn.Module, max_prompt_tokens: int, max_new_tokens: int,
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """For each row of ``logits (B, V)`` the first token whose cumulative probability exceeds
-    ``uniforms (B,)`` in [0, 1); temperature 0 takes the most probable. Returns ``(B,)``."""
+    ``uniforms (B,)`` in [0, 1); temperature 0 takes the most probable. Returns ``(B,)``.
+    VirtueError: logits that are not finite."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
@@ -88,7 +89,8 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
 
     `model` is in eval mode, its stack of adapters set by the caller; `uniforms` are ``(n,
     max_new_tokens)`` numbers in [0, 1). Returns for each row its new ids, EOS included, and
-    whether they were truncated (no EOS came).
+    whether they were truncated (no EOS came). ValueError: a negative temperature, or another number of
+    uniforms than of rows.
     """
     if temperature < 0 or len(uniforms) != len(rows):
         raise ValueError(f"temperature {temperature}, {len(rows)} rows, {len(uniforms)} uniforms")
@@ -130,7 +132,8 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
 
     Draws are keyed by (seed, stage, step, prompt id, copy, turn): another `copy` is an independent
     second dialogue. `desc` names a progress bar; `keep` a file for finished batches, from which a run
-    that was killed goes on (see ``resume.replay``).
+    that was killed goes on (see ``resume.replay``). ValueError: more turns than questions + 1, or none.
+    VirtueError: logits that are not finite; it names the records.
     """
     if not 1 <= turns <= len(questions) + 1:
         raise ValueError(f"{turns} turns with {len(questions)} follow-up questions")

@@ -61,7 +61,8 @@ def pair_fits(model, tokenizer, first: list[dict], second: list[dict], lens: str
 
 
 def label_ids(tokenizer) -> tuple[int, int]:
-    """The ids of the two labels as an assistant would begin its reply; each must be one token."""
+    """The ids of the two labels as an assistant would begin its reply; each must be one token.
+    VirtueError: one is more."""
     ids = []
     for label in JUDGE_LABELS:
         tokens, spans = encode_conversation(
@@ -77,8 +78,8 @@ def label_ids(tokenizer) -> tuple[int, int]:
 def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prefixes with their endings as one batch.
 
-    Returns input_ids (B, L), mask (B, 1, L, L) True = may attend, position_ids (B, L), and ends (B, 5),
-    the positions whose next token is the label.
+    Returns input_ids (B, L), mask (B, 1, L, L) True = may attend, position_ids (B, L), and ends (B, Q),
+    the positions of the Q questions whose next token is the label.
     """
     width = max(len(prefix) + sum(map(len, endings)) for prefix, endings in encoded)
     ids = torch.full((len(encoded), width), pad_id)
@@ -103,14 +104,15 @@ def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple
 def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], lens: str,
                 batch_size: int = 16, asked: Sequence[str] = VIRTUES, wording: str = "trained",
                 orders: int = 2, keep: Path | None = None) -> tuple[Tensor, float]:
-    """P(first of the pair is better) for each pair, order and question: (N, 2, 5) fp32; and the label mass.
+    """P(first of the pair is better) for each pair, order and question: (N, 2, Q) fp32; and the label mass.
 
-    ``asked`` names the questions (default: the five virtues), ``wording`` one of ethics.JUDGE_QUESTIONS;
-    with ``orders=1`` the second order is left out: (N, 1, 5). ``keep`` is a file for finished batches
+    ``asked`` names the Q questions (default: the five virtues), ``wording`` one of ethics.JUDGE_QUESTIONS;
+    with ``orders=1`` the second order is left out: (N, 1, Q). ``keep`` is a file for finished batches
     (see ``resume.replay``).
     ``[:, 0]`` was read with the first dialogue shown first, ``[:, 1]`` with it shown second. The caller
     sets the adapters (none, for the base as its own judge). The label mass is the mean probability that
     the judge's next token is one of the two labels at all: near 0, it does not answer the question.
+    VirtueError: logits that are not finite.
     """
     labels = torch.tensor(label_ids(tokenizer))
     jobs = [(i, order, encode_questions(tokenizer, *(pair if order == 0 else pair[::-1]), lens, asked, wording))

@@ -3,6 +3,8 @@
 Column j of every (B, L-1) tensor speaks of token j+1 of `input_ids` (B, L). Log-probs are fp32, in
 nats. Old, new and reference log-probs must be taken at the temperature at which the tokens were
 sampled, or the KL estimates are of other distributions. Shapes that do not fit raise ValueError.
+
+Core: imports torch, numpy and other core files only (tests/test_imports.py); everything may import it.
 """
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def gather_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)[target]. logits (N, V), targets (N,) -> (N,) fp32."""
+    """log softmax(logits / temperature)[target]. logits (N, V), targets (N,) -> (N,) fp32.
+    ValueError: temperature <= 0, here and in `entropy`."""
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} unfit for targets {tuple(targets.shape)}")
     return _log_softmax(logits, temperature).gather(-1, targets.unsqueeze(-1)).squeeze(-1)

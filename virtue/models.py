@@ -244,7 +244,7 @@ def load_model(
     """The frozen base in eval mode; ``dtype`` is also the compute type of NF4. Never ``.to()`` it.
 
     VirtueError: not of the Mistral architecture, a file or tensor that is missing, damaged,
-    unknown or of another shape than config.json says.
+    unknown or of another shape than config.json says. ValueError: an unknown ``quantize`` or ``dtype``.
     """
     if quantize not in QUANTIZE or dtype not in DTYPES:
         raise ValueError(f"quantize {quantize!r} not in {QUANTIZE}, or {dtype!r} in {list(DTYPES)}")
@@ -336,7 +336,8 @@ def hidden_states(
 
     ``attention_mask`` (B, L), True or 1 = real token, or (B, 1, L, L) True = attends, which needs
     ``position_ids`` (B, L); by default a token's position is the number of real ones before it.
-    The mask is required: without it transformers reads positions as packed sequences.
+    The mask is required: without it transformers reads positions as packed sequences. ValueError: a mask of another shape, or of
+    four dimensions without ``position_ids``.
     """
     if position_ids is None:
         if attention_mask.shape != input_ids.shape:

@@ -4,6 +4,8 @@ Shapes: B rows, L tokens, T = L-1 columns; column j speaks of token j+1. `mask` 
 a sampled token that the loss covers; it may have gaps (the user's turns). What lies outside never
 reaches a loss, a statistic or a gradient. Log-probs in nats; losses are minimised. ValueError:
 shapes that differ, a mask that is not bool, settings out of range.
+
+Core: imports torch, numpy and other core files only (tests/test_imports.py); everything may import it.
 """
 from __future__ import annotations
 
@@ -156,7 +158,7 @@ def ppo_loss(new_logprobs: Tensor, new_values: Tensor, entropy: Tensor | None, r
     it from the rewards that advantages and returns were made of. new_logprobs, new_values (B, T)
     with gradient; entropy H (B, T), or None if not wanted; rollout: the same B rows; advantages
     (B, T), whitened over the whole batch; returns (B, T), raw. Stats: those of both losses, and
-    policy/entropy where `entropy` is given.
+    policy/entropy where `entropy` is given. ValueError also for entropy_coef without `entropy`.
     """
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"entropy_coef = {entropy_coef} needs entropy")
@@ -188,7 +190,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 def update_kl_coef(kl_coef: float, kl: float, target: float, n: int, horizon: int) -> float:
     """kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon): a proportional controller.
 
-    Ziegler et al. 2019 (arXiv:1909.08593, section 2.2). kl, target: nats per dialogue; n: dialogues
+    Ziegler et al. 2019 (arXiv:1909.08593, section 2.2); their constant gain of 0.1 is n / horizon
+    here, as in their published code. kl, target: nats per dialogue; n: dialogues
     in this iteration; horizon: in dialogues, above n / 5, or the coefficient could reach zero.
     """
     if not (math.isfinite(kl) and kl_coef >= 0 and target > 0 and 0 < n < 5 * horizon):

@@ -94,7 +94,7 @@ def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
     """The flags of every stage: base model, machine, seed, and unless `out` is False the output folder."""
     add = parser.add_argument_group("base model, machine, output").add_argument
     add("--model", default="toy", help="toy, a local folder, or a Hugging Face hub id")
-    add("--quantize", choices=("none", "nf4"), default="none", help="4-bit NF4 base weights")
+    add("--quantize", choices=("none", "nf4"), default="none", help="4-bit NF4 base weights (Mistral, the study: nf4)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32",
         help="type of the base's weights and arithmetic; on a CPU fp32 is fastest; fp16 trains without loss scaling, so prefer bf16")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
@@ -111,7 +111,7 @@ def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every stage that samples."""
     add = parser.add_argument_group("sampling").add_argument
-    add("--max-new-tokens", type=positive_int, default=64, help="most tokens of one turn (Mistral: 256; the study: 32)")
+    add("--max-new-tokens", type=positive_int, default=64, help="most tokens of one turn (Mistral: 128, at most 256; the study: 32)")
     add("--max-prompt-tokens", type=positive_int, default=512, help="longer prompts are dropped and counted")
     add("--temperature", type=positive_float, default=1.0, help="sampling temperature; no top-k, no top-p")
     add("--batch-size", type=positive_int, default=64, help="dialogues sampled or scored at once")

@@ -6,7 +6,7 @@ The shipped folder was made by three commands, 45, 50 and 20 minutes on one core
 
     python -m virtue.toy.pretrain --out runs/toy-1
     python -m virtue.toy.pretrain --out runs/toy-2 --init runs/toy-1 --fit-steps 2000
-    python -m virtue.toy.pretrain --out runs/toy-3 --init runs/toy-2 --fit-steps 600 --seed 7 --borrow 0.4 \
+    python -m virtue.toy.pretrain --out runs/toy-3 --init runs/toy-2 --fit-steps 600 --seed 7 --borrow 0.4 \\
                                   --texts 40 --pairs 12 --reviews 10 --lr 7.5e-4 --matrix-lr 0.005
 
 Good and bad clauses are mixed evenly, so that the base model is no better than the world it has read.
