@@ -248,7 +248,9 @@ def evaluate_judge(args):
 
     pairs, skipped = read_pairs(args.pairs, args.limit)
     out = may_write(args, args.out)
-    if preview(args, {"pairs": f"{args.pairs}, {len(pairs)} pairs, {skipped} without two answers"}, "judge.json"):
+    if preview(args, {"pairs": f"{args.pairs}, {len(pairs)} pairs, {skipped} without two answers"}, "judge.json",
+               judging=dict(rows=args.batch_size, tokens=600 + max((sum(len(m["content"]) for side in ("chosen", "rejected") for m in p[side])
+                                                                    for p in pairs), default=0) // 3)):  # a token has about three characters
         return
     base = open_base(args)
     label_ids(base.tokenizer)
@@ -309,7 +311,8 @@ def evaluate_rewards(args):
     external, skipped = read_pairs(args.pairs, args.limit) if args.pairs else ([], 0)
     out = may_write(args, args.out, [args.rm, args.data, args.sft])
     if preview(args, {"data": f"{args.data}, {len(dialogues)} dialogues", **{f"pairs of {lens}": len(of_lens) for lens, of_lens in data.items()},
-                      **({"pairs": f"{args.pairs}, {len(external)}"} if args.pairs else {})}, "rewards.json"):
+                      **({"pairs": f"{args.pairs}, {len(external)}"} if args.pairs else {})}, "rewards.json",
+               scoring=dict(rows=args.batch_size, tokens=max((len(d.ids) for d in dialogues), default=0))):
         return
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer

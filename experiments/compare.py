@@ -13,7 +13,6 @@ evaluates both. Leave the code alone meanwhile. With n seeds no p is below 2 / 2
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -27,7 +26,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-from run import Arm, Run, Stage, Tree, cell, chain, code_of, lines_of, load, paired, rows_of, run_locked, seed_test  # noqa: E402
+from run import Arm, Run, Stage, Tree, cell, chain, code_of, commands, lines_of, load, paired, rows_of, run_locked, seed_test  # noqa: E402
+from virtue.runtime import make_parser  # noqa: E402
 from virtue.stats import effect_size, t_interval  # noqa: E402
 
 DIFFER = {"data": ("revisions", "sft", "preferences", "rm", "policy"), "sft": ("sft", "preferences", "rm", "policy"),
@@ -112,9 +112,9 @@ def beside(sides: Sequence[str], reports: Sequence[Sequence[Path]], policies: Se
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("revision", help="the code to compare with: HEAD, a branch, a hash")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="each makes its own data, reward models and PPO")
     parser.add_argument("--from", dest="start", choices=DIFFER, default="ppo", help="the first stage that each code runs itself")
     parser.add_argument("--ppo", default="", help="flags of run_ppo.py for both")
     parser.add_argument("--base", default="", help='base model, prompts and sampling for both, e.g. "--model FOLDER --prompts FILE"')
@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", choices=("full", "small", "fast"), default="full",
                         help="small: about half of everything, in a third of the time; fast: a few small iterations, whatever --ppo says: "
                              "shows that all runs, and is no result")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and what is done already, run nothing")
     args = parser.parse_args(argv)
     seeds, runs = list(dict.fromkeys(args.seeds)), args.runs.resolve()
     runs = runs.relative_to(ROOT) if runs.is_relative_to(ROOT) else runs
@@ -137,6 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                                                                for s in seeds} for side, own in trees.items()}
         order = [stage for s in seeds for side in made for stage in made[side][s].values()]
         label = {stage.folder: f"{side}, seed {s}" for side in made for s in seeds for stage in made[side][s].values()}
+        if args.dry_run:
+            commands(order, runs)
+            return 0
         print(f"{args.revision} is {tree.name} (code {trees['revision'].code}); working tree: code {trees['working tree'].code}")
         if 2 / 2**len(seeds) > 0.05:
             print(f"a look: with {len(seeds)} seed{'s' * (len(seeds) > 1)} no p is below {min(1, 2 / 2**len(seeds)):.3g}; 6 can reach 0.05")

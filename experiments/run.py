@@ -16,7 +16,6 @@ time: for more at once, --jobs. Every stage has one thread.
 """
 from __future__ import annotations
 
-import argparse
 import fcntl
 import functools
 import hashlib
@@ -38,6 +37,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from virtue.ethics import LENSES  # noqa: E402
+from virtue.runtime import make_parser  # noqa: E402
 from virtue.stats import hierarchical_bootstrap, holm, paired_bootstrap, permutation_test, t_interval  # noqa: E402
 
 # ---- the experiments
@@ -288,6 +288,14 @@ def execute(stages: Iterable[Stage], runs: Path, jobs: int = 1, label: Mapping[s
     return failed
 
 
+def commands(stages: Iterable[Stage], runs: Path) -> None:
+    """Prints what `execute` would run, and what is done already."""
+    stages = list({s.folder: s for s in stages}.values())
+    for stage in stages:
+        print(f"{'# done: ' if stage.done(runs) else ''}{shlex.join(['python', *stage.command(runs)])}")
+    print(f"# {len(stages)} stages, {sum(s.done(runs) for s in stages)} done")
+
+
 def run_locked(stages: Iterable[Stage], runs: Path, jobs: int, label: Mapping[str, str] = {}) -> dict[str, str]:
     """`execute`, alone in the folder; SIGTERM ends it as Ctrl-C does."""
     runs.mkdir(parents=True, exist_ok=True)
@@ -448,9 +456,9 @@ def show(name: str, runs: Path, seeds: Sequence[int], scale: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"{', '.join(EXPERIMENTS)}, or all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each makes its own data, reward models and PPO")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/experiments", help="folder of the stages' folders")
     parser.add_argument("--jobs", type=int, default=1, help="stages at once, one thread each: at most as many as cores")
     parser.add_argument("--scale", choices=("full", "small", "fast"), default="full",
@@ -479,10 +487,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         stages.append(stage)
                         label.setdefault(stage.folder, f"{name}: {arm.name}, seed {seed}")
         if args.dry_run:
-            stages = list({s.folder: s for s in stages}.values())
-            for stage in stages:
-                print(f"{'# done: ' if stage.done(runs) else ''}{shlex.join(['python', *stage.command(runs)])}")
-            print(f"# {len(stages)} stages, {sum(s.done(runs) for s in stages)} done")
+            commands(stages, runs)
             return 0
         failed = run_locked(stages, runs, args.jobs, label)
     for name in names:

@@ -317,3 +317,13 @@ def test_compare_refuses_a_tree_without_a_change(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "code_of", lambda tree: "same")
     with pytest.raises(SystemExit, match="nothing to compare"):
         compare.main(["HEAD", "--runs", str(tmp_path)])
+
+
+def test_a_dry_comparison_shows_both_codes_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "checkout", lambda revision, folder: nullcontext(tmp_path))
+    monkeypatch.setattr(compare, "code_of", lambda tree: str(tree))
+    assert compare.main(["HEAD", "--seeds", "3", "--ppo", "--lr 1e-3", "--runs", str(tmp_path / "r"), "--dry-run"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    ppo = [line for line in said if "run_ppo.py" in line]
+    assert len(ppo) == 2 and f"{tmp_path}/run_ppo.py" in ppo[0] and f"{compare.ROOT}/run_ppo.py" in ppo[1] and all("--lr 1e-3" in line for line in ppo)
+    assert said[-1] == "# 8 stages, 0 done" and not (tmp_path / "r").exists()  # four shared, PPO and report of each

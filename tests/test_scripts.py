@@ -502,8 +502,8 @@ STAGES = {  # flags, and words of what is read, written and planned
     "policy": (["run_ppo", "--rm", "{}/rm", "--rollout-size", 8, "--minibatch-size", 8, "--limit", 16, "--whole"],
                ["--sft {}/sft", "--quantize none", "reads consequence: {}/rm/consequence, an adapter of rank 4", "prompts: toy, 16 records", "rollouts.jsonl", "sampling", "update"]),
     "report": (["run_eval", "models", "--policy", "{}/policy", "--limit", 8], ["--rm {}/rm", "reads policy: {}/policy", "report.html", "judging"]),
-    "judge": (["run_eval", "judge", "--pairs", "{}/preferences/action.jsonl"], ["pairs, 0 without", "judge.json", "greatest  held"]),
-    "rewards": (["run_eval", "rewards", "--rm", "{}/rm", "--data", "{}/preferences"], ["reads action: {}/rm/action", "rewards.json", "base weights"]),
+    "judge": (["run_eval", "judge", "--pairs", "{}/preferences/action.jsonl"], ["pairs, 0 without", "judge.json", "judging"]),
+    "rewards": (["run_eval", "rewards", "--rm", "{}/rm", "--data", "{}/preferences"], ["reads action: {}/rm/action", "rewards.json", "scoring"]),
     "best": (["run_eval", "best-of-n", "--rm", "{}/rm"], ["prompts: toy, 64 records", "best_of_n.json", "sampling"]),
 }
 

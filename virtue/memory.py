@@ -78,11 +78,11 @@ def cache_bytes(config, dtype: str, rows: int, tokens: int) -> int:
 
 
 def plan(config, *, quantize: str, dtype: str, frozen: Sequence[Adapter] = (), trained: Sequence[Adapter] = (), judge: int = 0, checkpointing: bool = False,
-         sampling: dict | None = None, judging: dict | None = None, update: dict | None = None, copy: str | None = None) -> dict[str, dict[str, int]]:
+         sampling: dict | None = None, judging: dict | None = None, scoring: dict | None = None, update: dict | None = None, copy: str | None = None) -> dict[str, dict[str, int]]:
     """Bytes by part: what is "held" all the time, and what each moment needs on top of it. `judge`: another model's bytes;
     `copy`: the type of a dequantised one for sampling, which shares what is of that type already.
 
-    `sampling`: rows, tokens (prompt and all turns), new (of the last turn). `judging`: rows, tokens. `update`: a forward's rows
+    `sampling`: rows, tokens (prompt and all turns), new (of the last turn). `judging`, `scoring`: rows, tokens. `update`: a forward's rows
     and tokens, positions whose logits are taken, stacks before one backward pass, entropy or not.
     """
     c, V, D, N = BYTES[dtype], config.vocab_size, config.hidden_size, config.num_hidden_layers
@@ -101,6 +101,8 @@ def plan(config, *, quantize: str, dtype: str, frozen: Sequence[Adapter] = (), t
     if judging:
         rows, tokens = judging["rows"], judging["tokens"]
         result["judging"] = {"logits": rows * 5 * V * (c + 8), "passing": passing_bytes(config, quantize, dtype, rows, tokens)}
+    if scoring:
+        result["scoring"] = {"folded weights": folded, "passing": passing_bytes(config, quantize, dtype, scoring["rows"], scoring["tokens"])}
     if update:
         rows, tokens, stacks = update["rows"], update["tokens"], update["stacks"]
         layer = max(layer_bytes(config, dtype, rows, tokens, a) for a in trained)
