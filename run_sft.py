@@ -121,7 +121,7 @@ def main(argv=None):
                 sum_gradients(parameters)
                 total = over_ranks(torch.tensor(total, dtype=torch.float64)).item()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                check_finite(norm, f"sft, step {step}", "the gradient", "lower --lr", [r for *_, r in whole], state)
+                check_finite(norm, f"sft, step {step}", "the gradient", "lower --lr", [" ".join(r) for *_, r in whole], state)
                 optimizer.step(), optimizer.zero_grad(), schedule.step()
                 log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
                 bar.set_postfix(loss=f"{total:.3f}", refresh=False)
