@@ -40,6 +40,7 @@ def parse(argv):
     reward = parser.add_argument_group("reward").add_argument
     reward("--aggregate", choices=AGGREGATORS, default="mean", help="how three scores become one; uwo's spread is conflict of values, not doubt")
     reward("--weights", type=finite_float, nargs=3, metavar="W", help="weights of action, motivation, consequence for --aggregate weighted")
+    reward("--pay-at", choices=("turns", "end"), default="turns", help="where mean and weighted pay: each lens at the end of its own turn, or all at the dialogue's end, as the others do")
     reward("--uwo-coef", type=nonnegative_float, default=0.5, help="coefficient of the spread in uwo")
     reward("--uwo-variance", action="store_true", help="uwo subtracts the variance (Coste et al.) instead of the standard deviation")
     reward("--lsc-reference", type=finite_float, default=1.0, help="standardised score that counts as good in lsc")
@@ -220,7 +221,7 @@ def main(argv=None):
         old_values = in_chunks(values, chunk, input_ids, attention, mask)
 
         # 3. Rewards: aggregate and place the scores, subtract the KL penalty
-        placed = place_scores(scores, dialogues, mask, args.aggregate, eos_penalty=args.eos_penalty, **ensemble)
+        placed = place_scores(scores, dialogues, mask, args.aggregate, pay_at=args.pay_at, eos_penalty=args.eos_penalty, **ensemble)
         rewards = token_rewards(placed, old_logprobs, ref_logprobs, mask, kl_coef)
         rollout = Rollout(input_ids, mask, old_logprobs, ref_logprobs, old_values, rewards)
 

@@ -125,7 +125,7 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
         DEFAULT, cut(30), cut(34), rank(1), rank(64),
         Arm("whole matrices", sft=f"--whole --lr {SFT_LR / 10:g}", rm=f"--whole --lr {RM_LR / 10:g}",
             policy=f"--whole --lr {LR / 10:g} --value-lr {VALUE_LR / 10:g}")]),
-    "aggregators": ("Which aggregator?", [Arm("mean"), *ppo(*AGGREGATORS)]),
+    "aggregators": ("Which aggregator?", [Arm("mean"), *ppo(("mean, paid at the end", "--pay-at end"), *AGGREGATORS)]),
     "aggregators-noise": ("Which aggregator, with a quarter of the labels turned?", [Arm("mean", **NOISE), *ppo(*AGGREGATORS, **NOISE)]),
     # (that the value function has an adapter of its own cannot be taken out by a flag)
     "details": ("What are the details of PPO worth that people remove?", [DEFAULT, *ppo(

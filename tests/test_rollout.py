@@ -43,6 +43,12 @@ def test_other_aggregates_land_at_the_end_of_the_dialogue():
     assert rewards[0].tolist() == [0] * 8 + [3] and rewards[1].tolist() == [0] * 6 + [30, 0, 0]
 
 
+def test_additive_scores_land_at_the_end_of_the_dialogue_where_asked_to():
+    scores = torch.tensor([[3.0, 30.0], [6.0, 60.0], [9.0, 90.0]])
+    rewards = place_scores(scores, [ONE, TWO], loss_mask([ONE, TWO], 10), "mean", pay_at="end")
+    assert rewards[0].tolist() == [0] * 8 + [6] and rewards[1].tolist() == [0] * 6 + [60, 0, 0]
+
+
 def test_with_the_loss_over_the_action_later_rewards_fall_on_its_last_token():
     scores = torch.tensor([[3.0], [6.0], [9.0]])
     rewards = place_scores(scores, [ONE], loss_mask([ONE], 10, "action"), "mean", eos_penalty=5.0)

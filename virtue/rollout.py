@@ -121,16 +121,16 @@ def dialogue_logprobs(model, stack: Sequence[str], dialogues: Sequence[Dialogue]
 
 
 def place_scores(scores: Tensor, dialogues: Sequence[Dialogue], mask: Tensor, method: str, *,
-                 eos_penalty: float = 0.0, **settings) -> Tensor:
+                 pay_at: str = "turns", eos_penalty: float = 0.0, **settings) -> Tensor:
     """Rewards (B, L-1) from standardised scores (K, B), before the KL penalty.
 
-    Additive aggregators pay each lens at the last sampled token of its own turn, the others one
-    scalar at the dialogue's last sampled token (an earlier one where the loss ends earlier: see
-    ``place_rewards``). A truncated turn under the loss pays ``eos_penalty`` at its last token.
+    Additive aggregators pay each lens at the last sampled token of its own turn; the others, and those
+    with ``pay_at`` "end", one scalar at the dialogue's last sampled token (an earlier one where the loss
+    ends earlier: see ``place_rewards``). A truncated turn under the loss pays ``eos_penalty`` at its last token.
     ``settings`` go to ``ensemble.aggregate``.
     """
     ends = torch.tensor([[turn.end - 2 for turn in d.turns] for d in dialogues])  # columns (B, turns)
-    if method in ADDITIVE:
+    if method in ADDITIVE and pay_at == "turns":
         parts = shares(scores, method, settings.get("weights"))
         positions = torch.stack([ends[:, min(k, ends.shape[1] - 1)] for k in range(len(parts))])  # (K, B)
         rewards = place_rewards(mask, positions, parts)
