@@ -4,6 +4,7 @@
   python experiments/run.py lenses --seeds 0 1 2
   python experiments/run.py all --seeds 0 1 2 3 4 5 6 7 --jobs 2
   python experiments/run.py lenses --scale small --jobs 2
+  python experiments/run.py lenses --arms "action alone" "one pooled model" --seeds 0 1 2 3 4 5 6 7
   python experiments/run.py lenses --table        # only the tables, of what is finished
   python experiments/run.py causes --dry-run      # only the commands, and what is done already
 
@@ -419,8 +420,7 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
     return "\n\n".join([text, *notes])
 
 
-def show(name: str, runs: Path, seeds: Sequence[int], scale: str) -> None:
-    question, arms = EXPERIMENTS[name]
+def show(name: str, arms: Sequence[Arm], runs: Path, seeds: Sequence[int], scale: str) -> None:
     found, missing, codes = {arm.name: {} for arm in arms}, [], set()
     for arm in arms:
         for seed in seeds:
@@ -432,7 +432,7 @@ def show(name: str, runs: Path, seeds: Sequence[int], scale: str) -> None:
             logs = [runs / f"{s.folder}.log" for s in made.values() if not s.done(runs) and (runs / f"{s.folder}.log").is_file()]
             bad = next((log for log in logs if lines_of(log)[-1].startswith("# failed")), None)
             missing.append(f"- {arm.name}, seed {seed}: " + (f"{bad.stem.split('-')[0]} failed: {last_error(bad)}" if bad else "not finished"))
-    print(f"\n## {name}: {question}\n")
+    print(f"\n## {name}: {EXPERIMENTS[name][0]}\n")
     if scale != "full":
         print({"fast": "**At `--scale fast`: a check that all runs, not a result.**\n",
                "small": "At `--scale small`: half of the default's pairs and prompts, a third of its dialogues.\n"}[scale])
@@ -459,6 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"{', '.join(EXPERIMENTS)}, or all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each makes its own data, reward models and PPO")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="of each experiment only these, beside its first, with which they are compared")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/experiments", help="folder of the stages' folders")
     parser.add_argument("--jobs", type=int, default=1, help="stages at once, one thread each: at most as many as cores")
     parser.add_argument("--scale", choices=("full", "small", "fast"), default="full",
@@ -474,6 +475,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not names or set(names) - EXPERIMENTS.keys() or args.jobs < 1 or min(seeds) < 0:
         parser.error(f"give experiments of {', '.join(EXPERIMENTS)}, or all; --jobs of at least 1; seeds of at least 0")
+    chosen = {name: [arm for i, arm in enumerate(EXPERIMENTS[name][1]) if i == 0 or not args.arms or arm.name in args.arms] for name in names}
+    if unknown := set(args.arms or ()) - {arm.name for arms in chosen.values() for arm in arms}:
+        parser.error(f"no arm {sorted(unknown)[0]!r} in {', '.join(names)}: --list names them")
     runs = args.runs.resolve()
     runs = runs.relative_to(ROOT) if runs.is_relative_to(ROOT) else runs
     os.chdir(ROOT)
@@ -482,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         label, stages = {}, []
         for seed in seeds:  # seed by seed, so that a whole table, if a wide one, comes early
             for name in names:
-                for arm in EXPERIMENTS[name][1]:
+                for arm in chosen[name]:
                     for stage in chain(arm, seed, args.scale).values():
                         stages.append(stage)
                         label.setdefault(stage.folder, f"{name}: {arm.name}, seed {seed}")
@@ -491,7 +495,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         failed = run_locked(stages, runs, args.jobs, label)
     for name in names:
-        show(name, runs, seeds, args.scale)
+        show(name, chosen[name], runs, seeds, args.scale)
     return 1 if failed else 0
 
 

@@ -109,6 +109,10 @@ def test_lists_commands_and_runs_nothing(tmp_path, capsys):
     assert len(out) == len(set(out)) and sum("run_data.py revisions" in line for line in out) == 2  # one a seed
     with pytest.raises(SystemExit):
         run.main(["nothing"])
+    with pytest.raises(SystemExit):  # an arm of another experiment
+        run.main(["lenses", "--arms", "LoRA rank 1", "--runs", str(tmp_path / "r"), "--dry-run"])
+    assert run.main(["lenses", "--arms", "action alone", "--seeds", "0", "--runs", str(tmp_path / "r"), "--dry-run"]) == 0
+    assert sum("run_ppo.py" in line for line in capsys.readouterr().out.splitlines()) == 2  # with the default, first of the experiment
     assert run.main(["--list"]) == 0 and all(name in capsys.readouterr().out for name in ["lenses"])
 
 

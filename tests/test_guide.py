@@ -52,11 +52,11 @@ def test_its_files_and_pictures_are_there():
     text = GUIDE.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (GUIDE.parent / target).exists(), target
-    assert all(f"docs/examples/{diff.name}" in text for diff in DIFFS) and len(DIFFS) == 4
+    assert all(f"docs/examples/{diff.name}" in text for diff in DIFFS) and len(DIFFS) == 5
     assert all(picture.stat().st_size < 60_000 for picture in GUIDE.parent.glob("*.svg"))
 
 
-# ---- the four worked examples
+# ---- the worked examples
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -173,6 +173,20 @@ def test_kl_in_loss(demo, tree, plain):
     assert "policy/ref_kl" not in plain and found["policy/ref_kl"] > 0
     assert found["policy/ref_kl"] < 0.8 * none["policy/ref_kl"]  # the loss holds the policy back within the first iteration
     assert none["policy/loss"] == pytest.approx(plain["policy/loss"], abs=1e-6)  # and 0 is the unpatched code, whose penalty is 0 there
+
+
+def test_shared_trunk(demo, tree, plain):
+    def adapter(out, vf_coef):
+        found = call("run_ppo", "--rm", demo / "rm", "--out", demo / out, *PPO, "--vf-coef", vf_coef)[0]
+        return found, (demo / out / "adapter_model.safetensors").read_bytes()
+    assert adapter("apart", 5.0)[1] == (demo / "plain/adapter_model.safetensors").read_bytes()  # the value loss leaves the policy alone
+    with patched(tree, "shared-trunk.diff"):
+        (weak, without), (strong, with_it) = adapter("shared-0", 0.0), adapter("shared-5", 5.0)
+    assert without == (demo / "plain/adapter_model.safetensors").read_bytes() != with_it  # and here it does not
+    assert strong["policy/grad_norm"] > weak["policy/grad_norm"] and strong["value/grad_norm"] > 0 == weak["value/grad_norm"]
+    with patched(tree, "shared-trunk.diff"):  # what is saved as the value function is what it was
+        call("run_ppo", "--rm", demo / "rm", "--out", demo / "shared-5", *PPO, "--vf-coef", 5.0, "--resume")
+    assert (demo / "shared-5/value/adapter_model.safetensors").stat().st_size > len(with_it)  # policy and head
 
 
 def test_rloo(demo, tree, plain):
