@@ -210,6 +210,8 @@ def main(argv=None):
         dialogues = sample([prompts[i] for i in order[begin:begin + args.rollout_size]], iteration)
         flatten(model, ("policy",), "sampled")  # a copy of what sampled, before the update changes it
 
+        sampled = time.perf_counter()
+
         # 2. Score: three reward models, old and reference log-probs, values
         raw = score(dialogues)
         check_finite(raw, f"ppo, iteration {iteration}", "the score", "train the reward models again with a lower --lr", [d.id for d in dialogues], state)
@@ -230,6 +232,7 @@ def main(argv=None):
         advantages = advantages if args.no_whiten else whiten(advantages, mask)
 
         # 5. Update
+        scored = time.perf_counter()
         stats, norms = {}, {}
         for epoch in range(args.ppo_epochs):
             permutation = torch.from_numpy(stream(args.seed, "ppo", iteration, epoch).permutation(len(dialogues)))
@@ -256,6 +259,7 @@ def main(argv=None):
                         parameter.grad = None  # Adam then passes over it, moments too
                 optimizer.step(), optimizer.zero_grad()
         schedule.step()
+        updated = time.perf_counter()
         stats = dict(zip(stats, total(torch.tensor([*stats.values()], dtype=torch.float64)).tolist()))
 
         # 6. KL: report, adapt the coefficient
@@ -275,7 +279,8 @@ def main(argv=None):
         metrics |= {f"objective/aggregate/{name}": aggregate(scores, name, **ensemble).mean().item() for name in AGGREGATORS}
         metrics |= stats | norms | {"val/explained_variance": explained_variance(old_values, returns, mask),
                             "tokens/eos_rate": ended_share(dialogues), "tokens/length": mask.sum().item() / len(dialogues),
-                            "time/seconds": time.perf_counter() - started}
+                            "tokens/read": attention.sum().item(), "time/sample": sampled - started, "time/score": scored - sampled,
+                            "time/update": updated - scored, "time/seconds": time.perf_counter() - started}
         log.write(metrics)
         if iteration == 1:
             before, first = metrics["objective/score"], metrics

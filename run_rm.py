@@ -14,6 +14,7 @@ also writes the merged model: base, SFT and reward adapter folded together, for 
 """
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, held_out_ids, lora_settings, make_parser, open_base,
@@ -172,7 +173,7 @@ def main(argv=None):
                     bar.update()
                     if step <= resumed:
                         continue
-                    whole, total = [train[i] for i in batch], 0.0
+                    started, whole, total = time.perf_counter(), [train[i] for i in batch], 0.0
                     mine = share(whole)
                     for i in range(0, len(mine), args.batch_size):  # accumulation: normalised by the whole step's pairs
                         part = mine[i:i + args.batch_size]
@@ -185,7 +186,8 @@ def main(argv=None):
                     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     check_finite(norm, f"rm {lens}, step {step}", "the gradient", "lower --lr", [pair[3] for pair in whole], state)
                     optimizer.step(), optimizer.zero_grad(), schedule.step()
-                    log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
+                    log.write({"step": step, "loss/train": total, "grad_norm": norm.item(), "tokens/read": sum(len(side) for pair in whole for side in pair[:2]),
+                               "time/seconds": time.perf_counter() - started})
                     bar.set_postfix(loss=f"{total:.3f}", refresh=False)
                     if step % args.save_every == 0:
                         save_checkpoint(state, step, parameters, optimizer, schedule, [log.path])

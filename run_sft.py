@@ -12,6 +12,7 @@ adapter that sampled them: adapter `policy`, the baseline that PPO must beat. ru
 """
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, hold_out, lora_settings, make_parser, open_base,
@@ -110,7 +111,7 @@ def main(argv=None):
                 bar.update()
                 if step <= resumed:
                     continue
-                whole = [train[i] for i in batch]
+                started, whole = time.perf_counter(), [train[i] for i in batch]
                 tokens = sum(b - a for _, spans, _ in whole for a, b in spans)
                 total = 0.0
                 mine = share(whole)
@@ -123,7 +124,8 @@ def main(argv=None):
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 check_finite(norm, f"sft, step {step}", "the gradient", "lower --lr", [" ".join(r) for *_, r in whole], state)
                 optimizer.step(), optimizer.zero_grad(), schedule.step()
-                log.write({"step": step, "loss/train": total, "grad_norm": norm.item()})
+                log.write({"step": step, "loss/train": total, "grad_norm": norm.item(), "tokens/read": sum(len(ids) for ids, *_ in whole),
+                           "time/seconds": time.perf_counter() - started})
                 bar.set_postfix(loss=f"{total:.3f}", refresh=False)
                 if step % args.save_every == 0:
                     save_checkpoint(state, step, parameters, optimizer, schedule, [log.path], before=before)
