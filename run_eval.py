@@ -31,7 +31,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from virtue.runtime import (add_common_flags, add_sampling_flags, held_out_ids, make_parser, open_base, parse_with_parent, positive_int,
+from virtue.runtime import (add_aggregator_flags, add_common_flags, add_sampling_flags, aggregator_settings, held_out_ids, make_parser, open_base, parse_with_parent, positive_int,
                             preview, progress, run_main)
 
 
@@ -76,6 +76,7 @@ def parse(argv):
         sub.add_argument("--rm", type=Path, help="folder of run_rm.py: the reward models of the training, for a folder that was moved")
     for sub in (models, best):
         sub.add_argument("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
+    add_aggregator_flags(best.add_argument_group("aggregators").add_argument)
     best.add_argument("--n", type=positive_int, default=16, help="answers to each prompt")
     return parse_with_parent(parser, argv, commands=commands)
 
@@ -448,7 +449,7 @@ def best_of_n(args):
     for name in AGGREGATORS:
         if name == "weighted":  # without weights it is the mean
             continue
-        proxy = aggregate(scores.flatten(1), name).view(scores.shape[1:]).double().numpy()
+        proxy = aggregate(scores.flatten(1), name, **aggregator_settings(args)).view(scores.shape[1:]).double().numpy()
         for m in sizes:
             row = {"aggregator": name, "n": m, "kl_bound": best_of_n_kl(m), "reward": estimate(proxy, average, m)}
             if gold is not None:

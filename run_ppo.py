@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_sampling_flags, check_finite, finite_float, fraction, lora_settings, main_rank, make_parser, nonnegative_float,
+from virtue.runtime import (MetricsLog, add_aggregator_flags, add_common_flags, add_lora_flags, add_sampling_flags, aggregator_settings, check_finite, finite_float, fraction, lora_settings, main_rank, make_parser, nonnegative_float,
                             nonnegative_int, open_base, parse_with_parent, positive_float, positive_int, preview, progress, run_main, stream, torch_seed)
 
 
@@ -41,9 +41,7 @@ def parse(argv):
     reward("--aggregate", choices=AGGREGATORS, default="mean", help="how three scores become one; uwo's spread is conflict of values, not doubt")
     reward("--weights", type=finite_float, nargs=3, metavar="W", help="weights of action, motivation, consequence for --aggregate weighted")
     reward("--pay-at", choices=("turns", "end"), default="turns", help="where mean and weighted pay: each lens at the end of its own turn, or all at the dialogue's end, as the others do")
-    reward("--uwo-coef", type=nonnegative_float, default=0.5, help="coefficient of the spread in uwo")
-    reward("--uwo-variance", action="store_true", help="uwo subtracts the variance (Coste et al.) instead of the standard deviation")
-    reward("--lsc-reference", type=finite_float, default=1.0, help="standardised score that counts as good in lsc")
+    add_aggregator_flags(reward)
     reward("--reward-turns", choices=("dialogue", "answer"), default="dialogue", help="what the reward models read")
     reward("--train-turns", choices=("all", "action"), default="all", help="which turns' tokens the loss covers")
     reward("--score-clip", type=positive_float, default=5.0, help="standardised scores are cut at plus or minus this")
@@ -180,7 +178,7 @@ def main(argv=None):
     if args.no_standardize:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     weights = torch.tensor(args.weights) if args.weights else None
-    ensemble = dict(weights=weights, coef=args.uwo_coef, use_variance=args.uwo_variance, reference=args.lsc_reference)
+    ensemble = dict(weights=weights, **aggregator_settings(args))
 
     state = start(args, out, base=base.info["fingerprint"], prompts=prompts_hash(args.prompts),
                   **{lens: file_hash(args.rm / lens) for lens in LENSES})

@@ -132,6 +132,18 @@ def lora_settings(args: argparse.Namespace) -> dict:
     return dict(rank=None if args.whole else args.rank, alpha=args.alpha, targets=args.targets)
 
 
+def add_aggregator_flags(add: Callable) -> None:
+    """How the aggregators weigh: `add` is a parser's or a group's add_argument."""
+    add("--uwo-coef", type=nonnegative_float, default=0.5, help="coefficient of the spread in uwo")
+    add("--uwo-variance", action="store_true", help="uwo subtracts the variance (Coste et al.) instead of the standard deviation")
+    add("--lsc-reference", type=finite_float, default=1.0, help="standardised score that counts as good in lsc")
+
+
+def aggregator_settings(args: argparse.Namespace) -> dict:
+    """What those flags say, for ``ensemble.aggregate``."""
+    return dict(coef=args.uwo_coef, use_variance=args.uwo_variance, reference=args.lsc_reference)
+
+
 def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: int, batch_size: int, study: Mapping[str, str] | None = None) -> None:
     """Flags of the supervised stages: SFT and reward models. `study` has the study's own values, for the help."""
     def told(text: str, name: str) -> str:
