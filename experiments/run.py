@@ -80,10 +80,11 @@ KEEP = "--truncated keep"  # the study speaks of no truncated answer that it dro
 STUDY_RM = "--labels hard --epochs 2 --schedule constant --over-long cut"
 # 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2 passes, one step each.
 # 1.41e-5 is 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's defaults.
-STUDY_PPO = "--rollout-size 320 --minibatch-size 320 --iterations 3 --value-warmup 0 --ppo-epochs 2 --no-standardize --score-dtype fp16"
+STUDY_STEPS = f"--rollout-size 320 --minibatch-size 320 --iterations 3 --value-warmup 0 --ppo-epochs 2 --lr {0.14 * LR:.2g} --value-lr {0.14 * VALUE_LR:.2g}"
+STUDY_PPO = f"{STUDY_STEPS} --no-standardize --score-dtype fp16"
 STUDY = dict(base="--quantize nf4 --max-new-tokens 16", sft=None, preferences=f"{KEEP} --orders one --limit 768",
              rm=f"{STUDY_RM} --batch-size 20 --accumulation 16 --lr {0.14 * RM_LR:.2g} --max-tokens 50",
-             policy=f"{STUDY_PPO} --lr {0.14 * LR:.2g} --value-lr {0.14 * VALUE_LR:.2g}")
+             policy=STUDY_PPO)
 LITERAL = dict(STUDY, base="--quantize nf4 --max-new-tokens 32",
                rm=f"{STUDY_RM} --batch-size 20 --accumulation 16 --lr 1.41e-5 --max-tokens 100",
                policy=f"{STUDY_PPO} --lr 1.41e-5 --value-lr 1.41e-5")
@@ -116,7 +117,8 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
         *ppo(("answers only", "--reward-turns answer"), ("train the action only", "--train-turns action"))]),
     "study": ("Does the study's recipe give its stalemate?", [
         DEFAULT, Arm("translated", **STUDY), Arm("translated, whole answers at evaluation", **STUDY, report=UNCUT),
-        Arm("literal values", **LITERAL), Arm("literal values, whole answers at evaluation", **LITERAL, report=UNCUT)]),
+        Arm("literal values", **LITERAL), Arm("literal values, whole answers at evaluation", **LITERAL, report=UNCUT),
+        Arm("its small steps alone", policy=STUDY_STEPS), Arm("all but its small steps", **{**STUDY, "policy": "--no-standardize --score-dtype fp16"}, report=UNCUT)]),
     "causes": ("Which one cause, put into the default recipe, costs how much?", [
         DEFAULT, Arm("no SFT", sft=None), cut(16), cut(24), Arm("reward input cut at 64", rm="--max-tokens 64 --over-long cut"),
         Arm("scores not standardised", policy="--no-standardize"), slow_ppo(10), slow_rm(10),
