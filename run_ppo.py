@@ -20,8 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_aggregator_flags, add_common_flags, add_lora_flags, add_sampling_flags, aggregator_settings, check_finite, finite_float,
-                            fraction, lora_settings, main_rank, make_parser, nonnegative_float, nonnegative_int, open_base, parse_with_parent, positive_float, positive_int, preview, progress, run_main, stream, torch_seed)
+from virtue.runtime import (MetricsLog, add_aggregator_flags, add_common_flags, add_lora_flags, add_sampling_flags, aggregator_settings, check_finite,
+                            finite_float, fraction, lora_settings, main_rank, make_parser, nonnegative_float, nonnegative_int, open_base,
+                            parse_with_parent, positive_float, positive_int, preview, progress, run_main, stream, torch_seed)
 
 
 def parse(argv):
