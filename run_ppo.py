@@ -217,8 +217,9 @@ def main(argv=None):
         scores = standardize(raw, mean, std).clamp(-args.score_clip, args.score_clip)  # (K, B)
         input_ids, attention = right_pad([d.ids for d in dialogues], pad_id)
         mask = loss_mask(dialogues, input_ids.shape[1], args.train_turns)
-        old_logprobs = in_chunks(lambda *t: logprobs((*sft, "policy"), *t), chunk, input_ids, attention, mask)
-        ref_logprobs = in_chunks(lambda *t: logprobs(sft, *t), chunk, input_ids, attention, mask)
+        spoken = loss_mask(dialogues, input_ids.shape[1])  # KL is reported of all turns, whichever are trained
+        old_logprobs = in_chunks(lambda *t: logprobs((*sft, "policy"), *t), chunk, input_ids, attention, spoken)
+        ref_logprobs = in_chunks(lambda *t: logprobs(sft, *t), chunk, input_ids, attention, spoken)
         old_values = in_chunks(values, chunk, input_ids, attention, mask)
 
         # 3. Rewards: aggregate and place the scores, subtract the KL penalty
@@ -262,8 +263,8 @@ def main(argv=None):
         stats = dict(zip(stats, total(torch.tensor([*stats.values()], dtype=torch.float64)).tolist()))
 
         # 6. KL: report, adapt the coefficient
-        k1 = kl_k1(old_logprobs, ref_logprobs)[mask].sum().item() / len(dialogues)
-        k3 = kl_k3(old_logprobs, ref_logprobs)[mask].sum().item() / len(dialogues)
+        k1 = kl_k1(old_logprobs, ref_logprobs)[spoken].sum().item() / len(dialogues)
+        k3 = kl_k3(old_logprobs, ref_logprobs)[spoken].sum().item() / len(dialogues)
         metrics = {"iteration": iteration, "objective/kl": k1, "objective/kl_k3": k3, "objective/kl_coef": kl_coef,
                    "objective/score": aggregate(scores, args.aggregate, **ensemble).mean().item()}
         metrics["objective/rlhf_reward"] = metrics["objective/score"] - kl_coef * k1  # what PPO maximises
@@ -277,7 +278,7 @@ def main(argv=None):
         metrics |= {f"objective/score/{lens}": row.mean().item() for lens, row in zip(LENSES, scores)}
         metrics |= {f"objective/aggregate/{name}": aggregate(scores, name, **ensemble).mean().item() for name in AGGREGATORS}
         metrics |= stats | norms | {"val/explained_variance": explained_variance(old_values, returns, mask),
-                            "tokens/eos_rate": ended_share(dialogues), "tokens/length": mask.sum().item() / len(dialogues),
+                            "tokens/eos_rate": ended_share(dialogues), "tokens/length": spoken.sum().item() / len(dialogues),
                             "tokens/read": attention.sum().item(), "time/sample": sampled - started, "time/score": scored - sampled,
                             "time/update": updated - scored, "time/seconds": time.perf_counter() - started}
         log.write(metrics)
@@ -287,7 +288,7 @@ def main(argv=None):
             bar.write(f"warning: iteration {iteration}: {warning}", file=sys.stderr) if main_rank() else None
         stop = args.stop_kl is not None and k1 > args.stop_kl
         bar.set_postfix(score=f"{metrics['objective/score']:.2f}", kl=f"{k1:.1f}", eos=f"{metrics['tokens/eos_rate']:.2f}")
-        kl_each = (kl_k1(old_logprobs, ref_logprobs) * mask).sum(1).tolist()
+        kl_each = (kl_k1(old_logprobs, ref_logprobs) * spoken).sum(1).tolist()
         for d, s, kl_one in zip(dialogues, scores.T.tolist(), kl_each):
             messages = messages_of(tokenizer, d, turns=len(d.turns))
             rollouts.write({"iteration": iteration, "id": d.id, "prompt": d.prompt[-1]["content"], "kl": kl_one, "scores": s,
