@@ -153,7 +153,7 @@ def main(argv=None):
 
     def logprobs(stack, *tensors, entropy=False):
         with use_stack(model, *stack):
-            return logprobs_at(model, *(t.to(device) for t in tensors), args.temperature, entropy)
+            return logprobs_at(model, *(t.to(device) for t in tensors), args.temperature, entropy, train_entropy=args.entropy_coef > 0)
 
     def values(*tensors):
         with use_stack(model, *sft, "value"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from virtue.logprobs import entropy, gather_logprobs, kl_k1, kl_k3, scatter, select_next
+from virtue.logprobs import entropy, gather_logprobs, kl_k1, kl_k3, logprobs_and_entropy, scatter, select_next
 
 B, L, D, V = 3, 5, 4, 11
 MASK = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 1]], dtype=torch.bool)
@@ -59,6 +59,14 @@ def test_gather_and_entropy_equal_numpy(temperature):
     np.testing.assert_allclose(gather_logprobs(logits, targets, temperature),
                                np.log(p[np.arange(6), targets]), rtol=1e-5)
     np.testing.assert_allclose(entropy(logits, temperature), -(p * np.log(p)).sum(1), rtol=1e-5)
+
+
+def test_both_of_one_softmax_are_what_they_are_alone():
+    logits, targets = torch.randn(6, V, requires_grad=True), torch.randint(0, V, (6,))
+    for train in (False, True):
+        logprobs, entropies = logprobs_and_entropy(logits, targets, 0.7, train)
+        assert torch.equal(logprobs, gather_logprobs(logits, targets, 0.7)) and torch.equal(entropies, entropy(logits, 0.7))
+        assert logprobs.requires_grad and entropies.requires_grad == train
 
 
 def test_entropy_gradient_equals_closed_form():

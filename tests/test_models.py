@@ -397,7 +397,7 @@ def test_logits_in_parts_are_the_same(model, monkeypatch):
         weight.requires_grad_(True)
         for allowed in (1 << 26, 4 * 300 + 7):  # 4 rows of the vocabulary's 300
             monkeypatch.setattr("virtue.models.LOGITS_AT_ONCE", allowed)
-            logprobs, entropies = logprobs_at(model, ids, attention, mask, 0.7, True)
+            logprobs, entropies = logprobs_at(model, ids, attention, mask, 0.7, True, train_entropy=True)
             gradients = torch.autograd.grad((logprobs * torch.arange(mask.shape[1]) + entropies**2).sum(), weight)
             found.append((logprobs, entropies, *gradients))
     finally:
@@ -443,6 +443,18 @@ def test_hidden_states_are_those_before_the_head(model, plain):
         torch.testing.assert_close(
             hidden[i, -len(row) :] @ plain.lm_head.weight.T, logits, rtol=1e-4, atol=1e-4
         )
+
+
+def test_rows_padded_on_the_right_need_no_mask(model):
+    """Attention then is causal in one kernel; one row padded on the left, and the mask is there again."""
+    seen = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    right, left = batch(ROWS, "right", 3), batch(ROWS, "left", 3)
+    rows = [torch.cat(sides) for sides in zip((right[0], right[1].long()), (left[0], left[1].long()))]
+    for ids, attention in (right, rows):
+        hidden_states(model, ids, attention)
+    hook.remove()
+    assert seen[0] is None and seen[1] is not None
 
 
 def test_4d_mask_lets_two_continuations_share_a_prefix(model, plain):

@@ -96,7 +96,7 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
         raise ValueError(f"temperature {temperature}, {len(rows)} rows, {len(uniforms)} uniforms")
     device, steps = next(model.parameters()).device, uniforms.shape[1]
     ids, mask = (t.to(device) for t in left_pad(rows, pad_id))
-    mask = torch.cat([mask, mask.new_ones(len(rows), steps)], dim=1)  # (B, L + steps)
+    mask = torch.cat([mask, mask.new_ones(len(rows), steps)], dim=1).bool()  # (B, L + steps)
     draws = torch.as_tensor(uniforms, dtype=torch.float32, device=device)
     new = torch.full((len(rows), steps), pad_id, device=device)
     alive = torch.arange(len(rows), device=device)  # rows still in the batch
@@ -104,7 +104,10 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, : ids.shape[1]]
     width, cache = ids.shape[1], cache_with_room(model.config, steps)
     for step in range(steps):
-        logits = model(input_ids=ids, attention_mask=mask[:, : width + step], use_cache=True,
+        seen = mask[:, : width + step]
+        if step and not model.config.sliding_window:
+            seen = seen[:, None, None]  # (B, 1, 1, L) is taken as it is; a mask (B, L) transformers looks through anew, for which a GPU must wait
+        logits = model(input_ids=ids, attention_mask=seen, use_cache=True,
                        position_ids=position, past_key_values=cache, logits_to_keep=1).logits
         token = draw(logits[:, -1], draws[alive, step], temperature)
         new[alive, step] = token

@@ -34,18 +34,33 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits.float() / temperature, dim=-1)
 
 
+def _pick(logp: Tensor, targets: Tensor) -> Tensor:
+    if logp.dim() != 2 or targets.shape != logp.shape[:1]:
+        raise ValueError(f"logits {tuple(logp.shape)} unfit for targets {tuple(targets.shape)}")
+    return logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    return -(logp.exp() * logp).sum(-1)
+
+
 def gather_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature)[target]. logits (N, V), targets (N,) -> (N,) fp32.
     ValueError: temperature <= 0, here and in `entropy`."""
-    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(f"logits {tuple(logits.shape)} unfit for targets {tuple(targets.shape)}")
-    return _log_softmax(logits, temperature).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return _pick(_log_softmax(logits, temperature), targets)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """-sum_v p_v log p_v, p = softmax(logits / temperature). finite (N, V) -> (N,) fp32, nats."""
+    return _entropy(_log_softmax(logits, temperature))
+
+
+def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0,
+                         train_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """`gather_logprobs` and `entropy` of one softmax, two (N,). Without `train_entropy` the entropy
+    has no gradient, and nothing of size (N, V) is kept for one."""
     logp = _log_softmax(logits, temperature)
-    return -(logp.exp() * logp).sum(-1)
+    return _pick(logp, targets), _entropy(logp if train_entropy else logp.detach())
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import VirtueError
-from .logprobs import entropy, gather_logprobs, scatter, select_next
+from .logprobs import gather_logprobs, logprobs_and_entropy, scatter, select_next
 from .lora import active_stack, adapter_names, use_stack
 from .memory import LOGITS_AT_ONCE
 from .runtime import progress
@@ -336,13 +336,17 @@ def hidden_states(
 
     ``attention_mask`` (B, L), True or 1 = real token, or (B, 1, L, L) True = attends, which needs
     ``position_ids`` (B, L); by default a token's position is the number of real ones before it.
-    The mask is required: without it transformers reads positions as packed sequences. ValueError: a mask of another shape, or of
-    four dimensions without ``position_ids``.
+    What stands at padding means nothing. ValueError: a mask of another shape, or of four dimensions without ``position_ids``.
     """
     if position_ids is None:
         if attention_mask.shape != input_ids.shape:
             raise ValueError(f"a mask of shape {tuple(attention_mask.shape)} needs position_ids")
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if bool((attention_mask.long().diff(dim=1) <= 0).all()):
+            # Padding comes last, so no real token sees it: attention is causal, and without a mask its kernels are faster.
+            # (Positions without a mask transformers reads as packed sequences: it must make its own.)
+            attention_mask = None
+        else:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return model.model(
         input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
@@ -350,18 +354,20 @@ def hidden_states(
 
 def logprobs_at(
     model: MistralForCausalLM, input_ids: Tensor, attention_mask: Tensor, mask: Tensor,
-    temperature: float = 1.0, with_entropy: bool = False,
+    temperature: float = 1.0, with_entropy: bool = False, train_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """fp32 log-probs (B, L-1) of the tokens under ``mask`` (B, L-1), zero elsewhere; column j
-    speaks of token j+1. ``with_entropy``: also the entropies (B, L-1), in nats.
+    speaks of token j+1. ``with_entropy``: also the entropies (B, L-1), in nats, with a gradient
+    where ``train_entropy``.
 
     ``lm_head`` runs on the N = mask.sum() positions only, and where they are many, on a part at a
     time, whose logits are computed again in the backward pass: 2,000 rows of 32,000 are 256 MB.
     """
     def read(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = model.lm_head(hidden)  # (n, V)
-        logprobs = gather_logprobs(logits, targets, temperature)
-        return (logprobs, entropy(logits, temperature)) if with_entropy else (logprobs,)
+        if with_entropy:
+            return logprobs_and_entropy(logits, targets, temperature, train_entropy)
+        return (gather_logprobs(logits, targets, temperature),)
 
     width = used_columns(mask)
     hidden = hidden_states(model, input_ids[:, :width], attention_mask[:, :width])
