@@ -34,6 +34,8 @@ from pathlib import Path
 from virtue.runtime import (add_aggregator_flags, add_common_flags, add_sampling_flags, aggregator_settings, held_out_ids, make_parser, open_base, parse_with_parent, positive_int,
                             preview, progress, run_main)
 
+NO_FIGURES = 'no figures: they need matplotlib, pip install ".[report]"'
+
 
 def parse(argv):
     parser = make_parser(__doc__)
@@ -92,20 +94,20 @@ def main(argv=None):
 def compare_models(args):
     import numpy as np
     import torch
-    from virtue import VirtueError, html
-    from virtue.checkpoint import (file_hash, load_artifact, prompts_hash, read_manifest, write_atomic, write_json, write_jsonl,
+    from virtue import VirtueError, html, plots
+    from virtue.checkpoint import (MANIFEST, file_hash, load_artifact, prompts_hash, read_manifest, write_atomic, write_json, write_jsonl,
                                    write_manifest)
     from virtue.dialogue import encode_prompt, load_prompts, messages_of, prompt_record, read_jsonl, read_metrics, read_rollouts, right_pad
     from virtue.ensemble import standardize
-    from virtue.ethics import LENSES, PROBES
-    from virtue.feedback import win_rates
+    from virtue.ethics import LENSES, PROBES, VIRTUES
+    from virtue.feedback import points, win_rates
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.judge import label_ids
     from virtue.logprobs import kl_k1
     from virtue.lora import flatten, use_stack
     from virtue.models import logprobs_at
     from virtue.parallel import barrier
-    from virtue.report import curve_of, differences, mask_names, measure, side_by_side, table, warnings_of
+    from virtue.report import correct, curve_of, differences, made_by, mask_names, measure, reward_model_facts, side_by_side, table, warnings_of
     from virtue.resume import finish, may_write, settings_of, start
     from virtue.rollout import dialogue_logprobs, load_reward_models, load_sft, score_dialogues
     from virtue.toy.gold import gold as gold_of, slots
@@ -135,6 +137,9 @@ def compare_models(args):
                          for name, read in (("rollouts.jsonl", read_rollouts), ("metrics.jsonl", read_metrics)))
     trained_upon = {**parents, **{role: args.rm / lens for lens in LENSES if (role := f"rm/{lens}") in trained["parents"]}}
     load_artifact(args.policy, model, "policy", stage="policy", **known, parents=trained_upon)
+    best = args.policy / "best"
+    kept_at = read_manifest(best, "policy")["extra"]["iterations"] + 1 if (best / MANIFEST).is_file() else None  # it sampled the next iteration's dialogues
+    facts = reward_model_facts(args.rm, args.eval_rm)
     stacks = {"base": (), **({"sft": sft} if sft else {}), "ppo": (*sft, "policy")}
     kept = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
     if len(kept) < 2:
@@ -158,7 +163,7 @@ def compare_models(args):
     state = start(args, out, base=base.info["fingerprint"], prompts=prompts_hash(args.prompts), policy=file_hash(args.policy))
     if state is None:
         return
-    columns, details, texts, spoken = {}, {}, {}, {}
+    columns, details, texts, spoken, virtues = {}, {}, {}, {}, {}
     for name, stack in stacks.items():
         if stack:
             flatten(model, stack, "rollout")
@@ -179,6 +184,9 @@ def compare_models(args):
         details[name] = {"raw": raw.double().numpy(), "standardised": standardize(raw, mean, std).double().numpy(), "kl": kl.double().numpy(),
                          "length": np.array([sum(t.end - t.start for t in d.turns) for d in dialogues], float),
                          "gold": np.array([g.overall for g in gold]) if gold else None, "golds": gold}
+        if gold:
+            each = [points(d.prompt[0]["content"], t) for d, t in zip(dialogues, texts[name])]
+            virtues[name] = {lens: {v: float(np.mean([p[lens][v] for p in each])) for v in VIRTUES} for lens in LENSES}
         patterns = mask_names(texts[name], [slots(d.prompt[0]["content"]) for d in dialogues]) if gold else None
         columns[name] = measure(dialogues, texts[name], details[name]["raw"], details[name]["standardised"], details[name]["kl"],
                                 (bare * mask).sum(1).double().numpy(), gold, patterns)
@@ -191,6 +199,8 @@ def compare_models(args):
     if len(names) > 2:
         compared[f"{names[-1]} - {names[0]}"] = differences(details[names[0]], details[names[-1]], args.seed)
 
+    correct(compared)
+
     # The judge compares the last model with the one before it, and with the base
     wins = {}
     with use_stack(judge_base.model):
@@ -200,10 +210,12 @@ def compare_models(args):
                 wins[key] = {}
                 for k, lens in enumerate(LENSES):
                     sides = [[m[:len(kept[i]["prompt"]) + 2 * k + 1] for i, m in enumerate(spoken[name])] for name in (names[-1], other)]
+                    golds = [details[name]["golds"] for name in (names[-1], other)]
+                    better = np.array([a.lenses[lens] - b.lenses[lens] for a, b in zip(*golds)])[:args.judge_limit] if all(golds) else None
                     wins[key][lens] = win_rates(judge_base.model, judge_base.tokenizer, *sides, lens, batch_size=args.judge_batch_size,
-                                                seed=args.seed, wording=wording, keep=state / f"{len(wins)}-{lens}.jsonl")
-    curve = curve_of(rollouts, gold_of if args.prompts == trained["settings"]["prompts"] == "toy" else None)
-    warned = warnings_of(columns, compared, wins)
+                                                seed=args.seed, wording=wording, keep=state / f"{len(wins)}-{lens}.jsonl", gold=better)
+    curve = curve_of(rollouts, gold_of if args.prompts == trained["settings"]["prompts"] == "toy" else None, metrics, kept_at)
+    warned = warnings_of(columns, compared, wins, any(m.get("seen") for m in facts))
 
     # Save and show
     samples = [{"id": p["id"], "prompt": p["prompt"], **{name: {
@@ -213,13 +225,14 @@ def compare_models(args):
         for i, p in enumerate(kept + probes)]
     write_jsonl(out / "samples.jsonl", samples)
     scores = {"prompts": len(kept), "prompts_too_long": len(prompts) - len(kept), "seed": args.seed,
-                                     "models": columns, "differences": compared, "wins": wins, "curve": curve, "warnings": warned,
-                                     "interval": "paired bootstrap over prompts, 95 %, 2000 resamples; p: permutation test, 10000 sign flips; p_holm: Holm over the pair's rows"}
+              "models": columns, "differences": compared, "wins": wins, "virtues": virtues, "curve": curve, "warnings": warned,
+              "reward_models": facts, "made_by": made_by(args.policy, args.sft, args.rm, args.eval_rm),
+              "interval": "paired bootstrap over prompts, 95 %, 2000 resamples; p: permutation test, 10000 sign flips; p_holm: Holm over all rows and pairs"}
     write_json(out / "scores.json", scores)
     write_manifest(out, stage="eval", seed=args.seed, settings=settings_of(args), parents={**parents, "policy": args.policy}, extra={}, **known)
     barrier()  # every process reads back what rank 0 wrote
     as_read = json.loads((out / "scores.json").read_text(encoding="utf-8"))
-    write_atomic(out / "report.html", html.render(as_read, [r for _, r in read_jsonl(out / "samples.jsonl")], metrics, read_manifest(out), curve).encode())
+    write_atomic(out / "report.html", html.render(as_read, [r for _, r in read_jsonl(out / "samples.jsonl")], metrics, read_manifest(out)).encode())
     finish(out)
     print(f"{len(kept)} held-out prompts, seed {args.seed}\n\n{table(columns)}\n")
     for pair, rows in compared.items():
@@ -228,8 +241,10 @@ def compare_models(args):
     for pair, lenses in wins.items():
         print(f"judge, {pair}: " + ", ".join(f"{lens} preferred on {w['rate']:.0%} [{w['low']:.0%}, {w['high']:.0%}] of {w['pairs']}"
                                              for lens, w in lenses.items() if w))
-    for text in warned:
-        print(f"warning: {text}")
+    for warning in warned:
+        print(f"warning: {warning['text']}")
+    if not plots.available():
+        print(NO_FIGURES)
     print("The raw Score's std holds the reward models' arbitrary offsets; the standardised one does not.\n")
     shown = list(range(min(args.show, len(kept)))) + list(range(len(kept), len(kept) + len(probes)))
     for i in shown:
@@ -462,6 +477,8 @@ def best_of_n(args):
     if plots.available() and gold is not None:
         write_atomic(out / "best_of_n.svg", plots.best_of_n(rows).encode())
     finish(out)
+    if not plots.available():
+        print(NO_FIGURES)
     what = "gold" if gold is not None else "reward"
     print(f"{what} of the best of n, {len(kept)} held-out prompts, {args.n} answers each\n{'':10}" + "".join(f"{m:>8}" for m in sizes))
     for name in AGGREGATORS:

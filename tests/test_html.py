@@ -51,7 +51,8 @@ def scores(difference=0.149, low=0.12, high=0.18) -> dict:
     wins = {lens: dict.fromkeys((*VIRTUES, "helpfulness"), 0.71) for lens in LENSES}
     wins["consequence"] = {"rate": 0.64, "low": 0.5, "high": 0.75, "pairs": 9, "questions": {"honesty": 0.31, "sincerity": 0.5}}
     return {"prompts": 240, "prompts_too_long": 3, "seed": 7, "interval": "paired bootstrap", "models": {"base": column(0.0), "sft": column(0.1), "ppo": column(0.3)},
-            "differences": {"sft - base": copy.deepcopy(found), "ppo - sft": found}, "wins": {"ppo vs base": wins, "ppo vs sft, other wording": {**wins, "action": None}}, "warnings": []}
+            "differences": {"sft - base": copy.deepcopy(found), "ppo - sft": found}, "wins": {"ppo vs base": wins, "ppo vs sft, other wording": {**wins, "action": None}},
+            "warnings": [], "curve": CURVE}
 
 
 def sample(i: int, change: float = 0.0, text: str = "I help.") -> dict:
@@ -62,14 +63,14 @@ def sample(i: int, change: float = 0.0, text: str = "I help.") -> dict:
 
 METRICS = [{"iteration": i, "objective/kl": 0.1 * i, "objective/kl_k3": 0.1 * i, "objective/aggregate/mean": 0.1 * i, **{f"objective/score/{lens}": 0.1 * i for lens in LENSES},
             "policy/loss": 0.01 / i, "value/loss": None if i == 2 else 0.1 / i, "policy/entropy": 0.3, "tokens/eos_rate": 1.0, "tokens/length": 60.0 + i} for i in range(1, 5)]
-CURVE = [{"iteration": i, "kl": 0.5 * i, "proxy": 0.1 * i, "gold": 0.6 - 0.05 * (i - 2) ** 2} for i in range(4)]
+CURVE = [{"iteration": i, "kl": 0.5 * i, "proxy": 0.1 * i, "gold": 0.6 - 0.05 * (i - 2) ** 2, "kept": i == 3} for i in range(4)]
 MANIFEST = {"stage": "eval", "base": {"id": "toy", "fingerprint": "f" * 64}, "seed": 7, "versions": {"torch": "2.13.0"},
             "parents": {"policy": {"folder": "runs/demo/policy", "sha256": "a" * 64}},
             "settings": {"command": "models", "policy": "runs/my demo", "sft": None, "overwrite": True, "quick": False, "batch_size": 64, "targets": ["q_proj", "v_proj"], "shift": -1.5}}
 
 
-def render(s=None, samples=None, metrics=METRICS, manifest=MANIFEST, curve=CURVE) -> str:
-    return html.render(scores() if s is None else s, [sample(i, i - 2) for i in range(30)] if samples is None else samples, metrics, manifest, curve)
+def render(s=None, samples=None, metrics=METRICS, manifest=MANIFEST) -> str:
+    return html.render(scores() if s is None else s, [sample(i, i - 2) for i in range(30)] if samples is None else samples, metrics, manifest)
 
 
 @pytest.fixture
@@ -83,7 +84,8 @@ def test_everything_foreign_is_escaped_and_control_characters_are_shown():
     s = scores()
     s["models"] = {name + bad: c | {bad: 1.0} for name, c in s["models"].items()}
     s["differences"] = {" - ".join(name + bad for name in pair.split(" - ")): rows | {bad: rows["gold"]} for pair, rows in s["differences"].items()}
-    s |= {"warnings": [bad], "interval": bad, "wins": {bad: {bad: {bad: 0.5}}}, "seed": bad, "prompts": bad}
+    s |= {"warnings": [{"about": "other", "text": bad}], "interval": bad, "wins": {bad: {bad: {bad: 0.5}}}, "seed": bad, "prompts": bad, "virtues": {bad: {bad: {bad: 0.5}}},
+          "reward_models": [{"of": bad, "lens": bad, "accuracy": 0.5, "calibration_error": None, "pairs": bad}], "made_by": [{"stage": bad, "settings": {bad: bad}}]}
     foreign = {"id": bad, "prompt": [{"role": bad, "content": bad}] * 2, bad: {"turns": {bad: bad}, "scores": [1.0, 2.0, 3.0], "gold": {"overall": bad}}}
     manifest = {"stage": bad, "base": {"id": bad, "fingerprint": bad}, "versions": {bad: bad}, "parents": {bad: {"folder": bad, "sha256": bad}, "b": bad}, "settings": {bad: bad}}
     text = render(s, [foreign, foreign], METRICS, manifest)
@@ -129,12 +131,33 @@ def test_verdict_without_gold_without_pairs_and_with_base_alone(without_figures)
 
 def test_coherence_and_warnings(without_figures):
     s = scores()
-    assert html.coherence(s) == "PPO stays coherent: its perplexity under the base is 1.00 times that of SFT, 100.0% of its turns ended properly (SFT: 100.0%)."
+    s["models"]["base"]["perplexity"], s["models"]["ppo"]["kl"] = 2.8, 2.766
+    fine = "its perplexity under the base is 0.50 times that of the base's own answers, 100.0% of its turns ended properly (base: 100.0%), its KL to the reference is 2.77 nats a dialogue"
+    assert html.coherence(s) == f"PPO stays coherent: {fine}."
     assert "Warnings" not in Page(render(s)).text
-    s["warnings"] = ["reward rose, but gold fell"]
-    assert html.coherence(s).startswith("Coherence of PPO is doubtful") and "see the warnings" in html.coherence(s)
+    s["warnings"] = [{"about": "other", "text": "reward rose, but gold fell"}]
+    assert html.coherence(s) == f"PPO stays coherent: {fine}."  # gold is no matter of coherence
     text = Page(render(s)).text
     assert text.index("reward rose, but gold fell") < text.index("Scores")
+    s["warnings"].append({"about": "coherence", "text": "broken sentences rose"})
+    assert html.coherence(s) == f"Coherence of PPO is doubtful: {fine}, see the warnings."
+
+
+def test_page_says_what_one_run_can_and_how_good_its_judges_are(without_figures):
+    s = scores()
+    text = Page(render(s)).text
+    assert "another seed may differ" in text and "experiments/summary.py" in text and "held-out pairs" not in text
+    assert "PPO − SFT [95 %]" in text and "0.5000.6000.800+0.149 [+0.120, +0.180]" in text
+    s["reward_models"] = [{"of": of, "lens": "action", "accuracy": 0.9, "calibration_error": 0.012, "pairs": 31, **seen} for of, seen in (("PPO", {}), ("second", {"seen": True}))]
+    s["wins"]["ppo vs base"]["action"] = {"rate": 0.6, "low": 0.5, "high": 0.7, "pairs": 9, "questions": {}, "gold": {"share": 0.75, "low": 0.5, "high": 1.0, "n": 8}}
+    for model in s["models"].values():
+        model["eval_reward/action"] = 0.1
+    s["virtues"] = {name: {"action": {"honesty": points}} for name, points in (("base", -0.25), ("sft", 0.0), ("ppo", 0.625))}
+    text = Page(render(s)).text
+    for shown in ("action, second", "0.012", "31", "action 75 % [50, 100] of 8 pairs", "run_eval.py judge", "so they are not unseen", "honesty−0.250.000.62"):
+        assert shown in text, shown
+    s["differences"]["ppo - sft"]["gold, at equal length"] = s["differences"]["ppo - sft"]["gold"]
+    assert "least-squares line" in Page(render(s)).text and "least-squares line" not in text
 
 
 def test_page_explains_its_columns(without_figures):
@@ -158,10 +181,25 @@ def test_extremes_and_the_first_dialogues_are_shown(without_figures):
     assert groups["The first 12 of 300"].count("<details open") == 1 and "it fell in 2 of 300" in text and "A probe" in groups["Without scores, such as the study's probes"]
 
 
+def test_each_turn_has_its_lens_score_and_paper_shows_few_dialogues(without_figures):
+    one = sample(0)
+    one["ppo"]["scores"] = [1.25, -0.5, 0.75]
+    text = Page(render(samples=[one] + [sample(i) for i in range(1, 9)])).text
+    assert "action +1.25" in text and "motivation −0.50" in text and "consequence +0.75" in text and "reward +1.50" in text
+    page = render(samples=[sample(i) for i in range(9)])
+    assert page.count(' class="screen"') == 9 - html.PRINTED and "details.paper::details-content{content-visibility:visible" in page
+
+
 def test_command_line_can_be_typed_again():
     words = shlex.split(html.command_line(MANIFEST).replace("\\\n", " "))
     assert words == ["python", "run_eval.py", "models", "--policy", "runs/my demo", "--overwrite", "--batch-size", "64", "--targets", "q_proj", "v_proj", "--shift=-1.5"]
     assert html.command_line({"stage": "preferences", "settings": {}}) == "python run_data.py"
+    handed_on = {"data": "runs/p", "prompts": "toy", "temperature": 1.0}  # no flags of run_rm.py
+    assert html.command_line({"stage": "rm", "settings": handed_on}) == "python run_rm.py --data runs/p"
+    assert html.command_line({"stage": "policy", "settings": handed_on}) == "python run_sft.py --data runs/p"
+    assert html.command_line({"stage": "policy", "settings": {"rm": "runs/rm", "prompts": "toy"}}) == "python run_ppo.py --rm runs/rm --prompts toy"
+    s = scores() | {"made_by": [{"stage": "rm", "settings": handed_on}]}
+    assert "python run_rm.py --data runs/p" in Page(html.render(s, [], [], MANIFEST)).text
 
 
 def test_page_with_little_to_show(without_figures):
@@ -170,9 +208,10 @@ def test_page_with_little_to_show(without_figures):
     assert "path" not in {tag for tag, _ in page.tags}
     bare = scores()
     del bare["wins"], bare["warnings"], bare["models"]["ppo"]["perplexity"]
-    page = Page(render(bare, [], [], {}, None))
+    del bare["curve"]
+    page = Page(render(bare, [], [], {}))
     assert "There are no metrics" in page.text and "Virtues by lens" not in page.text and "pip install" not in page.text
-    Page(render({}, [], [], {}, None))
+    Page(render({}, [], [], {}))
 
 
 DRAWINGS = [("ppo_loss", METRICS), ("mean_reward", METRICS), ("kl_and_entropy", METRICS), ("overoptimisation", CURVE), ("training_curves", METRICS),
@@ -200,6 +239,7 @@ def test_figures_of_one_page_share_no_id_and_mark_the_best():
     assert len(page.ids) == len(set(page.ids)) and sum(tag == "figure" for tag, _ in page.tags) == 4
     again = Page(plots.ppo_loss(METRICS) + plots.ppo_loss(METRICS[:3]))
     assert len(again.ids) == len(set(again.ids))
-    assert "best gold 0.600, iteration 2" in Page(plots.overoptimisation(CURVE)).text
-    assert "best proxy 0.300, iteration 3" in Page(plots.overoptimisation([row | {"gold": None} for row in CURVE])).text
+    assert "highest gold, noisy: 0.600, iteration 2; kept in best/: iteration 3" in Page(plots.overoptimisation(CURVE)).text
+    text = Page(plots.overoptimisation([row | {"gold": None} for row in CURVE])).text
+    assert "kept in best/: iteration 3" in text and "highest" not in text  # the proxy has no best: it is trained for
     assert "policy loss" in Page(plots.ppo_loss(METRICS)).text and "$x$" in Page(plots.best_of_n(DRAWINGS[-1][1])).text

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from virtue import VirtueError
+from virtue import VirtueError, feedback, html
 from virtue.dialogue import Dialogue, Turn, read_dialogues
-from virtue.ethics import LENSES
-from virtue.feedback import agreement, gold_agreement, summarize, truth, virtue_agreement
-from virtue.report import curve_of, differences, distinct_share, mask_names, measure, run_away, side_by_side, table, warnings_of
+from virtue.ethics import LENSES, VIRTUES
+from virtue.feedback import agreement, gold_agreement, points, summarize, truth, virtue_agreement, win_rates
+from virtue.report import (correct, curve_of, differences, distinct_share, made_by, mask_names, measure, reward_model_facts, run_away, same_pairs, side_by_side, table,
+                           warnings_of)
 from virtue.runtime import add_common_flags, make_parser, parse_with_parent
 
 
@@ -44,7 +45,8 @@ def test_differences_are_paired():
     found = differences(before, after, 0)
     assert all((f["difference"], f["low"], f["high"]) == pytest.approx((0.25, 0.25, 0.25)) for f in found.values())
     assert found["gold"]["p"] < 0.01 and "p" not in found["study_score"] and "gold, at equal length" in found and "eval_reward/action" in found
-    assert found["gold"]["p_holm"] == pytest.approx(min(1, 7 * found["gold"]["p"]))  # seven rows, all of one p
+    correct({"a": found, "b": differences(before, after, 0)})
+    assert found["gold"]["p_holm"] == pytest.approx(14 * found["gold"]["p"]) and "p_holm" not in found["study_score"]  # twice seven rows, all of one p
 
 
 def test_a_gain_that_length_explains_is_none_at_equal_length():
@@ -67,26 +69,103 @@ def test_curve_by_hand():
         def __init__(self, overall):
             self.overall = overall
     curve = curve_of(lines, lambda prompt, turns: Found(float(turns[0])))
-    assert curve == [{"iteration": 1, "kl": 0.0, "proxy": 0.0, "gold": 0.25}, {"iteration": 2, "kl": 4.0, "proxy": 1.5, "gold": 0.75}]
+    assert curve == [{"iteration": 1, "kl": 0.0, "proxy": 0.0, "gold": 0.25, "kept": False}, {"iteration": 2, "kl": 4.0, "proxy": 1.5, "gold": 0.75, "kept": False}]
+    curve = curve_of(lines, None, [{"iteration": 2, "objective/score": 1.0}, {"step": 3, "iteration": 1}], kept=2)  # the aggregate was min
+    assert [(row["proxy"], row["kept"]) for row in curve] == [(0.0, False), (1.0, True)]
     assert curve_of([lines[0] | {"turns": {"action": "x"}}], lambda *a: 1 / 0)[0]["gold"] is None  # answers alone have no gold
 
 
 def test_warnings_name_what_fell():
-    fine = {"perplexity": 2.0, "ended": 1.0, "repetition": 0.1, "refusals": 0.0, "flattery": 0.0, "length": 60.0, "gold": 0.5,
+    fine = {"perplexity": 2.0, "ended": 1.0, "repetition": 0.1, "refusals": 0.0, "flattery": 0.0, "length": 60.0, "gold": 0.5, "broken": 0.03, "named": 0.99,
             **{f"{kind}/{lens}": 0.9 for kind in ("distinct", "patterns") for lens in LENSES}}
     up = {**{f"reward/{lens}": {"low": 0.1, "high": 0.3, "difference": 0.2} for lens in LENSES}, "gold": {"low": 0.1, "high": 0.2, "difference": 0.15}}
 
-    def warned(last=(), wins=(), step=()):
-        return warnings_of({"base": fine, "ppo": fine | dict(last)}, {"ppo - base": up | dict(step)}, dict(wins))
+    def warned(last=(), wins=(), step=(), seen=False):
+        return [w["text"] for w in tagged(last, wins, step, seen)]
+
+    def tagged(last=(), wins=(), step=(), seen=False):
+        return warnings_of({"base": fine, "ppo": fine | dict(last)}, {"ppo - base": up | dict(step)}, dict(wins), seen)
     assert warned() == []
     for change, word in (({"perplexity": 4.0}, "perplexity"), ({"ended": 0.9}, "90.0%"), ({"repetition": 0.3}, "triples"), ({"refusals": 0.2}, "refusals"),
-                         ({"flattery": 1.0}, "flattery"), ({"length": 100.0}, "grew"), ({"length": 20.0}, "shrank"), ({"patterns/motivation": 0.5}, "motivation")):
+                         ({"flattery": 1.0}, "flattery"), ({"length": 100.0}, "grew"), ({"length": 20.0}, "shrank"), ({"patterns/motivation": 0.5}, "motivation"),
+                         ({"broken": 0.09}, "from 3.0% to 9.0%"), ({"named": 0.96}, "96.0%")):
         text, = warned(change)
         assert text.startswith("reward rose, but") and word in text
     assert "gold fell by 0.150" in warned(step={"gold": {"low": -0.2, "high": -0.1, "difference": -0.15}})[0]
     assert "refusal" in warned(wins={"ppo vs base": {"action": {"questions": {"helpfulness": 0.3}}}})[0]
-    eval_step = {f"eval_reward/{lens}": {"low": 0.1 if lens != "action" else -0.1, "high": 0.3, "difference": 0.1} for lens in LENSES}
-    assert list(warned({"eval_reward/action": 0.0}, step=eval_step)) == ["reward rose, but the unseen reward model of lens action saw no rise"]
+    assert warned({"broken": 0.07, "named": 0.98}) == []
+    assert [tagged({key: value})[0]["about"] for key, value in (("perplexity", 4.0), ("broken", 0.2), ("refusals", 0.2))] == ["coherence", "coherence", "other"]
+    eval_step = {f"eval_reward/{lens}": {"low": 0.1 if lens != "action" else -0.1, "high": 0.7, "difference": 0.289} for lens in LENSES}
+    unseen, = tagged({"eval_reward/action": 0.0}, step=eval_step)
+    assert unseen == {"about": "other", "text": "reward rose, but the unseen reward model of lens action saw no reliable rise: +0.289 [-0.100, +0.700]"}
+    second, note = warned({"eval_reward/action": 0.0}, step=eval_step, seen=True)
+    assert "unseen" not in second and "not unseen: they were trained on pairs that PPO's own saw" in note
+
+
+def manifest(folder: Path, stage: str, data: Path | None = None, extra=(), **settings) -> Path:
+    """An artefact without weights, which names its data by folder and hash."""
+    folder.mkdir(parents=True)
+    settings = {"seed": 0, "out": str(folder), **({"data": str(data)} if data else {}), **settings}
+    extra = dict(extra) | ({"data": f"hash of {data.name}"} if data else {})
+    (folder / "virtue.json").write_text(json.dumps({"stage": stage, "base": {}, "template": "", "parents": {}, "sha256": f"hash of {folder.name}", "seed": 0,
+                                                    "settings": settings, "extra": extra}))
+    return folder
+
+
+def test_second_reward_models_are_unseen_only_on_other_pairs():
+    def model(share="all", data="a", pairs=None, seed=0):
+        return {"settings": {"share": share, "pairs": pairs, "seed": seed}, "extra": {"data": data}}
+    assert same_pairs(model(), model(seed=1)) and same_pairs(model(), model("second")) and same_pairs(model("first"), model("first"))
+    assert not same_pairs(model("first"), model("second")) and not same_pairs(model(), model(data="b"))
+    assert not same_pairs(model(), model(pairs="hh.jsonl")) and same_pairs(model(data="b", pairs="hh.jsonl"), model(pairs="hh.jsonl"))
+
+
+def test_reward_models_and_every_run_behind_a_policy_are_found(tmp_path):
+    import importlib
+    import shlex
+    runs = tmp_path / "runs"
+    for name, stage, data, settings in (("revisions", "revisions", None, {"command": "revisions", "limit": 8}), ("sft", "sft", "revisions", {"lr": 0.001}),
+                                        ("preferences", "preferences", None, {"command": "preferences", "split": "rm"})):
+        manifest(runs / name, stage, runs / data if data else None, prompts="toy", temperature=1.0, **settings)
+    for name, share in (("rm", "all"), ("rm-eval", "second")):
+        for lens in LENSES:
+            held_out = {"lens": lens, "held_out": {"accuracy": 0.9, "calibration_error": 0.01, "log_loss": 0.5}, "held_out_pairs": 31, "score_mean": 0.0, "score_std": 1.0}
+            manifest(runs / name / lens, "rm", runs / "preferences", held_out, share=share, prompts="toy", temperature=1.0)
+            path = runs / name / lens / "virtue.json"
+            path.write_text(path.read_text().replace(f'"out": "{runs / name / lens}"', f'"out": "{runs / name}"'))
+    manifest(runs / "policy", "policy", rm=str(runs / "rm"), prompts="toy", kl_coef=0.06)
+    facts = reward_model_facts(runs / "rm", runs / "rm-eval")
+    assert facts[0] == {"of": "PPO", "lens": "action", "accuracy": 0.9, "calibration_error": 0.01, "pairs": 31} and [f.get("seen") for f in facts] == [None] * 3 + [True] * 3
+
+    stages = ["revisions", "sft", "preferences", "rm", "rm", "policy"]
+    found = made_by(runs / "policy", runs / "sft", runs / "rm", runs / "rm-eval")
+    assert [run["stage"] for run in found] == stages
+    for run in found:  # every command is one that its script takes
+        words = shlex.split(html.command_line(run).replace("\\\n", " "))
+        importlib.import_module(words[1].removesuffix(".py")).parse(words[2:])
+    moved = runs.rename(tmp_path / "moved")
+    assert [run["stage"] for run in made_by(moved / "policy", moved / "sft", moved / "rm", moved / "rm-eval")] == stages
+    path = moved / "preferences/virtue.json"
+    path.write_text(path.read_text().replace("hash of", "another"))
+    assert [run["stage"] for run in made_by(moved / "policy", None, moved / "rm")] == ["rm", "policy"]  # its data are not these any more
+
+
+def test_judge_against_gold_on_the_pairs_that_it_compared(monkeypatch):
+    probs = torch.tensor([0.9, 0.2, 0.8, 0.6])
+    monkeypatch.setattr(feedback, "pair_fits", lambda judge, tokenizer, a, b, lens: a != "long")
+    monkeypatch.setattr(feedback, "judge_pairs", lambda judge, tokenizer, pairs, lens, size, asked, *a, **k: (probs[:, None, None].expand(-1, 2, len(asked)), 1.0))
+    after = ["w", "long", "x", "y", "z"]
+    found = win_rates(None, None, after, list(after), "action", batch_size=4, seed=0, gold=np.array([0.5, 9.0, 0.5, 0.25, 0.0]))
+    assert found["gold"]["n"] == 3 and found["gold"]["share"] == pytest.approx(2 / 3) and found["pairs"] == 4  # right, wrong, right; no difference in the last
+    assert "gold" not in win_rates(None, None, after, list(after), "action", batch_size=4, seed=0)
+
+
+def test_points_of_each_virtue():
+    found = points("Mia asks you about the map. What do you do?", ["I tell Mia the truth about the map. I insult Mia and the map.", ""])
+    assert list(found) == ["action", "motivation"] and set(found["action"]) == set(VIRTUES)
+    assert found["action"]["honesty"] == 1 and found["action"]["respect"] < 0 and found["action"]["prudence"] == 0
+    with pytest.raises(ValueError, match="not a prompt of the toy world"):
+        points("What is love?", ["a"])
 
 
 def test_truth_reads_the_toy_and_nothing_else():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,23 +26,32 @@ def virtue_agreement(probs: Tensor) -> float | None:
     return correlation[torch.ones_like(correlation, dtype=torch.bool).triu(1)].mean().item()
 
 
+def points(prompt: str, turns: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Toy only, for reports: lens -> virtue -> points of its turn (`toy.grammar.worth`), of as many turns as are given.
+
+    ValueError where the prompt is not the toy world's.
+    """
+    from virtue.toy.gold import parse, slots
+    from virtue.toy.grammar import worth
+    latent = {lens: list(parse(text, lens, *slots(prompt))) for lens, text in zip(LENSES, turns)}
+    return {lens: worth(latent, lens) for lens in latent}
+
+
 def truth(pair: dict) -> dict[str, float] | None:
     """Toy only, for reports: by how much the chosen one is better, in gold ("overall") and in each virtue's points.
 
     pair: {"chosen", "rejected": messages, "lens"}. None where the prompt is not the toy world's.
     """
-    from virtue.toy.gold import gold, parse, slots
-    from virtue.toy.grammar import worth
+    from virtue.toy.gold import gold, slots
     prompt, lens, sides = pair["chosen"][0]["content"], pair["lens"], []
     try:
-        person, thing = slots(prompt)
+        slots(prompt)
     except ValueError:
         return None
     for name in ("chosen", "rejected"):
         turns = [m["content"] for m in pair[name][1::2]]
-        latent = {of: list(parse(text, of, person, thing)) for of, text in zip(LENSES, turns)}
         golden = gold(prompt, turns + [""] * (len(LENSES) - len(turns))).lenses[lens]
-        sides.append({**worth(latent, lens), "overall": golden})
+        sides.append({**points(prompt, turns)[lens], "overall": golden})
     return {name: sides[0][name] - sides[1][name] for name in sides[0]}
 
 
@@ -57,6 +67,13 @@ def gold_agreement(records: list[dict], lens: str) -> float | None:
     return sum(clear) / len(clear) if clear else None
 
 
+def _share(right: np.ndarray, seed: int) -> dict:
+    """Mean of right (n,) with its bootstrap interval; None below two."""
+    if len(right) < 2:
+        return {"share": None, "low": None, "high": None, "n": len(right)}
+    return dict(zip(("share", "low", "high"), paired_bootstrap(np.zeros(len(right)), right.astype(float), resamples=2000, seed=seed)), n=len(right))
+
+
 def agreement(probs: Tensor, signs: dict[str, np.ndarray], seed: int = 0) -> dict:
     """How often the judge is right: probs (N, 2, 5) that the chosen is better; signs: what decides, > 0 chosen, 0 left out.
 
@@ -64,18 +81,13 @@ def agreement(probs: Tensor, signs: dict[str, np.ndarray], seed: int = 0) -> dic
     Returns "agreement": {"majority", "mean", "one_order", each virtue: {"share", "low", "high", "n"}}, "position_flips" and "first_place" (shares),
     "halo" (mean correlation between two virtues' answers, or None).
     """
-    def share(right: np.ndarray) -> dict:
-        if len(right) < 2:
-            return {"share": None, "low": None, "high": None, "n": len(right)}
-        return dict(zip(("share", "low", "high"), paired_bootstrap(np.zeros(len(right)), right.astype(float), resamples=2000, seed=seed)), n=len(right))
-
     both = probs.double().mean(1).numpy()  # (N, 5)
-    found = {"majority": share((((both > 0.5).sum(1) * 2 > len(VIRTUES)) == (signs["overall"] > 0))[signs["overall"] != 0]),
-             "mean": share(((both.mean(1) > 0.5) == (signs["overall"] > 0))[signs["overall"] != 0]),
-             "one_order": share(((probs.double().mean(2).numpy() > 0.5) == (signs["overall"] > 0)[:, None]).mean(1)[signs["overall"] != 0])}
+    found = {"majority": _share((((both > 0.5).sum(1) * 2 > len(VIRTUES)) == (signs["overall"] > 0))[signs["overall"] != 0], seed),
+             "mean": _share(((both.mean(1) > 0.5) == (signs["overall"] > 0))[signs["overall"] != 0], seed),
+             "one_order": _share(((probs.double().mean(2).numpy() > 0.5) == (signs["overall"] > 0)[:, None]).mean(1)[signs["overall"] != 0], seed)}
     for i, virtue in enumerate(VIRTUES):
         sign = signs.get(virtue, signs["overall"])
-        found[virtue] = share(((both[:, i] > 0.5) == (sign > 0))[sign != 0])
+        found[virtue] = _share(((both[:, i] > 0.5) == (sign > 0))[sign != 0], seed)
     flips = (probs[:, 0] > 0.5) != (probs[:, 1] > 0.5)
     return {"agreement": found, "position_flips": flips.double().mean().item(),
             "first_place": ((probs[:, 0] > 0.5).double().mean().item() + (probs[:, 1] < 0.5).double().mean().item()) / 2,
@@ -83,20 +95,25 @@ def agreement(probs: Tensor, signs: dict[str, np.ndarray], seed: int = 0) -> dic
 
 
 def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]], lens: str, *, batch_size: int, seed: int,
-              wording: str = "trained", keep: Path | None = None) -> dict | None:
+              wording: str = "trained", keep: Path | None = None, gold: np.ndarray | None = None) -> dict | None:
     """The judge's comparison of two models' dialogues, prompt by prompt, both orders; None if no pair fits its context.
 
     Returns {"rate", "low", "high", "pairs", "questions"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
-    tie counts half), its bootstrap interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)}.
+    tie counts half), its bootstrap interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)}. With gold (n,), by how
+    much ``after`` is better, also "gold": {"share", "low", "high", "n"}, the share of the n pairs with a difference on which the judge prefers the better.
     """
     asked = (*VIRTUES, "helpfulness") if lens == "action" else (*VIRTUES, "helpfulness", "sincerity")
-    pairs = [pair for pair in zip(after, before, strict=True) if pair_fits(judge, tokenizer, *pair, lens)]
-    if len(pairs) < 2:
+    kept = [i for i, pair in enumerate(zip(after, before, strict=True)) if pair_fits(judge, tokenizer, *pair, lens)]
+    if len(kept) < 2:
         return None
+    pairs = [(after[i], before[i]) for i in kept]
     probs = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)[0].double().mean(1).numpy()
     margin = probs[:, :len(VIRTUES)].mean(1) - 0.5
     won = np.where(np.abs(margin) < 1e-6, 0.5, margin > 0)
     rate = dict(zip(("rate", "low", "high"), paired_bootstrap(np.zeros(len(won)), won, resamples=2000, seed=seed)))
+    if gold is not None:
+        gold = gold[kept]
+        rate["gold"] = _share(((margin > 0) == (gold > 0))[gold != 0], seed)
     return {**rate, "pairs": len(pairs), "questions": dict(zip(asked, probs.mean(0).tolist()))}
 
 

@@ -15,10 +15,11 @@ from virtue import plots
 from virtue.ethics import VIRTUES
 from virtue.report import ROWS
 
-SHOWN, EXTREMES = 12, 3  # transcripts from the top, and of the largest rises and falls
+SHOWN, EXTREMES, PRINTED = 12, 3, 3  # transcripts from the top, of the largest rises and falls, and of each group on paper
 _MINUS = "\N{MINUS SIGN}"
 _TITLES = {"sft": "SFT", "ppo": "PPO"}
 _SCRIPTS = {"policy": "ppo", "value": "ppo", "revisions": "data", "preferences": "data"}  # stage of a manifest: run_*.py, if not the same
+_HANDED_ON = ("prompts", "max_prompt_tokens", "max_new_tokens", "temperature")  # in their settings for later stages, no flags of run_sft.py and run_rm.py
 _CSS = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1d21;--soft:#5c626b;--line:#d9dce1;--card:#f5f6f8;--up:#0072b2;--down:#c25400;--warn:#fff1dc}
 @media screen and (prefers-color-scheme:dark){:root{--bg:#14161a;--fg:#e6e7ea;--soft:#a2a8b2;--line:#353942;--card:#1d2026;--up:#56b4e9;--down:#f0954f;--warn:#3a2a12}}
@@ -41,10 +42,10 @@ td.interval{vertical-align:middle}.interval svg{width:16rem;max-width:none;heigh
 .heat{display:flex;flex-wrap:wrap;gap:.5rem 2.5rem}.heat td,.heat thead th{text-align:center;min-width:4rem}.heat td,.heat th{border:2px solid var(--bg)}.heat th{padding-left:0}
 details{border:1px solid var(--line);border-radius:.5rem;margin:.5rem 0;padding:.5rem .8rem}summary{cursor:pointer}summary small{white-space:nowrap}
 dl{margin:.3rem 0}dt{color:var(--soft);font-size:.85rem;margin-top:.4rem}dd{margin:0}.text,pre{white-space:pre-wrap}pre{background:var(--card);border-radius:.5rem;padding:.8rem;font-size:.85rem}
-@media(max-width:40rem){body{padding:.75rem}th,td{padding:.25rem .2rem}.scroll{font-size:.85rem}.scroll small{font-size:.75rem}.interval svg{width:3.2rem}tbody th.sub{padding-left:.6rem}
+@media(max-width:40rem){body{padding:.75rem}th,td{padding:.25rem .2rem}.scroll{font-size:.85rem}.scroll small{font-size:.75rem}.interval{display:none}tbody th.sub{padding-left:.6rem}
 .heat td,.heat thead th{min-width:0;padding:.25rem .1rem}.heat td{width:4.2rem}.heat small{white-space:normal}}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2,h3,summary{break-after:avoid}figure,tr,.turns section,.warnings{break-inside:avoid}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}details::details-content{content-visibility:visible;block-size:auto}.scroll{overflow:visible}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}details.paper::details-content{content-visibility:visible;block-size:auto}.scroll{overflow:visible}
 .figures{grid-template-columns:1fr 1fr}.turns{grid-template-columns:repeat(auto-fit,minmax(9rem,1fr))}.heat table{break-inside:avoid}}
 """
 
@@ -112,21 +113,21 @@ def verdict(scores: dict) -> tuple[str, str]:
 
 
 def coherence(scores: dict) -> str:
-    """One sentence of HTML: does the last model still write as the one before it does?"""
+    """One sentence of HTML: does the last model still write as the base does?"""
     models = scores.get("models", {})
     if len(models) < 2:
         return ""
-    (before, old), (after, new) = list(models.items())[-2:]
-    facts, doubtful = [], bool(scores.get("warnings"))
+    (base, old), (after, new) = list(models.items())[::len(models) - 1]
+    doubtful, facts = any(w["about"] == "coherence" for w in scores.get("warnings", [])), []
     if _finite(old.get("perplexity")) and _finite(new.get("perplexity")) and old["perplexity"] > 0:
-        ratio = new["perplexity"] / old["perplexity"]
-        facts.append(f"its perplexity under the base is {ratio:.2f} times that of {_model(before)}")
+        facts.append(f"its perplexity under the base is {new['perplexity'] / old['perplexity']:.2f} times that of the {_model(base)}'s own answers")
     if _finite(old.get("ended")) and _finite(new.get("ended")):
-        facts.append(f"{new['ended']:.1%} of its turns ended properly ({_model(before)}: {old['ended']:.1%})")
-    if scores.get("warnings"):
-        facts.append("see the warnings")
+        facts.append(f"{new['ended']:.1%} of its turns ended properly ({_model(base)}: {old['ended']:.1%})")
+    if _finite(new.get("kl")):
+        facts.append(f"its KL to the reference is {_number(new['kl'], '.2f')} nats a dialogue")
+    facts += ["see the warnings"] * doubtful
     judgement = f"Coherence of {_model(after)} is doubtful" if doubtful else f"{_model(after)} stays coherent"
-    return f"{judgement}: {', '.join(facts)}." if facts else "Coherence was not measured."
+    return judgement + (f": {', '.join(facts)}." if facts else ".")
 
 
 def _tiles(models: dict) -> str:
@@ -135,7 +136,8 @@ def _tiles(models: dict) -> str:
     return f'<div class="tiles">{tiles}</div><small>{_title(key)}</small>' if key else ""
 
 
-def _scores(models: dict) -> str:
+def _scores(models: dict, gains: dict, seen: bool) -> str:
+    """The table; gains: the last model minus the one before it; seen: the second reward models know pairs of PPO's own."""
     columns, closed = list(models.values()), ""
     notes = ["Score and rewards: what the reward models say, in their own units, or standardised by the SFT model's answers. Ended, named, fits, broken and "
              "distinct are shares from 0 to 1; distinct: different texts over all texts, 1 = no two alike. Perplexity: how little the base expects the text; "
@@ -146,9 +148,14 @@ def _scores(models: dict) -> str:
         before, after = (c.get("gold") for c in columns[-2:]) if len(columns) > 1 else (None, None)
         if _finite(before) and _finite(after) and before < 1:
             closed = (f"<p>Of the distance in gold from {_model(list(models)[-2])} to the oracle, {_model(list(models)[-1])} closes {_number(100 * (after - before) / (1 - before), '.0f')} %.</p>")
-    head = "".join(f"<th>{_model(name)}</th>" for name in models)
+    if any(key.startswith("eval_reward/") for key in columns[-1]):
+        notes.append("Second reward models: those of --eval-rm, " + ("which were trained on pairs that PPO's own saw, so they are not unseen." if seen else
+                                                                     "trained on pairs that PPO's own never saw."))
+    step = f" {_MINUS} ".join(map(_model, list(models)[:-3:-1])) + " [95 %]" if gains else ""
+    head = "".join(f"<th>{title}</th>" for title in [*map(_model, models), *filter(None, [step])])
     body = "".join(f"<tr><th{' class=sub' if ROWS.get(key, '').startswith(' ') else ''}>{_title(key)}</th>"
-                   + "".join(f"<td>{_number(column.get(key))}</td>" for column in models.values()) + "</tr>"
+                   + "".join(f"<td>{_number(column.get(key), '.1f' if key == 'length' else '.3f')}</td>" for column in models.values())
+                   + (f"<td class='gain {_direction(gains.get(key, {}))}'>{_interval(gains[key]) if key in gains else ''}</td>" if gains else "") + "</tr>"
                    for key in _by_rows(set().union(*models.values())))
     return (f'{closed}<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
             + "".join(f"<p class=soft>{note}</p>" for note in notes))
@@ -178,13 +185,44 @@ def _differences(pairs: dict) -> str:
             body += (f"<tr><th class='sub pair'>{f' {_MINUS} '.join(map(_model, pair.split(' - ')))}</th><td>{difference}<small>{interval}</small></td>"
                      f"<td class=interval>{_picture(f, most)}</td>" + (f"<td>{_p(f.get(p))}</td>" if p else "")
                      + (f"<td>{_number(f.get('d_z'), '+.2f')}</td>" if sizes else "") + "</tr>")
-    return ("<p class=soft>In brackets and as bars: the interval about zero, on one scale for each measure. Blue: above zero; orange: below; grey: no reliable difference.</p>"
+    equal = ("<p class=soft>At equal length: the least-squares line of the difference on the difference of length, read where lengths are equal. "
+             "Where every answer grew, that lies outside what was seen: an extrapolation.</p>") if any("at equal length" in key for rows in pairs.values() for key in rows) else ""
+    return ("<p class=soft>In brackets and as bars: the interval about zero, on one scale for each measure. Blue: above zero; orange: below; grey: no reliable difference."
+            f"{' p: corrected by Holm over all rows of this table.' if p == 'p_holm' else ''}</p>{equal}"
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
-def _heat(value: object) -> str:
-    colour, depth = ("0,114,178" if value >= 0.5 else "213,94,0", min(1.6 * abs(value - 0.5), 0.7)) if _finite(value) else ("0,0,0", 0)
-    return f'<td style="background:rgba({colour},{depth:.2f})">{_number(value, ".2f")}</td>'
+def _heat(value: object, middle: float = 0.5) -> str:
+    away = value - middle if _finite(value) else 0
+    depth = min(0.12 + 1.3 * abs(away), 0.75) if round(away, 2) else 0  # 0.44 and 0.49 must differ on black too
+    return f'<td style="background:rgba({"0,114,178" if away >= 0 else "213,94,0"},{depth:.2f})">{_number(value, ".2f")}</td>'
+
+
+def _virtues(virtues: dict) -> str:
+    """Toy only: the points of each virtue by lens, a table for each lens with the models side by side."""
+    models, lenses = list(virtues), list(next(iter(virtues.values()), {}))
+    tables = "".join(
+        f"<table><caption>{clean(lens)}</caption><thead><tr><th></th>{''.join(f'<th>{_model(name)}</th>' for name in models)}</tr></thead><tbody>"
+        + "".join(f"<tr><th>{clean(v)}</th>{''.join(_heat(virtues[name][lens].get(v), 0) for name in models)}</tr>" for v in virtues[models[0]][lens])
+        + "</tbody></table>" for lens in lenses)
+    return ("<p>Gold, virtue by virtue: mean points of a turn. Action: 1 for a virtue shown, −1 violated, −0.5 overdone, 0 where it does not come up; motivation and "
+            "consequence: 1 for a virtue claimed that the action shows, −1 for one that it violates.</p>"
+            f'<div class="heat scroll">{tables}</div>') if tables else ""
+
+
+def _judges(scores: dict) -> str:
+    """How far what guided the training can be trusted: the reward models on pairs held out, the judge against gold."""
+    body = "".join(f"<tr><th>{clean(m['lens'])}{'' if m['of'] == 'PPO' else ', second'}</th><td>{_number(m['accuracy'])}</td>"
+                   f"<td>{_number(m['calibration_error'])}</td><td>{clean(m['pairs'])}</td></tr>"
+                   for m in scores.get("reward_models", []))
+    if not body:
+        return ""
+    table = ('<div class="scroll"><table><thead><tr><th>reward model</th><th>accuracy</th><th>calibration error</th><th>held-out pairs</th></tr></thead>'
+             f"<tbody>{body}</tbody></table></div><p class=soft>Measured at their training, against the judge's own labels: they show how well the judge was learned, not how right it is.</p>")
+    said = [f"{clean(lens)} {100 * row['gold']['share']:.0f} % [{100 * row['gold']['low']:.0f}, {100 * row['gold']['high']:.0f}] of {row['gold']['n']}"
+            for lens, row in next(iter(scores.get("wins", {}).values()), {}).items() if row and row.get("gold", {}).get("share") is not None]
+    judge = f"The judge prefers the answer of higher gold on {', '.join(said)} pairs that it compared here. " if said else ""
+    return f"{table}<p>{judge}What the judge agrees with on pairs of your choice: <code>python run_eval.py judge --pairs FILE --out FOLDER</code></p>"
 
 
 def _wins(wins: dict) -> str:
@@ -207,9 +245,11 @@ def _wins(wins: dict) -> str:
 
 
 def _figures(metrics: Sequence[dict], curve: Sequence[dict] | None) -> str:
-    figures = [(plots.ppo_loss, metrics, "Loss of PPO: policy above, value below"), (plots.mean_reward, metrics, "Mean reward and its three lenses, standardised"),
+    figures = [(plots.ppo_loss, metrics, "Loss of PPO: policy above, value below. The study's first figure."),
+               (plots.mean_reward, metrics, "Mean reward and its three lenses, standardised. The study's second figure."),
                (plots.kl_and_entropy, metrics, "KL to the reference (two estimates) and entropy of the policy"),
-               (plots.overoptimisation, curve, "What is trained for (proxy) and gold, as the policy leaves its reference. Proxy up and gold down is over-optimisation.")]
+               (plots.overoptimisation, curve, "What is trained for (proxy) and gold, on PPO's own prompts, as the policy leaves its reference. Proxy up and gold down is over-optimisation. "
+                "What is kept in best/ has the highest reward less penalty.")]
     figures = [(draw, rows, caption) for draw, rows, caption in figures if rows]
     if not figures:
         return "<p>There are no metrics of a training here.</p>"
@@ -227,19 +267,21 @@ def _gold(answer: dict) -> object:
     return answer["gold"].get("overall") if isinstance(answer.get("gold"), dict) else None
 
 
-def _dialogue(sample: dict, names: Sequence[str], is_open: bool) -> str:
-    """One prompt and what each model says to it, behind a line to click on."""
+def _dialogue(sample: dict, names: Sequence[str], is_open: bool, printed: bool) -> str:
+    """One prompt and what each model says to it, behind a line to click on; printed: on paper too."""
     messages = sample.get("prompt") or [{"role": "user", "content": ""}]
     last, ends = str(messages[-1]["content"]), [_sum(sample[name]) for name in (names[0], names[-1])] if names else [None]
     change = f" <small>{_number(ends[0], '+.2f')} \N{RIGHTWARDS ARROW} {_number(ends[1], '+.2f')} ({_number(ends[1] - ends[0], '+.2f')})</small>" if None not in ends else ""
     columns = ""
     for name in names:
         facts = [f"{what} {_number(value, form)}" for what, value, form in (("reward", _sum(sample[name]), "+.2f"), ("gold", _gold(sample[name]), ".2f")) if value is not None]
-        turns = "".join(f'<dt>{clean(lens)}</dt><dd class="text" dir="auto">{clean(text)}</dd>' for lens, text in sample[name]["turns"].items())
+        said, scores = sample[name]["turns"], sample[name].get("scores") or []
+        beside = [f" <small>{_number(score, '+.2f')}</small>" for score in scores] if len(scores) == len(said) else [""] * len(said)
+        turns = "".join(f'<dt>{clean(lens)}{score}</dt><dd class="text" dir="auto">{clean(text)}</dd>' for (lens, text), score in zip(said.items(), beside))
         columns += f"<section><h4>{_model(name)} <small>{', '.join(facts)}</small></h4><dl>{turns}</dl></section>"
     asked = "".join(f'<dt>{clean(m["role"])}</dt><dd class="text" dir="auto">{clean(m["content"])}</dd>' for m in messages)
     asked = f"<dl>{asked}</dl>" if len(messages) > 1 or len(last) > 160 else ""
-    return (f'<details{" open" if is_open else ""}><summary><bdi>{clean(last if len(last) <= 160 else last[:159] + chr(0x2026))}</bdi>{change}</summary>'
+    return (f'<details{" open" if is_open else ""} class="{"paper" if printed else "screen"}"><summary><bdi>{clean(last if len(last) <= 160 else last[:159] + chr(0x2026))}</bdi>{change}</summary>'
             f'{asked}<div class="turns">{columns}</div></details>')
 
 
@@ -259,20 +301,25 @@ def _samples(samples: Sequence[dict], models: Sequence[str]) -> str:
     fell = sum(c < 0 for c, _ in changed)
     groups = [("The largest falls", falls), ("The largest rises", rises), (f"The first {min(SHOWN, len(scored))} of {len(scored)}", scored[:SHOWN])]
     groups += [("Without scores, such as the study's probes", unscored[:SHOWN])] if changed else []
-    page = f"<p>Reward: the three lenses' standardised scores, summed. From the first to the last model it fell in {fell} of {len(changed)} dialogues.</p>" if changed else ""
-    return page + "".join(f"<h3>{title}</h3>{''.join(_dialogue(s, names(s), i == 0) for i, s in enumerate(group))}" for title, group in groups if group)
+    page = f"<p>Beside each turn: its lens's standardised score; reward: the three summed. From the first to the last model it fell in {fell} of {len(changed)} dialogues.</p>" if changed else ""
+    return page + "".join(f"<h3>{title}</h3>{''.join(_dialogue(s, names(s), i == 0, i < PRINTED) for i, s in enumerate(group))}" for title, group in groups if group)
 
 
 def command_line(manifest: dict) -> str:
     """What to type to get this folder again; as plain text, not yet HTML."""
     stage, settings = str(manifest.get("stage", "")), dict(manifest.get("settings") or {})
-    parts = [shlex.join(["python", f"run_{_SCRIPTS.get(stage, stage)}.py", *filter(None, [settings.pop("command", None)])])]
+    script = "sft" if stage == "policy" and "data" in settings else _SCRIPTS.get(stage, stage)  # SFT on chosen dialogues is a policy too
+    parts = [shlex.join(["python", f"run_{script}.py", *filter(None, [settings.pop("command", None)])])]
     for name, value in settings.items():
-        if value is None or value is False:
+        if value is None or value is False or script in ("sft", "rm") and name in _HANDED_ON:
             continue
         flag = "--" + name.replace("_", "-")
         values = [] if value is True else [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
-        parts.append(f"{flag}={shlex.quote(values[0])}" if len(values) == 1 and values[0].startswith("-") else shlex.join([flag, *values]))
+        part = f"{flag}={shlex.quote(values[0])}" if len(values) == 1 and values[0].startswith("-") else shlex.join([flag, *values])
+        if len(parts[-1]) + len(part) < 110:
+            parts[-1] += " " + part
+        else:
+            parts.append(part)
     return " \\\n    ".join(parts)
 
 
@@ -281,32 +328,37 @@ def _table(rows: dict) -> str:
         f"<tr><th>{clean(k)}</th><td class=left>{clean(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str))}</td></tr>" for k, v in rows.items()) + "</tbody></table></div>"
 
 
-def _repeat(manifest: dict) -> str:
+def _repeat(manifest: dict, made_by: Sequence[dict]) -> str:
     parents = {f"from {name}": f"{parent.get('folder')} ({str(parent.get('sha256'))[:12]})" if isinstance(parent, dict) else parent
                for name, parent in (manifest.get("parents") or {}).items()}
     base = manifest.get("base") or {}
     made = {"base": f"{base.get('id')} ({str(base.get('fingerprint'))[:12]})", **parents, **(manifest.get("versions") or {})}
-    return (f"<pre>{clean(command_line(manifest))}</pre><details><summary>base, parents, versions</summary>{_table(made)}</details>"
-            f"<details><summary>all settings</summary>{_table(manifest.get('settings') or {})}</details>")
+    before = "".join(f"<pre>{clean(command_line(run))}</pre>" for run in made_by)
+    before = f"<details class=paper><summary>the {len(made_by)} runs before it, in order</summary>{before}</details>" if before else ""
+    return (f"<pre>{clean(command_line(manifest))}</pre>{before}<details class=paper><summary>base, parents, versions</summary>{_table(made)}</details>"
+            f"<details class=paper><summary>all settings</summary>{_table(manifest.get('settings') or {})}</details>")
 
 
-def render(scores: dict, samples: Sequence[dict], metrics: Sequence[dict], manifest: dict, curve: Sequence[dict] | None = None) -> str:
-    """The whole page, from scores.json, the lines of samples.jsonl and of the policy's metrics.jsonl, and the report's virtue.json.
-
-    curve: {"iteration", "kl", "proxy", "gold"} of saved policies along the training, if they were evaluated.
-    """
+def render(scores: dict, samples: Sequence[dict], metrics: Sequence[dict], manifest: dict) -> str:
+    """The whole page, from scores.json, the lines of samples.jsonl and of the policy's metrics.jsonl, and the report's virtue.json."""
     models, pairs, warnings = scores.get("models", {}), scores.get("differences", {}), scores.get("warnings") or []
     direction, sentence = verdict(scores)
     step = pairs.get(" - ".join(list(models)[:-3:-1]), {})  # of the last model over the one before it
     reward = step.get("study_score_standardised") if "gold" in step else None
-    sections = [("scores", "Scores", _scores(models) if models else ""), ("virtues", "Virtues by lens", _wins(scores["wins"]) if scores.get("wins") else ""),
-                ("training", "Training", _figures(metrics, curve)), ("differences", "Differences", _differences(pairs) if pairs else ""),
-                ("dialogues", "Dialogues", _samples(samples, list(models))), ("repeat", "Settings to repeat it", _repeat(manifest))]
+    seen = any(m.get("seen") for m in scores.get("reward_models", []))
+    sections = [("scores", "Scores", _scores(models, step, seen) if models else ""),
+                ("virtues", "Virtues by lens", _virtues(scores.get("virtues") or {}) + (_wins(scores["wins"]) if scores.get("wins") else "")),
+                ("judges", "How good are judge and reward models?", _judges(scores)),
+                ("training", "Training", _figures(metrics, scores.get("curve"))), ("differences", "Differences", _differences(pairs) if pairs else ""),
+                ("dialogues", "Dialogues", _samples(samples, list(models))), ("repeat", "Settings to repeat it", _repeat(manifest, scores.get("made_by", [])))]
     sections = [section for section in sections if section[2]]
     intro = [f"{clean(scores['prompts'])} held-out prompts" if "prompts" in scores else "", f"{clean(scores['prompts_too_long'])} too long and dropped" if scores.get("prompts_too_long") else "",
              f"seed {clean(scores['seed'])}" if "seed" in scores else "", f"base {clean((manifest.get('base') or {}).get('id', 'unknown'))}"]
     trained = f"<p>What its reward models say, as the {_title('study_score_standardised')}: {_interval(reward)}.</p>" if reward else ""
-    warned = f'<div class="warnings" role="alert"><b>Warnings</b><ul>{"".join(f"<li>{clean(w)}</li>" for w in warnings)}</ul></div>' if warnings else ""
+    one_run = ("<p class=soft>Intervals are over prompts, of one training run: another seed may differ by more. "
+               "Several runs together: <code>python experiments/summary.py RUN RUN ...</code></p>") if pairs else ""
+    listed = "".join(f"<li>{clean(w['text'])}</li>" for w in warnings)
+    warned = f'<div class="warnings" role="alert"><b>Warnings</b><ul>{listed}</ul></div>' if warnings else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -321,7 +373,7 @@ def render(scores: dict, samples: Sequence[dict], metrics: Sequence[dict], manif
 <header><h1>Report on a run of virtue</h1><small>{', '.join(filter(None, intro))}</small></header>
 <main>
 <p class="verdict {dict(rose='up', fell='down').get(direction, '')}">{sentence}</p>
-<p>{coherence(scores)}</p>{trained}
+<p>{coherence(scores)}</p>{trained}{one_run}
 {warned}{_tiles(models)}
 <nav>{''.join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)}</nav>
 {''.join(f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, title, body in sections)}

@@ -100,21 +100,23 @@ def kl_and_entropy(metrics: Sequence[dict]) -> str:
 
 
 def overoptimisation(curve: Sequence[dict]) -> str:
-    """Proxy reward, and below it gold, against the square root of the KL; the best of gold is marked."""
+    """Proxy reward, and below it gold, against the square root of the KL; marked: the highest gold, if known, and the iteration kept in best/."""
     def draw(axes):
         rows = [row for row in curve if row.get("kl") is not None]
         x = [math.sqrt(max(row["kl"], 0.0)) for row in rows]
-        key = "gold" if any(row.get("gold") is not None for row in rows) else "proxy"
-        best = max((i for i, row in enumerate(rows) if row.get(key) is not None), key=lambda i: rows[i][key], default=None)
+        highest = max((i for i, row in enumerate(rows) if row.get("gold") is not None), key=lambda i: rows[i]["gold"], default=None)
+        kept = next((i for i, row in enumerate(rows) if row.get("kept")), None)
+        marks = [(highest, ":", "highest gold, noisy: {gold:.3f}, iteration {iteration}"), (kept, "--", "kept in best/: iteration {iteration}")]
         for ax, name, colour in zip(axes, ("proxy", "gold"), (BLUE, RED)):
             ax.plot(x, _column(rows, name), "o", color=colour, markersize=3.5)
             ax.plot(x, _column(rows, name), color=colour, linewidth=0.8, alpha=0.5)  # in the order of the iterations
             ax.set(xlabel="" if name == "proxy" else "square root of the KL", ylabel=name)
-            if best is not None:
-                ax.axvline(x[best], color=INK, linewidth=0.8, linestyle=":")
-        if best is not None:
-            axes[int(key == "gold")].plot(x[best], rows[best][key], "*", color=INK, markersize=11)
-            axes[0].set_title(f"best {key} {rows[best][key]:.3f}, iteration {rows[best].get('iteration', '?')}", loc="left", fontsize=9)
+            for at, dash, _ in marks:
+                if at is not None:
+                    ax.axvline(x[at], color=INK, linewidth=0.8, linestyle=dash)
+        if highest is not None:  # none on the proxy: it rises because it is trained for
+            axes[1].plot(x[highest], rows[highest]["gold"], "*", color=INK, markersize=11)
+        axes[0].set_title("; ".join(text.format(**rows[at]) for at, _, text in marks if at is not None), loc="left", fontsize=9)
     return _svg("overoptimisation", "Proxy reward and gold against the square root of the KL", draw, rows=2, sharex=True)
 
 

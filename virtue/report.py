@@ -1,13 +1,16 @@
 """What an evaluation says: one column of numbers for each model, intervals of differences, transcripts."""
 from __future__ import annotations
 
+import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from virtue import textstats
+from virtue import VirtueError, textstats
+from virtue.checkpoint import read_manifest
 from virtue.dialogue import Dialogue
 from virtue.ensemble import study_score
 from virtue.ethics import LENSES
@@ -18,13 +21,13 @@ ROWS = {
     "gold": "gold, 0 worst to 1 oracle", **{f"gold/{lens}": f"  gold, {lens}" for lens in LENSES},
     "study_score": "study's Score, raw", "study_score_standardised": "study's Score, standardised",
     **{f"reward/{lens}": f"reward, {lens} (standardised)" for lens in LENSES},
-    **{f"eval_reward/{lens}": f"unseen reward model, {lens}" for lens in LENSES},
+    **{f"eval_reward/{lens}": f"second reward model, {lens}" for lens in LENSES},
     "kl": "KL to the reference (nats a dialogue)", "ended": "turns that ended properly",
     "length": "tokens a dialogue", "perplexity": "perplexity under the base",
     **{f"distinct/{lens}": f"distinct share, {lens}" for lens in LENSES},
     **{f"patterns/{lens}": f"  with names masked, {lens}" for lens in LENSES},
     "named": "right person and thing named", "fits": "motivations that fit the action", "broken": "broken sentences",
-    "repetition": "repeated word triples", "virtue_words": "virtue words a hundred", "refusals": "answers that refuse",
+    "repetition": "repeated word triples", "virtue_words": "virtue words a hundred words", "refusals": "answers that refuse",
     "hedges": "hedging phrases a hundred words", "flattery": "flattering phrases a hundred words",
 }
 
@@ -71,8 +74,7 @@ def measure(dialogues: Sequence[Dialogue], texts: Sequence[Sequence[str]], raw: 
 def differences(before: dict, after: dict, seed: int) -> dict[str, dict]:
     """after - before, paired by prompt: name -> {"difference", "low", "high"} of a 95 % bootstrap.
 
-    Means over prompts also have "p" of a permutation test, "p_holm", corrected over the rows that have one,
-    and "d_z", the paired effect size. "..., at equal length" is the difference that length does not explain.
+    Means over prompts also have "p" of a permutation test and "d_z", the paired effect size. "..., at equal length" is the difference that length does not explain.
     before, after: {"raw", "standardised": (3, n), "gold", "length": (n,); "gold" may be None, "eval" (3, n) missing}.
     """
     result = {}
@@ -91,9 +93,6 @@ def differences(before: dict, after: dict, seed: int) -> dict[str, dict]:
             d_z = effect_size(a, b)
             found |= {"p": permutation_test(a, b, seed=seed), "d_z": d_z if np.isfinite(d_z) else None}
         result[name] = found
-    tested = [name for name in result if "p" in result[name]]
-    for name, p in zip(tested, holm([result[name]["p"] for name in tested])):
-        result[name]["p_holm"] = float(p)
     overall = {"mean reward": (before["standardised"].mean(0), after["standardised"].mean(0)), **({"gold": rewards["gold"]} if "gold" in rewards else {})}
     for name, (a, b) in overall.items():
         found = length_controlled_interval(a, b, before["length"], after["length"], seed=seed)
@@ -102,16 +101,25 @@ def differences(before: dict, after: dict, seed: int) -> dict[str, dict]:
     return result
 
 
-def curve_of(rollouts: Sequence[dict], gold_of=None) -> list[dict]:
-    """Over-optimisation: per iteration of PPO {"iteration", "kl", "proxy", "gold"}, means over its rollouts.
+def correct(compared: Mapping[str, dict[str, dict]]) -> None:
+    """Adds "p_holm" to the rows with "p" of all pairs of models: Holm's correction over the one table that a reader sees."""
+    tested = [found for rows in compared.values() for found in rows.values() if "p" in found]
+    for found, p in zip(tested, holm([found["p"] for found in tested])):
+        found["p_holm"] = float(p)
 
-    rollouts: lines of run_ppo.py's rollouts.jsonl; gold_of(prompt, three turns) or None, where gold is not known
-    (also where the rollouts are answers alone). Gao et al. 2022 (arXiv 2210.10760) plot both against sqrt(KL).
+
+def curve_of(rollouts: Sequence[dict], gold_of=None, metrics: Sequence[dict] = (), kept: int | None = None) -> list[dict]:
+    """Over-optimisation: per iteration of PPO {"iteration", "kl", "proxy", "gold", "kept"}, means over its rollouts.
+
+    rollouts, metrics: lines of run_ppo.py's files; the proxy is the aggregate that was trained for, "objective/score", or the mean of the lenses
+    where metrics lack the iteration. gold_of(prompt, three turns) or None, where gold is not known (also where the rollouts are answers
+    alone). kept: the iteration whose dialogues the adapter in best/ sampled. Gao et al. 2022 (arXiv 2210.10760) plot both against sqrt(KL).
     """
     rows: dict[int, list[dict]] = {}
+    trained_for = {m["iteration"]: m["objective/score"] for m in metrics if "objective/score" in m}
     for r in rollouts:
         rows.setdefault(r["iteration"], []).append(r)
-    return [{"iteration": i, "kl": float(np.mean([r["kl"] for r in found])), "proxy": float(np.mean([r["scores"] for r in found])),
+    return [{"iteration": i, "kl": float(np.mean([r["kl"] for r in found])), "proxy": trained_for.get(i, float(np.mean([r["scores"] for r in found]))), "kept": i == kept,
              "gold": float(np.mean([gold_of(r["prompt"], list(r["turns"].values())).overall for r in found]))
              if gold_of and all(len(r["turns"]) == len(LENSES) for r in found) else None} for i, found in sorted(rows.items())]
 
@@ -133,34 +141,74 @@ def run_away(first: dict, now: dict) -> list[str]:
     return [text for bad, text in checks if bad]
 
 
-def warnings_of(columns: dict[str, dict], compared: dict[str, dict], wins: dict[str, dict]) -> list[str]:
-    """What a sceptic would say: where reward rose and something else fell. Bounds are this project's."""
+def same_pairs(one: Mapping, other: Mapping) -> bool:
+    """Whether two reward models, by their virtue.json, can have been trained on the same pairs: those of one folder or file, unless one took
+    the first share of it and the other the second."""
+    source = [m["settings"].get("pairs") or m["extra"].get("data") for m in (one, other)]
+    return source[0] == source[1] and {m["settings"].get("share") for m in (one, other)} != {"first", "second"}
+
+
+def reward_model_facts(rm: Path, eval_rm: Path | None = None) -> list[dict]:
+    """How good the reward models are, from their virtue.json: {"of": "PPO" or "second", "lens", "accuracy", "calibration_error", "pairs"},
+    on "pairs" pairs that each did not train on; those of eval_rm with "seen": trained on pairs that PPO's own saw."""
+    own = [read_manifest(rm / lens, "rm", lens) for lens in LENSES]
+    second = [read_manifest(eval_rm / lens, "rm", lens) for lens in LENSES] if eval_rm else []
+    return [{"of": of, "lens": m["extra"]["lens"], **{key: m["extra"].get("held_out", {}).get(key) for key in ("accuracy", "calibration_error")},
+             "pairs": m["extra"].get("held_out_pairs"), **({"seen": any(same_pairs(o, m) for o in own)} if of == "second" else {})}
+            for of, found in (("PPO", own), ("second", second)) for m in found]
+
+
+def made_by(policy: Path, sft: Path | None, rm: Path, eval_rm: Path | None = None) -> list[dict]:
+    """{"stage", "settings"} of every run behind a policy, in order; data as far as it still lies where it was, or beside, as it was."""
+    found = []
+    for home, inside in ((sft, [""]), (rm, LENSES), (eval_rm, LENSES), (policy, [""])):
+        for manifest in [read_manifest(home / name) for name in inside] if home else []:
+            settings, wanted = manifest["settings"], manifest["extra"].get("data")
+            for data in (settings["data"], home / os.path.relpath(settings["data"], settings["out"])) if wanted else ():
+                try:
+                    found += [made] if (made := read_manifest(os.path.normpath(data)))["sha256"] == wanted else []
+                except VirtueError:  # gone, or written over
+                    pass
+            found.append(manifest)
+    runs = [{"stage": m["stage"], "settings": m["settings"]} for m in found]
+    return [run for i, run in enumerate(runs) if run not in runs[:i]]  # one run makes three reward models
+
+
+def warnings_of(columns: dict[str, dict], compared: dict[str, dict], wins: dict[str, dict], seen: bool = False) -> list[dict]:
+    """What a sceptic would say, {"about": "coherence" or "other", "text"}: where reward rose and something else fell. Bounds are this project's.
+
+    The base is what coherence is measured by. seen: the second reward models were trained on pairs that PPO's own saw.
+    """
     names = list(columns)
     first, last, step = columns[names[0]], columns[names[-1]], compared[f"{names[-1]} - {names[-2]}"]
     rose = any(step[f"reward/{lens}"]["low"] > 0 for lens in LENSES)
-    found = []
     ratio = last["perplexity"] / first["perplexity"]
-    checks = [(not 0.5 <= ratio <= 1.5, f"perplexity under the base is {ratio:.2f} times that of the base's own answers"),
+    broken = [(not 0.5 <= ratio <= 1.5, f"perplexity under the base is {ratio:.2f} times that of the base's own answers"),
               (last["ended"] < 0.97, f"only {last['ended']:.1%} of turns end properly"),
-              (last["repetition"] > first["repetition"] + 0.05, f"repeated word triples rose from {first['repetition']:.2f} to {last['repetition']:.2f}"),
-              (last["refusals"] > first["refusals"] + 0.05, f"refusals rose from {first['refusals']:.1%} to {last['refusals']:.1%}"),
-              (last["flattery"] > first["flattery"] + 0.5, f"flattery rose from {first['flattery']:.2f} to {last['flattery']:.2f} phrases a hundred words"),
-              (last["length"] > 1.5 * first["length"], f"dialogues grew from {first['length']:.0f} to {last['length']:.0f} tokens"),
-              (last["length"] < 0.5 * first["length"], f"dialogues shrank from {first['length']:.0f} to {last['length']:.0f} tokens")]
+              (last["repetition"] > first["repetition"] + 0.05, f"repeated word triples rose from {first['repetition']:.2f} to {last['repetition']:.2f}")]
     for kind in ("distinct", "patterns"):
-        checks += [(last[key] < 0.7 * first[key], f"{ROWS[key].strip()}: from {first[key]:.2f} to {last[key]:.2f}")
+        broken += [(last[key] < 0.7 * first[key], f"{ROWS[key].strip()}: from {first[key]:.2f} to {last[key]:.2f}")
                    for lens in LENSES if (key := f"{kind}/{lens}") in last]
+    other = [(last["refusals"] > first["refusals"] + 0.05, f"refusals rose from {first['refusals']:.1%} to {last['refusals']:.1%}"),
+             (last["flattery"] > first["flattery"] + 0.5, f"flattery rose from {first['flattery']:.2f} to {last['flattery']:.2f} phrases a hundred words"),
+             (last["length"] > 1.5 * first["length"], f"dialogues grew from {first['length']:.0f} to {last['length']:.0f} tokens"),
+             (last["length"] < 0.5 * first["length"], f"dialogues shrank from {first['length']:.0f} to {last['length']:.0f} tokens")]
     if "gold" in last:
-        checks.append((step["gold"]["high"] < 0, f"gold fell by {-step['gold']['difference']:.3f}"))
+        broken += [(last["broken"] > first["broken"] + 0.05, f"broken sentences rose from {first['broken']:.1%} to {last['broken']:.1%}"),
+                   (last["named"] < first["named"] - 0.02, f"the right person and thing are named in {last['named']:.1%} of sentences, by the base in {first['named']:.1%}")]
+        other.append((step["gold"]["high"] < 0, f"gold fell by {-step['gold']['difference']:.3f}"))
     if "eval_reward/action" in last:
-        checks += [(step[f"reward/{lens}"]["low"] > 0 and step[f"eval_reward/{lens}"]["low"] <= 0, f"the unseen reward model of lens {lens} saw no rise")
-                   for lens in LENSES]
-    for text in (text for bad, text in checks if bad):
-        found.append(f"reward rose, but {text}" if rose else text)
+        other += [(step[f"reward/{lens}"]["low"] > 0 and found["low"] <= 0, f"the {'second' if seen else 'unseen'} reward model of lens {lens} saw no reliable rise: "
+                   "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found)) for lens in LENSES for found in [step[f"eval_reward/{lens}"]]]
+    found = [{"about": about, "text": f"reward rose, but {text}" if rose else text}
+             for about, checks in (("coherence", broken), ("other", other)) for bad, text in checks if bad]
+    if seen:
+        found.append({"about": "other", "text": "the second reward models (--eval-rm) are not unseen: they were trained on pairs that PPO's own saw; "
+                                                "train these with run_rm.py --share first and those with --share second"})
     for pair, lenses in wins.items():
         helpful = (lenses.get("action") or {}).get("questions", {}).get("helpfulness")
         if helpful is not None and helpful < 0.45:
-            found.append(f"{pair}: the judge finds the answers less helpful ({helpful:.2f}; 0.5 = as before): virtue by refusal?")
+            found.append({"about": "other", "text": f"{pair}: the judge finds the answers less helpful ({helpful:.2f}; 0.5 = as before): virtue by refusal?"})
     return found
 
 
