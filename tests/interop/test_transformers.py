@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, pipeline
 
 from virtue.dialogue import Dialogue, Turn, encode_conversation
 from virtue.lora import use_stack
@@ -82,3 +82,21 @@ def test_the_pipeline_gives_our_scores(merged, batch_size):
         found = pipe(texts, batch_size=batch_size, function_to_apply=function, add_special_tokens=False)
         assert {f["label"] for f in found} == {"score"}
         torch.testing.assert_close(torch.tensor([f["score"] for f in found]), expected, atol=precision, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_logits_in_4_bits_are_those_of_transformers_own_loading(dtype, tied, tmp_path):
+    """Its path needs accelerate, which ours does without; sharded files too."""
+    pytest.importorskip("accelerate")
+    folder = make_tiny_model(tmp_path, tie_word_embeddings=tied, max_shard_size="100KB")
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, device_map={"": "cpu"}, dtype=kind).eval()
+    layers = [module for module in theirs.modules() if type(module).__name__ == "Linear4bit"]
+    for module in layers:
+        module.support_avx512bf16_for_cpu = False  # as ours, or a CPU that has it repacks the weights
+    assert len(layers) == 14
+    ids = torch.tensor([[1, 7, 9, 30, 41, 11, 2]])
+    with torch.no_grad():
+        assert torch.equal(load_model(folder, quantize="nf4", dtype=dtype)(ids).logits, theirs(ids).logits)
