@@ -160,8 +160,18 @@ def test_page_says_what_one_run_can_and_how_good_its_judges_are(without_figures)
     assert "least-squares line" in Page(render(s)).text and "least-squares line" not in text
 
 
+def test_cells_near_the_middle_can_be_told_apart():
+    def depth(value, *scale):
+        return float(re.search(r"([\d.]+)\)", html._heat(value, *scale))[1])
+    assert depth(0.5) == depth(None) == 0 and depth(0.44) - depth(0.49) >= 0.1 and depth(0.9) == depth(0.0, 0.8, 0.8) == 0.75
+    assert "213,94,0" in html._heat(0.44) and "0,114,178" in html._heat(0.56) and "0,114,178" in html._heat(0.1, 0)
+
+
 def test_page_explains_its_columns(without_figures):
-    text = Page(render()).text
+    s = scores()
+    s["models"]["ppo"]["length"] = 72.361
+    text = Page(render(s)).text
+    assert "tokens a dialogue––72.4" in text and "The study's" not in text  # no figures, no captions
     assert "from SFT to the oracle, PPO closes 50 %" in text and "both orders averaged, on 9 prompts." in text  # 0.6 -> 0.8 of 1
     without = scores()
     for model in without["models"].values():

@@ -38,12 +38,12 @@ figure{margin:.4rem 0}svg{display:block;max-width:100%;height:auto}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top;white-space:nowrap}th:first-child,td.left{text-align:left;white-space:normal}
 tbody th{font-weight:400}tbody th.sub{padding-left:1.6rem;color:var(--soft)}tbody th.pair{white-space:nowrap}thead th,tbody th.group{font-weight:600}td small{display:block}
 td.interval{vertical-align:middle}.interval svg{width:16rem;max-width:none;height:.9rem}.interval rect{fill:var(--soft)}.interval .zero{fill:var(--soft)}
-.interval .rose{fill:var(--up)}.interval .fell{fill:var(--down)}
+.interval .rose{fill:var(--up)}.interval .fell{fill:var(--down)}.gain.rose{color:var(--up)}.gain.fell{color:var(--down)}.gain small{display:inline}
 .heat{display:flex;flex-wrap:wrap;gap:.5rem 2.5rem}.heat td,.heat thead th{text-align:center;min-width:4rem}.heat td,.heat th{border:2px solid var(--bg)}.heat th{padding-left:0}
 details{border:1px solid var(--line);border-radius:.5rem;margin:.5rem 0;padding:.5rem .8rem}summary{cursor:pointer}summary small{white-space:nowrap}
 dl{margin:.3rem 0}dt{color:var(--soft);font-size:.85rem;margin-top:.4rem}dd{margin:0}.text,pre{white-space:pre-wrap}pre{background:var(--card);border-radius:.5rem;padding:.8rem;font-size:.85rem}
 @media(max-width:40rem){body{padding:.75rem}th,td{padding:.25rem .2rem}.scroll{font-size:.85rem}.scroll small{font-size:.75rem}.interval{display:none}tbody th.sub{padding-left:.6rem}
-.heat td,.heat thead th{min-width:0;padding:.25rem .1rem}.heat td{width:4.2rem}.heat small{white-space:normal}}
+.heat td,.heat thead th{min-width:0;padding:.25rem .1rem}.heat td{width:4.2rem}.heat small{white-space:normal}.gain small{display:block;font-size:.65rem}}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2,h3,summary{break-after:avoid}figure,tr,.turns section,.warnings{break-inside:avoid}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}details.paper::details-content{content-visibility:visible;block-size:auto}.scroll{overflow:visible}
 .figures{grid-template-columns:1fr 1fr}.turns{grid-template-columns:repeat(auto-fit,minmax(9rem,1fr))}.heat table{break-inside:avoid}}
@@ -151,11 +151,11 @@ def _scores(models: dict, gains: dict, seen: bool) -> str:
     if any(key.startswith("eval_reward/") for key in columns[-1]):
         notes.append("Second reward models: those of --eval-rm, " + ("which were trained on pairs that PPO's own saw, so they are not unseen." if seen else
                                                                      "trained on pairs that PPO's own never saw."))
-    step = f" {_MINUS} ".join(map(_model, list(models)[:-3:-1])) + " [95 %]" if gains else ""
-    head = "".join(f"<th>{title}</th>" for title in [*map(_model, models), *filter(None, [step])])
+    step = f" {_MINUS} ".join(map(_model, list(models)[:-3:-1]))
+    head = "".join(f"<th>{_model(name)}</th>" for name in models) + (f"<th class=gain>{step} <small>[95 %]</small></th>" if gains else "")
     body = "".join(f"<tr><th{' class=sub' if ROWS.get(key, '').startswith(' ') else ''}>{_title(key)}</th>"
                    + "".join(f"<td>{_number(column.get(key), '.1f' if key == 'length' else '.3f')}</td>" for column in models.values())
-                   + (f"<td class='gain {_direction(gains.get(key, {}))}'>{_interval(gains[key]) if key in gains else ''}</td>" if gains else "") + "</tr>"
+                   + (f"<td class='gain {_direction(gains.get(key, {}))}'>{_interval(gains[key]).replace(' [', ' <small>[') + '</small>' if key in gains else ''}</td>" if gains else "") + "</tr>"
                    for key in _by_rows(set().union(*models.values())))
     return (f'{closed}<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
             + "".join(f"<p class=soft>{note}</p>" for note in notes))
@@ -192,9 +192,10 @@ def _differences(pairs: dict) -> str:
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
-def _heat(value: object, middle: float = 0.5) -> str:
+def _heat(value: object, middle: float = 0.5, full: float = 0.3) -> str:
+    """A cell, blue above the middle and orange below; `full` away from it the colour is deepest."""
     away = value - middle if _finite(value) else 0
-    depth = min(0.12 + 1.3 * abs(away), 0.75) if round(away, 2) else 0  # 0.44 and 0.49 must differ on black too
+    depth = 0.1 + 0.65 * min(abs(away) / full, 1) if round(away, 2) else 0  # 0.44 and 0.49 must differ on black too
     return f'<td style="background:rgba({"0,114,178" if away >= 0 else "213,94,0"},{depth:.2f})">{_number(value, ".2f")}</td>'
 
 
@@ -203,7 +204,7 @@ def _virtues(virtues: dict) -> str:
     models, lenses = list(virtues), list(next(iter(virtues.values()), {}))
     tables = "".join(
         f"<table><caption>{clean(lens)}</caption><thead><tr><th></th>{''.join(f'<th>{_model(name)}</th>' for name in models)}</tr></thead><tbody>"
-        + "".join(f"<tr><th>{clean(v)}</th>{''.join(_heat(virtues[name][lens].get(v), 0) for name in models)}</tr>" for v in virtues[models[0]][lens])
+        + "".join(f"<tr><th>{clean(v)}</th>{''.join(_heat(virtues[name][lens].get(v), 0, 0.8) for name in models)}</tr>" for v in virtues[models[0]][lens])
         + "</tbody></table>" for lens in lenses)
     return ("<p>Gold, virtue by virtue: mean points of a turn. Action: 1 for a virtue shown, −1 violated, −0.5 overdone, 0 where it does not come up; motivation and "
             "consequence: 1 for a virtue claimed that the action shows, −1 for one that it violates.</p>"
@@ -316,7 +317,7 @@ def command_line(manifest: dict) -> str:
         flag = "--" + name.replace("_", "-")
         values = [] if value is True else [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
         part = f"{flag}={shlex.quote(values[0])}" if len(values) == 1 and values[0].startswith("-") else shlex.join([flag, *values])
-        if len(parts[-1]) + len(part) < 110:
+        if len(parts[-1]) + len(part) < 90:
             parts[-1] += " " + part
         else:
             parts.append(part)
