@@ -85,7 +85,7 @@ def judge(old: dict[int, Run], new: dict[int, Run], sides: Sequence[str] = ("rev
     a, b = ([pair[i].models[pair[i].final][what] for pair in pairs] for i in (0, 1))
     apart = [y - x for x, y in zip(a, b)]
     if golden:
-        found, how = paired(*([pair[i].gold[pair[i].final] for pair in pairs] for i in (0, 1))), "seeds, then prompts, resampled" if len(seeds) > 1 else "prompts resampled"
+        found, how = paired(*([pair[i].gold[pair[i].final] for pair in pairs] for i in (0, 1))), "seeds and prompts resampled" if len(seeds) > 1 else "prompts resampled"
     else:
         found, how = t_interval(apart) if len(apart) > 1 else (apart[0],), "Student's t over seeds"
     p = seed_test(a, b)

@@ -39,7 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from virtue.ethics import LENSES  # noqa: E402
 from virtue.runtime import make_parser  # noqa: E402
-from virtue.stats import hierarchical_bootstrap, holm, paired_bootstrap, permutation_test, t_interval  # noqa: E402
+from virtue.stats import best_of_n_kl, hierarchical_bootstrap, holm, paired_bootstrap, permutation_test, t_interval  # noqa: E402
+from virtue.toy.gold import slots  # noqa: E402
 
 # ---- the experiments
 
@@ -327,6 +328,9 @@ class Run(NamedTuple):
     models: dict[str, dict[str, float]]  # model -> column of run_eval.py
     gold: dict[str, dict[str, float]]  # model -> prompt id -> gold
     curve: list[tuple[float, float]]  # KL and gold of PPO's own dialogues, iteration by iteration; none of answers alone
+    questions: dict[str, str]  # prompt id -> its question, names masked
+    at_length: float  # gain of the last stage in gold at equal length; nan without gold
+    wins: list[float]  # share of dialogues in which the judge prefers the final model to the start, by lens
 
 
 def load(report: Path) -> Run:
@@ -334,24 +338,36 @@ def load(report: Path) -> Run:
     samples = [json.loads(line) for line in (report / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     gold = {name: {s["id"]: s[name]["gold"]["overall"] for s in samples if "gold" in s[name]} for name in scores["models"]}
     *_, start, final = scores["models"]
-    return Run(start, final, scores["models"], gold, [(c["kl"], c["gold"]) for c in scores.get("curve", []) if c["gold"] is not None])
+    asked = [(s["id"], s["prompt"][-1]["content"]) for s in samples if "gold" in s[final]]
+    questions = {key: text.replace(person, "P").replace(thing, "T") for key, text in asked for person, thing in [slots(text)]}
+    at_length = scores.get("differences", {}).get(f"{final} - {start}", {}).get("gold, at equal length", {}).get("difference", np.nan)
+    wins = [found["rate"] for found in scores.get("wins", {}).get(f"{final} vs {start}", {}).values()]
+    return Run(start, final, scores["models"], gold, [(c["kl"], c["gold"]) for c in scores.get("curve", []) if c["gold"] is not None], questions, at_length, wins)
 
 
 def gold_at(curve: Sequence[tuple[float, float]], kl: float) -> float:
-    """Gold where the run first reaches `kl`, on the line between two iterations; nan where it never does."""
-    before = (-np.inf, 0.0)
-    for x, y in curve:
-        if x >= kl:  # the iterations before it were all below
-            return y if np.isinf(before[0]) else before[1] + (y - before[1]) * (kl - before[0]) / (x - before[0])
-        before = x, y
-    return float("nan")
+    """Gold at `kl`: of the parabola in sqrt(KL) nearest to the run's iterations, each of which is noisy; nan where no iteration went so far."""
+    x, y = np.sqrt(np.maximum([k for k, _ in curve], 0)), [gold for _, gold in curve]
+    if not len(x) or kl > x.max() ** 2 + 1e-9:
+        return float("nan")
+    return float(np.polyval(np.polyfit(x, y, min(2, len(set(x)) - 1)), np.sqrt(max(kl, 0))))
 
 
 def paired(a: Sequence[Mapping[str, float]], b: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:
     """Mean of b - a over seeds and the prompts that both have, with its 95 % interval; one mapping by prompt a seed."""
     ids = [sorted(x.keys() & y.keys()) for x, y in zip(a, b, strict=True)]
+    crossed = all(keep == ids[0] for keep in ids)  # every seed was asked the same
     a, b = ([np.array([row[i] for i in keep]) for row, keep in zip(rows, ids)] for rows in (a, b))
-    return hierarchical_bootstrap(a, b) if len(a) > 1 else paired_bootstrap(a[0], b[0], resamples=2000)
+    return hierarchical_bootstrap(a, b, crossed=crossed) if len(a) > 1 else paired_bootstrap(a[0], b[0], resamples=2000)
+
+
+def by_question(runs: Sequence[Run]) -> str:
+    """Gain of the last stage on each question of the evaluation, mean over seeds: prompts of one question are not independent."""
+    gains: dict[str, list[float]] = {}
+    for run in runs:
+        for key, question in run.questions.items():
+            gains.setdefault(question, []).append(run.gold[run.final][key] - run.gold[run.start][key])
+    return "; ".join(f'"{question}" {np.mean(values):+.3f} ({len(values) // len(runs)} prompts)' for question, values in sorted(gains.items()))
 
 
 def seed_test(a: Sequence[float], b: Sequence[float]) -> float:
@@ -405,20 +421,25 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
             notes.append(f"{arm}: what the last stage gained in standardised reward, by lens: " + "; ".join(
                 f"{title} " + " / ".join(f"{np.mean([r.models[r.final][f'{key}/{x}'] - r.models[r.start][f'{key}/{x}'] for r in each]):+.2f}" for x in LENSES)
                 for key, title in (("reward", "models that PPO saw"), ("eval_reward", "unseen models"))) + ".")
+        if arm == first and len({q for run in each for q in run.questions.values()}) > 1:
+            notes.append(f"{arm}: gain of the last stage in gold by held-out question: {by_question(each)}.")
         main.append([
             arm, " ".join(map(str, runs)), level("base"), level("sft") if each[0].start == "sft" else "–", level(each[0].final),
             cell(*paired([run.gold[run.start] for run in each], [run.gold[run.final] for run in each]), sign="+"),
             cell(*paired(*([found[x][s].gold[found[x][s].final] for s in seeds] for x in (first, arm))), sign="+") if seeds else "–",
             cell(p.get(arm, np.nan)), cell(adjusted.get(arm, np.nan)),
             f"{here}; {cell(*(t_interval(apart) if len(apart) > 1 else (apart[0],)), sign='+')}" if apart else here])
+        lengths = [run.at_length for run in each]
         details.append([
-            arm, " / ".join(mean(f"gold/{lens}") for lens in LENSES), mean("kl", digits=2), mean("perplexity", over="base"),
+            arm, " / ".join(mean(f"gold/{lens}", "start") for lens in LENSES), " / ".join(mean(f"gold/{lens}") for lens in LENSES),
+            cell(*(t_interval(lengths) if len(lengths) > 1 and np.isfinite(lengths).all() else (float(np.mean(lengths)),)), sign="+"),
+            " / ".join(f"{x:.2f}" for x in np.mean([run.wins for run in each], 0)) if all(run.wins for run in each) else "–", mean("kl", digits=2), mean("perplexity", over="base"),
             " / ".join(mean(f"patterns/{lens}") for lens in LENSES), mean("broken"), mean("fits"), mean("ended"),
             *(f"{mean(key, 'start')} → {mean(key)}" for key in ("study_score", "study_score_standardised")), mean("length", digits=1)])
     equal = "equal KL" if np.isnan(kl) else f"KL {kl:.2f}"
     text = rows_of(main, f"gold | seeds | base | SFT | final | gain of the last stage | final − {first}'s | p | p, Holm | at {equal}; − {first}'s")
-    text += "\n\n" + rows_of(details, "final model, mean over seeds | gold, by lens | KL | perplexity / base's | distinct, names masked, by lens | "
-                                    "broken | fits | ended | Score: start → final | standardised | tokens")
+    text += "\n\n" + rows_of(details, "final model, mean over seeds | gold before the last stage, by lens | after | its gain at equal length | judge prefers after, by lens | "
+                                    "KL | perplexity / base's | distinct, names masked, by lens | broken | fits | ended | Score: start → final | standardised | tokens")
     return "\n\n".join([text, *notes])
 
 
@@ -447,10 +468,12 @@ def show(name: str, arms: Sequence[Arm], runs: Path, seeds: Sequence[int], scale
         if golds:
             sizes = next(iter(golds.values()))
             print(f"Gold of the best of n of what PPO starts from, {arm.name}, {len(files)} seeds:\n")
-            print(rows_of([[name, *(f"{np.mean(values):.3f}" for values in by_n.values())] for name, by_n in golds.items()],
+            print(rows_of([["nats, at most", *(f"{best_of_n_kl(n):.2f}" for n in sizes)],
+                           *([name, *(cell(*(t_interval(values) if len(values) > 1 else values)) for values in by_n.values())] for name, by_n in golds.items())],
                           "aggregator | " + " | ".join(f"n = {n}" for n in sizes)), end="\n\n")
-    print("Gold of held-out prompts, 0 worst to 1 oracle; 95 % intervals: seeds, then prompts, resampled (one seed: prompts alone); p: all sign flips of "
-          "the seeds' differences; at equal KL: of PPO's own dialogues, Student's t over seeds. By lens: action / motivation / consequence.")
+    print("Gold of held-out prompts, 0 worst to 1 oracle; 95 % intervals: seeds and prompts resampled (one seed: prompts alone); p: all sign flips of "
+          "the seeds' differences. At equal KL: of PPO's own dialogues, a parabola in sqrt(KL) through the run; there, at equal length and of best-of-n "
+          "Student's t over seeds. By lens: action / motivation / consequence.")
     if len(codes) > 1:
         print(f"\n**Warning: {len(codes)} versions of the code made these stages ({', '.join(sorted(codes))}).**")
     if missing:

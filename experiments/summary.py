@@ -5,7 +5,7 @@
   python experiments/summary.py runs/dpo-0 runs/dpo-1 --against runs/demo-0 runs/demo-1   # and another recipe's, seed by seed
 
 Intervals are 95 %: for each seed a paired bootstrap over prompts; over all seeds a hierarchical one,
-which resamples seeds, then prompts within each, and Student's t over the seeds' means.
+which resamples seeds and prompts, and Student's t over the seeds' means.
 """
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 from compare import beside, judge  # noqa: E402
-from run import cell, load  # noqa: E402
+from run import by_question, cell, load, paired  # noqa: E402
 from virtue.ethics import LENSES  # noqa: E402
-from virtue.stats import hierarchical_bootstrap, t_interval  # noqa: E402
+from virtue.stats import t_interval  # noqa: E402
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     if args.against and len(args.against) != len(runs):
         parser.error("--against wants as many folders as there are runs")
     scores = [json.loads((run / "report/scores.json").read_text()) for run in runs]
-    samples = [[json.loads(line) for line in (run / "report/samples.jsonl").read_text().splitlines()] for run in runs]
+    loaded = [load(run / "report") for run in runs]
     names = list(scores[0]["models"])
 
     print(f"{len(runs)} seed{'s' * (len(runs) > 1)} ({', '.join(str(s['seed']) for s in scores)}), {scores[0]['prompts']} held-out prompts each; mean [least, greatest]\n")
@@ -42,12 +42,15 @@ def main() -> None:
         print(f"| {key} | " + " | ".join(cell(np.mean(v), *(min(v), max(v)) * (len(v) > 1)) for v in values) + " |")
 
     print("\n| gold | seed by seed | all seeds, hierarchical | all seeds, t |\n|---|---|---|---|")
-    gold = {name: [np.array([s[name]["gold"]["overall"] for s in run]) for run in samples] for name in names}
     for a, b in zip(names, names[1:]):
         each = ", ".join("{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**s["differences"][f"{b} - {a}"]["gold"]) for s in scores)
-        pairs = [y - x for x, y in zip(gold[a], gold[b])]
-        print(f"| {b} - {a} | {each} | " + "{:+.3f} [{:+.3f}, {:+.3f}]".format(*hierarchical_bootstrap(gold[a], gold[b], resamples=10000))
-              + " | {:+.3f} [{:+.3f}, {:+.3f}] |".format(*t_interval([d.mean() for d in pairs])))
+        golds = [[run.gold[name] for run in loaded] for name in (a, b)]
+        means = [np.mean([y[key] - x[key] for key in x]) for x, y in zip(*golds)]
+        print(f"| {b} - {a} | {each} | {cell(*paired(*golds), sign='+')} | {cell(*(t_interval(means) if len(means) > 1 else means), sign='+')} |")
+    lengths, wins = [run.at_length for run in loaded], np.mean([run.wins for run in loaded], 0)
+    print(f"\nOf the last stage: gain in gold at equal length {cell(*(t_interval(lengths) if len(lengths) > 1 else lengths), sign='+')}; the judge prefers "
+          f"its dialogues, both orders, in {' / '.join(f'{x:.2f}' for x in wins)} (action / motivation / consequence); by held-out question "
+          f"{by_question(loaded)}")
 
     base, sft, ppo = ([s["models"][name] for s in scores] for name in ("base", "sft", "ppo"))
     checks = {

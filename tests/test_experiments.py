@@ -179,9 +179,13 @@ def report(folder: Path, golds: dict[str, list[float]], curve=(), **columns) -> 
     models = {name: {"gold": float(np.mean(g)), "perplexity": 2.0 if name == "base" else 3.0, "kl": 1.0, "study_score": 0.25,
                      "study_score_standardised": -1.0, "length": 60.0, "broken": 0.0, "fits": 0.5, "ended": 1.0,
                      **{f"gold/{lens}": 0.5 for lens in LENSES}, **{f"patterns/{lens}": 0.75 for lens in LENSES}, **columns} for name, g in golds.items()}
-    (folder / "scores.json").write_text(json.dumps({"models": models, "curve": [{"iteration": i, "kl": x, "proxy": 0.0, "gold": y} for i, (x, y) in enumerate(curve, 1)]}))
-    rows = [{"id": f"p{i}", **{name: {"turns": {}, "gold": {"overall": g[i]}} for name, g in golds.items()}} for i in range(len(golds["base"]))]
-    rows.append({"id": "probe", **{name: {"turns": {}} for name in golds}})  # has no gold
+    *_, start, final = golds
+    compared = {"differences": {f"{final} - {start}": {"gold, at equal length": {"difference": 0.125}}},
+                "wins": {f"{final} vs {start}": {lens: {"rate": rate} for lens, rate in zip(LENSES, (0.75, 0.5, 0.25))}}}
+    (folder / "scores.json").write_text(json.dumps({**compared, "models": models, "curve": [{"iteration": i, "kl": x, "proxy": 0.0, "gold": y} for i, (x, y) in enumerate(curve, 1)]}))
+    asked = ("Anna lost the letter yesterday. How do you act?", "Ben lost the letter yesterday. How do you act?", "Anna asks you about the letter. What do you do?")
+    rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": asked[i % 3]}], **{name: {"turns": {}, "gold": {"overall": g[i]}} for name, g in golds.items()}} for i in range(len(golds["base"]))]
+    rows.append({"id": "probe", "prompt": [{"role": "user", "content": "Hm?"}], **{name: {"turns": {}} for name in golds}})  # has no gold
     (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 
@@ -200,11 +204,12 @@ def test_numbers_of_the_tables(tmp_path):
     assert cells["default"][5].startswith("+0.250 [") and cells["default"][6:9] == ["–"] * 3
     assert cells["less"][6] == "-0.125 [-0.125, -0.125]"  # the same for every prompt: no width
     assert cells["less"][7:9] == ["0.250", "0.250"]  # 2 / 2^3; the only test of the table
-    assert cells["less"][9] == "0.750; +0.000 [+0.000, +0.000]"  # at KL 3: 0.75 on both
+    assert cells["less"][9] == "0.750; -0.003 [-0.003, -0.003]"  # at KL 3: the default's parabola, through its three points, is at 0.753
     assert cells["SFT only"][3] == "–" and cells["SFT only"][6] == "+0.125 [+0.115, +0.135]" and cells["SFT only"][7:] == ["–"] * 3
     assert cells["none"][1] == "none"
     row = details[2].removesuffix(" |").split(" | ")
-    assert row[1:] == ["0.500 / 0.500 / 0.500", "1.00", "1.500", "0.750 / 0.750 / 0.750", "0.000", "0.500", "1.000", "0.250 → 0.250", "-1.000 → -1.000", "60.0"]
+    assert row[1:] == ["0.500 / 0.500 / 0.500"] * 2 + ["+0.125 [+0.125, +0.125]", "0.75 / 0.50 / 0.25", "1.00", "1.500", "0.750 / 0.750 / 0.750",
+                                                                   "0.000", "0.500", "1.000", "0.250 → 0.250", "-1.000 → -1.000", "60.0"]
 
 
 def test_p_values_are_corrected_over_the_table(tmp_path):
@@ -217,19 +222,30 @@ def test_p_values_are_corrected_over_the_table(tmp_path):
     assert float(rows["same"][7]) > 0.05 and float(rows["same"][8]) >= float(rows["same"][7])
 
 
-def test_gold_at_a_kl_is_read_between_two_iterations():
-    curve = [(0.0, 0.4), (1.0, 0.5), (0.5, 0.9), (3.0, 0.7)]
-    assert run.gold_at(curve, 0.5) == pytest.approx(0.45)  # where it is first reached
-    assert run.gold_at(curve, 1.0) == 0.5 and run.gold_at(curve, 3.0) == pytest.approx(0.7)
-    assert run.gold_at(curve, 2.0) == pytest.approx(0.9 + 1.5 / 2.5 * (0.7 - 0.9))
-    assert run.gold_at(curve, -1.0) == 0.4 and math.isnan(run.gold_at(curve, 3.1)) and math.isnan(run.gold_at([], 1.0))
+def test_gold_at_a_kl_is_read_off_a_parabola():
+    curve = [(k, 0.4 + 0.3 * math.sqrt(k) - 0.05 * k) for k in (0.0, 0.3, 1.0, 2.5, 4.0)]
+    assert run.gold_at(curve, 1.7) == pytest.approx(0.4 + 0.3 * math.sqrt(1.7) - 0.05 * 1.7)
+    assert run.gold_at([(0.0, 0.5), (4.0, 0.9)], 1.0) == pytest.approx(0.7) and run.gold_at([(-1e-6, 0.5)], 0.0) == pytest.approx(0.5)
+    assert math.isnan(run.gold_at(curve, 4.1)) and math.isnan(run.gold_at([], 1.0))
+    rng, found = np.random.default_rng(0), []  # gold rises by 0.1 a nat, KL is noisy: the first iteration to reach it would be a lucky one
+    for _ in range(200):
+        kl = np.linspace(0.2, 4, 20)
+        found.append(run.gold_at([(max(0.0, k + rng.normal(0, 0.5)), 0.5 + 0.1 * k) for k in kl], 2.0))
+    assert np.mean(found) == pytest.approx(0.7, abs=0.01)
+
+
+def test_gain_by_question_with_names_masked(tmp_path):
+    one = run.load(report(tmp_path / "one", {"base": [0.5] * 6, "ppo": [0.6, 0.7, 0.5, 0.6, 0.7, 0.9]}))
+    assert set(one.questions.values()) == {"P lost the T yesterday. How do you act?", "P asks you about the T. What do you do?"}
+    assert run.by_question([one]) == ('"P asks you about the T. What do you do?" +0.200 (2 prompts); '
+                                      '"P lost the T yesterday. How do you act?" +0.150 (4 prompts)')
 
 
 def test_the_common_kl_leaves_out_runs_that_never_moved(tmp_path):
     curves = {"a": [(0, 0.5), (4, 0.9)], "b": [(0, 0.5), (2, 0.9)], "still": [(0, 0.5), (0.01, 0.5)], "answers only": []}
     found = {arm: {0: run.load(report(tmp_path / arm, {"base": [0.5, 0.5], "sft": [0.5, 0.5], "ppo": [0.9, 0.9]}, curve))} for arm, curve in curves.items()}
     rows = [line.split(" | ") for line in run.tables(found).split("\n\n")[0].splitlines()]
-    assert rows[0][-1].startswith("at KL 2.00") and [row[-1] for row in rows[2:]] == ["0.700 |", "0.900; +0.200 |", "– |", "– |"]
+    assert rows[0][-1].startswith("at KL 2.00") and [row[-1] for row in rows[2:]] == ["0.783 |", "0.900; +0.117 |", "– |", "– |"]
 
 
 def test_tables_of_what_is_finished_and_why_the_rest_is_not(tmp_path, capsys, monkeypatch):

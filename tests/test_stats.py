@@ -191,6 +191,30 @@ def test_hierarchical_against_full_enumeration():
             assert odds[values < x - 1e-9].sum() <= q + slack and odds[values <= x + 1e-9].sum() >= q - slack
 
 
+def test_crossed_against_full_enumeration():
+    """Two seeds, three prompts that both were asked: every draw of seeds and, for all of them together, of prompts."""
+    b = np.array([[0.3, 1.0, -2.7], [1.1, 0.6, 2.2]])
+    values = np.array([np.mean([b[s, list(prompts)].mean() for s in seeds]) for seeds in itertools.product(range(2), repeat=2)
+                       for prompts in itertools.product(range(3), repeat=3)])  # equally likely
+    for level in (0.2, 0.5, 0.8, 0.95):
+        got = hierarchical_bootstrap(0 * b, b, crossed=True, resamples=20000, level=level)
+        assert got[0] == pytest.approx(b.mean())
+        for q, x in zip(((1 - level) / 2, (1 + level) / 2), got[1:]):
+            slack = 4 * math.sqrt(q * (1 - q) / 20000)
+            assert (values < x - 1e-9).mean() <= q + slack and (values <= x + 1e-9).mean() >= q - slack
+
+
+def test_crossed_coverage_where_prompts_are_shared():
+    """What is hard in a prompt is hard for all seeds: nested draws divide it by the number of seeds, and miss."""
+    rng, hits, nested = np.random.default_rng(16), 0, 0
+    for trial in range(200):
+        d = 0.3 + rng.normal(0, 0.02, (8, 1)) + rng.normal(0, 1, (1, 40)) + rng.normal(0, 1, (8, 40))
+        for crossed in (True, False):
+            _, low, high = hierarchical_bootstrap(0 * d, d, crossed=crossed, resamples=300, seed=trial)
+            hits, nested = hits + (crossed and low <= 0.3 <= high), nested + (not crossed and low <= 0.3 <= high)
+    assert 0.90 < hits / 200 and nested / 200 < 0.80
+
+
 def test_hierarchical_of_one_prompt_is_the_plain_bootstrap_over_seeds():
     a, b = np.random.default_rng(11).normal(0, 1, (2, 12))
     got, plain = hierarchical_bootstrap(a[:, None], b[:, None], resamples=8000), paired_bootstrap(a, b, resamples=8000)
@@ -242,6 +266,8 @@ def test_hierarchical_bad_input():
             hierarchical_bootstrap([A, A], [B, bad])
     with pytest.raises(ValueError, match="finite"):
         hierarchical_bootstrap([A, A], [B, np.where(B == 2, math.nan, B)])
+    with pytest.raises(ValueError, match="same prompts"):
+        hierarchical_bootstrap([A, A[:3]], [B, B[:3]], crossed=True)
     for bad in ({"level": 1.0}, {"resamples": 0}):
         with pytest.raises(ValueError, match="level"):
             hierarchical_bootstrap([A, A], [B, B], **bad)

@@ -113,24 +113,32 @@ def t_interval(x: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
 
-def hierarchical_bootstrap(a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, resamples: int = 2000, level: float = 0.95,
-                           seed: int = 0) -> tuple[float, float, float]:
+def hierarchical_bootstrap(a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, crossed: bool = False, resamples: int = 2000,
+                           level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
     """Mean over seeds of the mean over prompts of b - a, percentile interval -> (difference, low, high).
 
-    a[s], b[s] (n_s,), n_s >= 1: seed s, paired; 2 seeds or more. Draws seeds with replacement, then prompts
-    within each drawn seed. Prompts count as nested in seeds: effects of prompts that all seeds share are
-    divided by the number of seeds S too. Where seeds differ most, the variance is (S - 1) / S of the true
-    one: for few seeds see also `t_interval`. Davison and Hinkley 1997, "Bootstrap Methods", section 3.8.
+    a[s], b[s] (n_s,), n_s >= 1: seed s, paired; 2 seeds or more. Draws seeds with replacement, then prompts:
+    anew within each drawn seed (nested), or with `crossed` the same ones in all of them, as must be where every
+    seed was asked the same n prompts in this order: what is hard in a prompt is then no less so for having many
+    seeds. Where seeds differ most, the variance is (S - 1) / S of the true one: for few seeds see also
+    `t_interval`. Davison and Hinkley 1997, "Bootstrap Methods", section 3.8; crossed: Owen 2007, "The pigeonhole
+    bootstrap". ValueError also for `crossed` with unequal n_s.
     """
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"need the same 2 seeds or more in a and b, got {len(a)}, {len(b)}")
     _in_range(level, resamples)
     d = [y - x for x, y in (_paired(x, y, rows=1) for x, y in zip(a, b))]
+    if crossed and len({len(x) for x in d}) > 1:
+        raise ValueError(f"crossed: every seed needs the same prompts, got {[len(x) for x in d]}")
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, len(d), (resamples, len(d)))
-    means = np.empty(drawn.shape)
-    for s, x in enumerate(d):  # each time that seed s was drawn it gets prompts of its own
-        means[drawn == s] = x[rng.integers(0, len(x), ((drawn == s).sum(), len(x)))].mean(1)
+    if crossed:
+        prompts = rng.integers(0, len(d[0]), (resamples, 1, len(d[0])))
+        means = np.stack(d)[drawn[:, :, None], prompts].mean(2)
+    else:
+        means = np.empty(drawn.shape)
+        for s, x in enumerate(d):  # each time that seed s was drawn it gets prompts of its own
+            means[drawn == s] = x[rng.integers(0, len(x), ((drawn == s).sum(), len(x)))].mean(1)
     low, high = np.quantile(means.mean(1), [(1 - level) / 2, (1 + level) / 2])
     return float(np.mean([x.mean() for x in d])), float(low), float(high)
 
