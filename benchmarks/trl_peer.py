@@ -1,6 +1,6 @@
 """The peer: TRL's PPOTrainer or RewardTrainer on workload.py, run by TRL's own interpreter (see ppo_step.py, rm_step.py).
 
-With --folder, --rows and so on PPO on another model and workload (see gpu.py); with --device cuda in bf16, wall seconds, CUDA's peak memory.
+With --folder, --rows and so on PPO on another model and workload, by the wall clock (see gpu.py); with --device cuda in bf16, with CUDA's peak memory.
 """
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def main() -> None:
         def on_train_begin(self, *_, **__):
             if cuda:
                 torch.cuda.synchronize()
-            self.at.append(time.perf_counter() if cuda else time.process_time())
+            self.at.append(time.perf_counter() if args.folder else time.process_time())
 
         on_step_end = on_train_begin
 
