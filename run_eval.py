@@ -138,7 +138,7 @@ def compare_models(args):
     trained_upon = {**parents, **{role: args.rm / lens for lens in LENSES if (role := f"rm/{lens}") in trained["parents"]}}
     load_artifact(args.policy, model, "policy", stage="policy", **known, parents=trained_upon)
     best = args.policy / "best"
-    kept_at = read_manifest(best, "policy")["extra"]["iterations"] + 1 if (best / MANIFEST).is_file() else None  # it sampled the next iteration's dialogues
+    kept_at = read_manifest(best, "policy")["extra"].get("iterations", -1) + 1 if (best / MANIFEST).is_file() else None  # it sampled the next iteration's dialogues
     facts = reward_model_facts(args.rm, args.eval_rm)
     stacks = {"base": (), **({"sft": sft} if sft else {}), "ppo": (*sft, "policy")}
     kept = [p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)]
@@ -226,7 +226,7 @@ def compare_models(args):
     write_jsonl(out / "samples.jsonl", samples)
     scores = {"prompts": len(kept), "prompts_too_long": len(prompts) - len(kept), "seed": args.seed,
               "models": columns, "differences": compared, "wins": wins, "virtues": virtues, "curve": curve, "warnings": warned,
-              "reward_models": facts, "made_by": made_by(args.policy, args.sft, args.rm, args.eval_rm),
+              "reward_models": facts, "commands": list(dict.fromkeys(map(html.command_line, made_by(args.policy, args.sft, args.rm, args.eval_rm)))),
               "interval": "paired bootstrap over prompts, 95 %, 2000 resamples; p: permutation test, 10000 sign flips; p_holm: Holm over all rows and pairs"}
     write_json(out / "scores.json", scores)
     write_manifest(out, stage="eval", seed=args.seed, settings=settings_of(args), parents={**parents, "policy": args.policy}, extra={}, **known)

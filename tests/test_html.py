@@ -85,7 +85,7 @@ def test_everything_foreign_is_escaped_and_control_characters_are_shown():
     s["models"] = {name + bad: c | {bad: 1.0} for name, c in s["models"].items()}
     s["differences"] = {" - ".join(name + bad for name in pair.split(" - ")): rows | {bad: rows["gold"]} for pair, rows in s["differences"].items()}
     s |= {"warnings": [{"about": "other", "text": bad}], "interval": bad, "wins": {bad: {bad: {bad: 0.5}}}, "seed": bad, "prompts": bad, "virtues": {bad: {bad: {bad: 0.5}}},
-          "reward_models": [{"of": bad, "lens": bad, "accuracy": 0.5, "calibration_error": None, "pairs": bad}], "made_by": [{"stage": bad, "settings": {bad: bad}}]}
+          "reward_models": [{"of": bad, "lens": bad, "accuracy": 0.5, "calibration_error": None, "pairs": bad}], "commands": [bad]}
     foreign = {"id": bad, "prompt": [{"role": bad, "content": bad}] * 2, bad: {"turns": {bad: bad}, "scores": [1.0, 2.0, 3.0], "gold": {"overall": bad}}}
     manifest = {"stage": bad, "base": {"id": bad, "fingerprint": bad}, "versions": {bad: bad}, "parents": {bad: {"folder": bad, "sha256": bad}, "b": bad}, "settings": {bad: bad}}
     text = render(s, [foreign, foreign], METRICS, manifest)
@@ -208,8 +208,8 @@ def test_command_line_can_be_typed_again():
     assert html.command_line({"stage": "rm", "settings": handed_on}) == "python run_rm.py --data runs/p"
     assert html.command_line({"stage": "policy", "settings": handed_on}) == "python run_sft.py --data runs/p"
     assert html.command_line({"stage": "policy", "settings": {"rm": "runs/rm", "prompts": "toy"}}) == "python run_ppo.py --rm runs/rm --prompts toy"
-    s = scores() | {"made_by": [{"stage": "rm", "settings": handed_on}]}
-    assert "python run_rm.py --data runs/p" in Page(html.render(s, [], [], MANIFEST)).text
+    s = scores() | {"commands": ["python run_rm.py --data <p>"]}
+    assert "python run_rm.py --data <p>" in Page(html.render(s, [], [], MANIFEST)).text
 
 
 def test_page_with_little_to_show(without_figures):

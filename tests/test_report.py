@@ -137,17 +137,22 @@ def test_reward_models_and_every_run_behind_a_policy_are_found(tmp_path):
     facts = reward_model_facts(runs / "rm", runs / "rm-eval")
     assert facts[0] == {"of": "PPO", "lens": "action", "accuracy": 0.9, "calibration_error": 0.01, "pairs": 31} and [f.get("seen") for f in facts] == [None] * 3 + [True] * 3
 
-    stages = ["revisions", "sft", "preferences", "rm", "rm", "policy"]
-    found = made_by(runs / "policy", runs / "sft", runs / "rm", runs / "rm-eval")
-    assert [run["stage"] for run in found] == stages
-    for run in found:  # every command is one that its script takes
-        words = shlex.split(html.command_line(run).replace("\\\n", " "))
+    stages = ["data revisions", "sft", "data preferences", "rm", "rm", "ppo"]
+
+    def commands(*folders):  # as run_eval.py: one run makes three reward models
+        return [shlex.split(c.replace("\\\n", " ")) for c in dict.fromkeys(map(html.command_line, made_by(*folders)))]
+
+    def names(found):
+        return [" ".join([words[1][4:-3], *words[2:3]]) if words[1] == "run_data.py" else words[1][4:-3] for words in found]
+    found = commands(runs / "policy", runs / "sft", runs / "rm", runs / "rm-eval")
+    assert names(found) == stages
+    for words in found:  # every command is one that its script takes
         importlib.import_module(words[1].removesuffix(".py")).parse(words[2:])
     moved = runs.rename(tmp_path / "moved")
-    assert [run["stage"] for run in made_by(moved / "policy", moved / "sft", moved / "rm", moved / "rm-eval")] == stages
+    assert names(commands(moved / "policy", moved / "sft", moved / "rm", moved / "rm-eval")) == stages
     path = moved / "preferences/virtue.json"
     path.write_text(path.read_text().replace("hash of", "another"))
-    assert [run["stage"] for run in made_by(moved / "policy", None, moved / "rm")] == ["rm", "policy"]  # its data are not these any more
+    assert names(commands(moved / "policy", None, moved / "rm")) == ["rm", "ppo"]  # its data are not these any more
 
 
 def test_judge_against_gold_on_the_pairs_that_it_compared(monkeypatch):
@@ -258,9 +263,9 @@ def test_summary_of_seeds_prints_what_it_reads(tmp_path):
         folder.mkdir(parents=True)
         models = {name: column | {"gold": g} for name, g in (("base", 0.4), ("sft", 0.5), ("ppo", 0.8))}
         (folder / "scores.json").write_text(json.dumps({"seed": seed, "prompts": 3, "models": models, "differences": {
-            pair: {"gold": {"difference": 0.1, "low": 0.0, "high": 0.2}} for pair in ("sft - base", "ppo - sft")}}))
-        (folder / "samples.jsonl").write_text("".join(json.dumps({
-            name: {"gold": {"overall": m["gold"] + i}} for name, m in models.items()}) + "\n" for i in range(3)))
+            pair: dict.fromkeys(("gold", "gold, at equal length"), {"difference": 0.1, "low": 0.0, "high": 0.2}) for pair in ("sft - base", "ppo - sft")}}))
+        (folder / "samples.jsonl").write_text("".join(json.dumps({"id": str(i), "prompt": [{"role": "user", "content": "Mia asks you about the map. What do you do?"}], **{
+            name: {"gold": {"overall": m["gold"] + i}} for name, m in models.items()}}) + "\n" for i in range(3)))
     result = subprocess.run([sys.executable, root / "experiments/summary.py", tmp_path / "0", tmp_path / "1"], capture_output=True, text=True)
     assert "| ppo - sft | +0.100 [+0.000, +0.200], +0.100 [+0.000, +0.200] | +0.300 [+0.300, +0.300] | +0.300 [+0.300, +0.300] |" in result.stdout, result.stderr
     assert "closes (>= 0.5) | 0.600, 0.600 |" in result.stdout

@@ -329,13 +329,13 @@ def _table(rows: dict) -> str:
         f"<tr><th>{clean(k)}</th><td class=left>{clean(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str))}</td></tr>" for k, v in rows.items()) + "</tbody></table></div>"
 
 
-def _repeat(manifest: dict, made_by: Sequence[dict]) -> str:
+def _repeat(manifest: dict, commands: Sequence[str]) -> str:
     parents = {f"from {name}": f"{parent.get('folder')} ({str(parent.get('sha256'))[:12]})" if isinstance(parent, dict) else parent
                for name, parent in (manifest.get("parents") or {}).items()}
     base = manifest.get("base") or {}
     made = {"base": f"{base.get('id')} ({str(base.get('fingerprint'))[:12]})", **parents, **(manifest.get("versions") or {})}
-    before = "".join(f"<pre>{clean(command_line(run))}</pre>" for run in made_by)
-    before = f"<details class=paper><summary>the {len(made_by)} runs before it, in order</summary>{before}</details>" if before else ""
+    before = "".join(f"<pre>{clean(command)}</pre>" for command in commands)
+    before = f"<details class=paper><summary>the {len(commands)} runs before it, in order</summary>{before}</details>" if before else ""
     return (f"<pre>{clean(command_line(manifest))}</pre>{before}<details class=paper><summary>base, parents, versions</summary>{_table(made)}</details>"
             f"<details class=paper><summary>all settings</summary>{_table(manifest.get('settings') or {})}</details>")
 
@@ -351,7 +351,7 @@ def render(scores: dict, samples: Sequence[dict], metrics: Sequence[dict], manif
                 ("virtues", "Virtues by lens", _virtues(scores.get("virtues") or {}) + (_wins(scores["wins"]) if scores.get("wins") else "")),
                 ("judges", "How good are judge and reward models?", _judges(scores)),
                 ("training", "Training", _figures(metrics, scores.get("curve"))), ("differences", "Differences", _differences(pairs) if pairs else ""),
-                ("dialogues", "Dialogues", _samples(samples, list(models))), ("repeat", "Settings to repeat it", _repeat(manifest, scores.get("made_by", [])))]
+                ("dialogues", "Dialogues", _samples(samples, list(models))), ("repeat", "Settings to repeat it", _repeat(manifest, scores.get("commands", [])))]
     sections = [section for section in sections if section[2]]
     intro = [f"{clean(scores['prompts'])} held-out prompts" if "prompts" in scores else "", f"{clean(scores['prompts_too_long'])} too long and dropped" if scores.get("prompts_too_long") else "",
              f"seed {clean(scores['seed'])}" if "seed" in scores else "", f"base {clean((manifest.get('base') or {}).get('id', 'unknown'))}"]

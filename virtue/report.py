@@ -11,7 +11,7 @@ import numpy as np
 
 from virtue import VirtueError, textstats
 from virtue.checkpoint import read_manifest
-from virtue.dialogue import Dialogue
+from virtue.dialogue import Dialogue, is_number
 from virtue.ensemble import study_score
 from virtue.ethics import LENSES
 from virtue.stats import effect_size, holm, length_controlled_interval, paired_bootstrap, permutation_test
@@ -116,7 +116,7 @@ def curve_of(rollouts: Sequence[dict], gold_of=None, metrics: Sequence[dict] = (
     alone). kept: the iteration whose dialogues the adapter in best/ sampled. Gao et al. 2022 (arXiv 2210.10760) plot both against sqrt(KL).
     """
     rows: dict[int, list[dict]] = {}
-    trained_for = {m["iteration"]: m["objective/score"] for m in metrics if "objective/score" in m}
+    trained_for = {m["iteration"]: m["objective/score"] for m in metrics if "iteration" in m and m.get("objective/score") is not None}
     for r in rollouts:
         rows.setdefault(r["iteration"], []).append(r)
     return [{"iteration": i, "kl": float(np.mean([r["kl"] for r in found])), "proxy": trained_for.get(i, float(np.mean([r["scores"] for r in found]))), "kept": i == kept,
@@ -145,33 +145,37 @@ def same_pairs(one: Mapping, other: Mapping) -> bool:
     """Whether two reward models, by their virtue.json, can have been trained on the same pairs: those of one folder or file, unless one took
     the first share of it and the other the second."""
     source = [m["settings"].get("pairs") or m["extra"].get("data") for m in (one, other)]
-    return source[0] == source[1] and {m["settings"].get("share") for m in (one, other)} != {"first", "second"}
+    shares = [m["settings"].get("share") for m in (one, other)]
+    return source[0] == source[1] and shares not in (["first", "second"], ["second", "first"])
 
 
 def reward_model_facts(rm: Path, eval_rm: Path | None = None) -> list[dict]:
     """How good the reward models are, from their virtue.json: {"of": "PPO" or "second", "lens", "accuracy", "calibration_error", "pairs"},
     on "pairs" pairs that each did not train on; those of eval_rm with "seen": trained on pairs that PPO's own saw."""
+    def held_out(manifest: dict) -> dict:
+        extra, found = manifest["extra"], manifest["extra"].get("held_out")
+        found = {"pairs": extra.get("held_out_pairs"), **(found if isinstance(found, dict) else {})}
+        return {key: found[key] if is_number(found.get(key)) else None for key in ("accuracy", "calibration_error", "pairs")}
+
     own = [read_manifest(rm / lens, "rm", lens) for lens in LENSES]
     second = [read_manifest(eval_rm / lens, "rm", lens) for lens in LENSES] if eval_rm else []
-    return [{"of": of, "lens": m["extra"]["lens"], **{key: m["extra"].get("held_out", {}).get(key) for key in ("accuracy", "calibration_error")},
-             "pairs": m["extra"].get("held_out_pairs"), **({"seen": any(same_pairs(o, m) for o in own)} if of == "second" else {})}
+    return [{"of": of, "lens": m["extra"]["lens"], **held_out(m), **({"seen": any(same_pairs(o, m) for o in own)} if of == "second" else {})}
             for of, found in (("PPO", own), ("second", second)) for m in found]
 
 
 def made_by(policy: Path, sft: Path | None, rm: Path, eval_rm: Path | None = None) -> list[dict]:
-    """{"stage", "settings"} of every run behind a policy, in order; data as far as it still lies where it was, or beside, as it was."""
+    """virtue.json of all that a policy was made by, in order, itself last; data as far as it still lies where it was, or beside, as it was."""
     found = []
     for home, inside in ((sft, [""]), (rm, LENSES), (eval_rm, LENSES), (policy, [""])):
         for manifest in [read_manifest(home / name) for name in inside] if home else []:
-            settings, wanted = manifest["settings"], manifest["extra"].get("data")
-            for data in (settings["data"], home / os.path.relpath(settings["data"], settings["out"])) if wanted else ():
+            data, made_in, wanted = manifest["settings"].get("data"), manifest["settings"].get("out"), manifest["extra"].get("data")
+            for path in {os.path.normpath(data), os.path.normpath(home / os.path.relpath(data, made_in))} if wanted and isinstance(data, str) and isinstance(made_in, str) else ():
                 try:
-                    found += [made] if (made := read_manifest(os.path.normpath(data)))["sha256"] == wanted else []
+                    found += [made] if (made := read_manifest(path))["sha256"] == wanted else []
                 except VirtueError:  # gone, or written over
                     pass
             found.append(manifest)
-    runs = [{"stage": m["stage"], "settings": m["settings"]} for m in found]
-    return [run for i, run in enumerate(runs) if run not in runs[:i]]  # one run makes three reward models
+    return found
 
 
 def warnings_of(columns: dict[str, dict], compared: dict[str, dict], wins: dict[str, dict], seen: bool = False) -> list[dict]:
