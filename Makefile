@@ -5,7 +5,7 @@
 # make oldest, make newest  the test suite with the lowest and the newest versions that pyproject.toml admits (several GB each)
 # make compare REV=HEAD   did a change to the code help? SEEDS="0 1" for fewer than six; FLAGS for more, e.g. FLAGS='--jobs 2 --scale small'
 # Each installs what it needs into .venv first. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to
-# pip (README: how to get torch's small CPU build), SEED, OUT and PROCESSES (cores to use) go to the demo.
+# pip (README: how to get torch's small CPU build), SEED, OUT, PROCESSES (cores to use) and DEVICE go to the demo: PROCESSES=1 DEVICE=cuda for one GPU.
 PYTHON    ?= python3
 PIP_FLAGS ?=
 SEED      ?= 0
@@ -14,10 +14,11 @@ REV       ?= HEAD
 SEEDS     ?= 0 1 2 3 4 5
 FLAGS     ?=
 PROCESSES ?= 2
+DEVICE    ?= cpu
 RUN        = .venv/bin/python
 # One process a core, of one thread each: a fifth faster than one process of two threads. They talk on this machine only.
 STAGE      = GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES)
-COMMON     = --seed $(SEED) --overwrite
+COMMON     = --seed $(SEED) --device $(DEVICE) --overwrite
 
 .PHONY: demo test check interop oldest newest compare clean
 .DELETE_ON_ERROR:

@@ -57,6 +57,7 @@ def main(argv=None):
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.judge import judge_pairs, label_ids, pair_fits, verdict
     from virtue.lora import use_stack
+    from virtue.memory import used
     from virtue.parallel import barrier
     from virtue.resume import finish, may_write, settings_of, start
     from virtue.rollout import load_sft
@@ -165,7 +166,7 @@ def main(argv=None):
     finish(out)
     for name, value in summary.items():
         print(f"{name}: {value if not isinstance(value, dict) else ', '.join(f'{k} {v:.3g}' for k, v in value.items() if v is not None)}")
-    print(f"wrote {', '.join(written)}, summary.json in {out}")
+    print(f"wrote {', '.join(written)}, summary.json in {out}{used(model.device)}")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def main(argv=None):
     if preview(args, {"prompts": f"{args.prompts}, {len(prompts)} records"}, "adapter, best/, value/, metrics.jsonl, rollouts.jsonl, curves.svg", trained=["policy", "value"],
                flat=[["sft", "policy"], ["policy"], ["policy"], *[["whole"]] * (3 * args.merge_rm)],  # rollout, sampled, best; merged
                sampling=dict(rows=min(args.batch_size, args.rollout_size), tokens=length, new=args.max_new_tokens),
-               update=dict(rows=rows, tokens=length, positions=rows * turns * args.max_new_tokens, stacks=2, entropy=True), copy=args.rollout_dtype):
+               update=dict(rows=rows, tokens=length, positions=rows * turns * args.max_new_tokens, stacks=2, entropy=args.entropy_coef > 0), copy=args.rollout_dtype):
         return
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer

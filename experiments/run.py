@@ -341,7 +341,7 @@ def load(report: Path) -> Run:
     asked = [(s["id"], s["prompt"][-1]["content"]) for s in samples if "gold" in s[final]]
     questions = {key: text.replace(person, "P").replace(thing, "T") for key, text in asked for person, thing in [slots(text)]}
     at_length = scores.get("differences", {}).get(f"{final} - {start}", {}).get("gold, at equal length", {}).get("difference", np.nan)
-    wins = [found["rate"] for found in scores.get("wins", {}).get(f"{final} vs {start}", {}).values()]
+    wins = [found["rate"] if found else np.nan for found in scores.get("wins", {}).get(f"{final} vs {start}", {}).values()]  # none fits the judge's context
     return Run(start, final, scores["models"], gold, [(c["kl"], c["gold"]) for c in scores.get("curve", []) if c["gold"] is not None], questions, at_length, wins)
 
 
@@ -368,6 +368,11 @@ def by_question(runs: Sequence[Run]) -> str:
         for key, question in run.questions.items():
             gains.setdefault(question, []).append(run.gold[run.final][key] - run.gold[run.start][key])
     return "; ".join(f'"{question}" {np.mean(values):+.3f} ({len(values) // len(runs)} prompts)' for question, values in sorted(gains.items()))
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, ...]:
+    """Mean with Student's interval, one value a seed; the mean alone of one seed, or where a value is nan."""
+    return t_interval(values) if len(values) > 1 and np.isfinite(values).all() else (float(np.mean(values)),)
 
 
 def seed_test(a: Sequence[float], b: Sequence[float]) -> float:
@@ -428,11 +433,10 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
             cell(*paired([run.gold[run.start] for run in each], [run.gold[run.final] for run in each]), sign="+"),
             cell(*paired(*([found[x][s].gold[found[x][s].final] for s in seeds] for x in (first, arm))), sign="+") if seeds else "–",
             cell(p.get(arm, np.nan)), cell(adjusted.get(arm, np.nan)),
-            f"{here}; {cell(*(t_interval(apart) if len(apart) > 1 else (apart[0],)), sign='+')}" if apart else here])
-        lengths = [run.at_length for run in each]
+            f"{here}; {cell(*over_seeds(apart), sign='+')}" if apart else here])
         details.append([
             arm, " / ".join(mean(f"gold/{lens}", "start") for lens in LENSES), " / ".join(mean(f"gold/{lens}") for lens in LENSES),
-            cell(*(t_interval(lengths) if len(lengths) > 1 and np.isfinite(lengths).all() else (float(np.mean(lengths)),)), sign="+"),
+            cell(*over_seeds([run.at_length for run in each]), sign="+"),
             " / ".join(f"{x:.2f}" for x in np.mean([run.wins for run in each], 0)) if all(run.wins for run in each) else "–", mean("kl", digits=2), mean("perplexity", over="base"),
             " / ".join(mean(f"patterns/{lens}") for lens in LENSES), mean("broken"), mean("fits"), mean("ended"),
             *(f"{mean(key, 'start')} → {mean(key)}" for key in ("study_score", "study_score_standardised")), mean("length", digits=1)])
@@ -469,7 +473,7 @@ def show(name: str, arms: Sequence[Arm], runs: Path, seeds: Sequence[int], scale
             sizes = next(iter(golds.values()))
             print(f"Gold of the best of n of what PPO starts from, {arm.name}, {len(files)} seeds:\n")
             print(rows_of([["nats, at most", *(f"{best_of_n_kl(n):.2f}" for n in sizes)],
-                           *([name, *(cell(*(t_interval(values) if len(values) > 1 else values)) for values in by_n.values())] for name, by_n in golds.items())],
+                           *([name, *(cell(*over_seeds(values)) for values in by_n.values())] for name, by_n in golds.items())],
                           "aggregator | " + " | ".join(f"n = {n}" for n in sizes)), end="\n\n")
     print("Gold of held-out prompts, 0 worst to 1 oracle; 95 % intervals: seeds and prompts resampled (one seed: prompts alone); p: all sign flips of "
           "the seeds' differences. At equal KL: of PPO's own dialogues, a parabola in sqrt(KL) through the run; there, at equal length and of best-of-n "

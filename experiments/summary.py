@@ -18,9 +18,8 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 from compare import beside, judge  # noqa: E402
-from run import by_question, cell, load, paired  # noqa: E402
+from run import by_question, cell, load, over_seeds, paired  # noqa: E402
 from virtue.ethics import LENSES  # noqa: E402
-from virtue.stats import t_interval  # noqa: E402
 
 
 def main() -> None:
@@ -29,6 +28,8 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", type=Path, metavar="RUN", help="folders of another recipe, as many, in the order of their seeds")
     args = parser.parse_args()
     runs = args.runs
+    if gone := [run for run in (*runs, *(args.against or ())) if not (run / "report/scores.json").is_file()]:
+        parser.error(f"{gone[0]}: no report/scores.json in it: give folders in which make demo came to its end")
     if args.against and len(args.against) != len(runs):
         parser.error("--against wants as many folders as there are runs")
     scores = [json.loads((run / "report/scores.json").read_text()) for run in runs]
@@ -46,9 +47,9 @@ def main() -> None:
         each = ", ".join("{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**s["differences"][f"{b} - {a}"]["gold"]) for s in scores)
         golds = [[run.gold[name] for run in loaded] for name in (a, b)]
         means = [np.mean([y[key] - x[key] for key in x]) for x, y in zip(*golds)]
-        print(f"| {b} - {a} | {each} | {cell(*paired(*golds), sign='+')} | {cell(*(t_interval(means) if len(means) > 1 else means), sign='+')} |")
-    lengths, wins = [run.at_length for run in loaded], np.mean([run.wins for run in loaded], 0)
-    print(f"\nOf the last stage: gain in gold at equal length {cell(*(t_interval(lengths) if len(lengths) > 1 else lengths), sign='+')}; the judge prefers "
+        print(f"| {b} - {a} | {each} | {cell(*paired(*golds), sign='+')} | {cell(*over_seeds(means), sign='+')} |")
+    wins = np.mean([run.wins for run in loaded], 0)
+    print(f"\nOf the last stage: gain in gold at equal length {cell(*over_seeds([run.at_length for run in loaded]), sign='+')}; the judge prefers "
           f"its dialogues, both orders, in {' / '.join(f'{x:.2f}' for x in wins)} (action / motivation / consequence); by held-out question "
           f"{by_question(loaded)}")
 

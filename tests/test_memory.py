@@ -194,18 +194,18 @@ def test_no_moment_needs_more_than_planned(tmp_path, settings):
     folder, flags = make_tiny_model(tmp_path / "base", tokenizer=False, **WIDE | {"vocab_size": 2000}), {"quantize": "none", "dtype": "fp32"} | settings
     ids, mask = torch.full((2, 200), 9), torch.zeros(2, 199, dtype=torch.bool)
     mask[:, 80:] = True
-    for checkpointing in (False, True):
+    for checkpointing, entropy_too in ((False, False), (False, True), (True, False)):
         model, _ = roles(folder, **settings)
         if checkpointing:
             checkpoint_layers(model)
         with Live(model) as live:
             with lora.use_stack(model, "sft", "policy"):
-                logprobs, entropy = logprobs_at(model, ids, torch.ones_like(ids), mask, 1.0, True)
+                logprobs, entropy = logprobs_at(model, ids, torch.ones_like(ids), mask, 1.0, True, train_entropy=entropy_too)
             with lora.use_stack(model, "sft", "value"):
                 values = values_at(model, ScalarHead(256, seed=1), ids, torch.ones_like(ids), mask)
             (logprobs.mean() + entropy.mean() + values.mean()).backward()
         planned = memory.plan(model.config, **flags, trained=[(4, TARGETS)] * 2, checkpointing=checkpointing,
-                              update=dict(rows=2, tokens=200, positions=int(mask.sum()), stacks=2, entropy=True))["update"]
+                              update=dict(rows=2, tokens=200, positions=int(mask.sum()), stacks=2, entropy=entropy_too))["update"]
         assert 1 <= sum(planned.values()) / live.most < 1.8
     model, _ = roles(folder, **settings)
     with Live(model) as live, lora.use_stack(model, "policy"):
@@ -213,6 +213,16 @@ def test_no_moment_needs_more_than_planned(tmp_path, settings):
     planned = memory.plan(model.config, **flags, trained=[(4, TARGETS)], sampling=dict(rows=8, tokens=200, new=20))["sampling"]
     assert 1 <= sum(planned.values()) / live.most < 1.8
     print(settings, planned, live.most)
+
+
+def test_what_was_used_is_told_beside_the_plan(monkeypatch):
+    monkeypatch.setattr(memory, "_planned", [])
+    assert memory.used(torch.device("cpu")) == ""  # of the toy no plan is printed
+    plan = memory.plan(config_7b(), quantize="nf4", dtype="bf16", scoring=dict(rows=2, tokens=100))
+    moment, most = memory.greatest(plan)
+    assert moment == "scoring" and memory.table(plan).endswith(f"{most / 2**30:9.3f}")
+    line = memory.used(torch.device("cpu"))
+    assert line.endswith(f", planned {most / 2**30:.2f}") and 0.1 < float(line.split()[3]) < 30  # this process, GiB
 
 
 def test_a_plan_adds_up():

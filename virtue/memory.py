@@ -50,26 +50,32 @@ def adapter_bytes(config, adapter: Adapter, trainable: bool = False) -> int:
 
 
 def layer_bytes(config, dtype: str, rows: int, tokens: int, adapter: Adapter) -> int:
-    """What one decoder layer keeps of rows x tokens for the backward pass; c bytes a number of `dtype`, A heads times head_dim.
+    """What one decoder layer keeps of rows x tokens for the backward pass; c bytes a number of `dtype`, A heads times
+    head_dim, K the same of keys and values.
 
-    Per token: the inputs of two norms in fp32, 8 D; attention's q, k, v for each head and result, 4 A c, and its log-sums; gate,
+    Per token: the inputs of two norms in fp32, 8 D; attention's q and result, 2 A c, k and v, 2 K c, and its log-sums; gate,
     silu(gate) and up, 3 F c; each target's input in fp32, its own cast where c < 4, else shared by q, k, v and by gate, up; r
-    numbers of each target between A and B. Per row: attention's mask as numbers, tokens^2 c.
+    numbers of each target between A and B. (Rows are padded on the right and need no mask.)
     """
     (rank, targets), known, c = adapter, linears(config), BYTES[dtype]
     r = widest(config, targets) if rank is None else rank
-    D, F, A = config.hidden_size, config.intermediate_size, known["o_proj"][0]
+    D, F, A, K = config.hidden_size, config.intermediate_size, known["o_proj"][0], known["k_proj"][1]
     inputs = [known[name][0] for name in targets if name != "lm_head"]
     if c == 4:  # o_proj's is attention's result
         inputs = [i for group, i in (("qkv", D), ("gu", D), ("d", F)) if any(name[0] in group for name in targets)]
-    each = 8 * D + 4 * A * c + 4 * config.num_attention_heads + 3 * F * c + 4 * sum(inputs) + 4 * r * len(targets)
-    return rows * tokens * each + rows * tokens * tokens * c
+    each = 8 * D + 2 * (A + K) * c + 4 * config.num_attention_heads + 3 * F * c + 4 * sum(inputs) + 4 * r * len(targets)
+    return rows * tokens * each
 
 
 def passing_bytes(config, quantize: str, dtype: str, rows: int, tokens: int) -> int:
-    """What an MLP and a mask need for a moment, forward or backward; NF4: also the widest weight in `dtype`, for its product."""
+    """What an MLP needs for a moment, forward or backward; NF4: also the widest weight in `dtype`, for its product."""
     c, F, D = BYTES[dtype], config.intermediate_size, config.hidden_size
-    return rows * tokens * (F * (4 * c + 4) + 8 * D) + rows * tokens * tokens * (1 + c) + (F * D * c if quantize == "nf4" else 0)
+    return rows * tokens * (F * (4 * c + 4) + 8 * D) + (F * D * c if quantize == "nf4" else 0)
+
+
+def mask_bytes(dtype: str, rows: int, tokens: int) -> int:
+    """A mask (rows, tokens, tokens), and as numbers: of rows that are padded on the left, or that the judge packs."""
+    return rows * tokens * tokens * (1 + BYTES[dtype])
 
 
 def cache_bytes(config, dtype: str, rows: int, tokens: int) -> int:
@@ -83,7 +89,7 @@ def plan(config, *, quantize: str, dtype: str, frozen: Sequence[Adapter] = (), t
     `copy`: the type of a dequantised one for sampling, which shares what is of that type already.
 
     `sampling`: rows, tokens (prompt and all turns), new (of the last turn). `judging`, `scoring`: rows, tokens. `update`: a forward's rows
-    and tokens, positions whose logits are taken, stacks before one backward pass, entropy or not.
+    and tokens, positions whose logits are taken, stacks before one backward pass, whether entropy is trained.
     """
     c, V, D, N = BYTES[dtype], config.vocab_size, config.hidden_size, config.num_hidden_layers
     learning = sum(adapter_bytes(config, a, trainable=True) for a in trained)
@@ -97,10 +103,10 @@ def plan(config, *, quantize: str, dtype: str, frozen: Sequence[Adapter] = (), t
     if sampling:
         rows, tokens = sampling["rows"], sampling["tokens"]
         result["sampling"] = {"KV cache": cache_bytes(config, dtype, rows, tokens), "logits": rows * V * (c + 12), "folded weights": folded,
-                              "passing": passing_bytes(config, quantize, dtype, rows, tokens - sampling["new"])}
+                              "passing": passing_bytes(config, quantize, dtype, rows, tokens - sampling["new"]) + mask_bytes(dtype, rows, tokens - sampling["new"])}
     if judging:
         rows, tokens = judging["rows"], judging["tokens"]
-        result["judging"] = {"logits": rows * 5 * V * (c + 8), "passing": passing_bytes(config, quantize, dtype, rows, tokens)}
+        result["judging"] = {"logits": rows * 5 * V * (c + 8), "passing": passing_bytes(config, quantize, dtype, rows, tokens) + mask_bytes(dtype, rows, tokens)}
     if scoring:
         result["scoring"] = {"folded weights": folded, "passing": passing_bytes(config, quantize, dtype, scoring["rows"], scoring["tokens"])}
     if update:
@@ -108,23 +114,37 @@ def plan(config, *, quantize: str, dtype: str, frozen: Sequence[Adapter] = (), t
         layer = max(layer_bytes(config, dtype, rows, tokens, a) for a in trained)
         kept = stacks * N * rows * tokens * D * c + layer if checkpointing else stacks * N * layer
         result["update"] = {"gradients": learning, "activations": kept + stacks * rows * tokens * 8 * D,  # 8 D: the last norm's input and output in fp32
-                            "folded weights": folded * (1 if checkpointing else stacks), "logits": min(update["positions"] * V, LOGITS_AT_ONCE) * (c + (24 if update.get("entropy") else 16)),
+                            "folded weights": folded * (1 if checkpointing else stacks), "logits": min(update["positions"] * V, LOGITS_AT_ONCE) * (c + (24 if update.get("entropy") else 12)),
                             "passing": passing_bytes(config, quantize, dtype, rows, tokens)}
     return {moment: {part: n for part, n in parts.items() if n} for moment, parts in result.items()}
 
 
-def table(plan: dict[str, dict[str, int]]) -> str:
-    """The plan as aligned lines, in GiB, and its greatest moment."""
+_planned: list[int] = []  # bytes of the plans printed so far: what `used` compares with
+
+
+def greatest(plan: dict[str, dict[str, int]]) -> tuple[str, int]:
+    """The moment that needs most, and its bytes, what is held included."""
     held, moments = sum(plan["held"].values()), {name: sum(parts.values()) for name, parts in plan.items() if name != "held"}
+    moment = max(moments, key=moments.get, default="held")
+    return moment, held + moments.get(moment, 0)
+
+
+def table(plan: dict[str, dict[str, int]]) -> str:
+    """The plan as aligned lines, in GiB, and its greatest moment; `used` remembers it."""
     rows = [(moment if i == 0 else "", part, n) for moment, parts in plan.items() for i, (part, n) in enumerate(parts.items())]
-    greatest = max(moments, key=moments.get, default="held")
-    rows.append(("greatest", greatest, held + moments.get(greatest, 0)))
+    rows.append(("greatest", *greatest(plan)))
+    _planned.append(rows[-1][-1])
     return "\n".join(["memory plan, GiB (computed; CUDA's own and fragments, 0.5 to 1, come on top)", *(f"  {a:10}{b:18}{n / 2**30:9.3f}" for a, b, n in rows)])
 
 
 def used(device) -> str:
-    """A line that says what CUDA's allocator gave out at most so far; nothing on a CPU."""
+    """A line that compares what was used with the plan printed last: on CUDA what its allocator gave out at most, on a CPU the
+    process's resident memory at most, Python and its libraries included. Nothing where neither CUDA nor a plan is there."""
+    import resource
     import torch
 
-    most = [f(device) / 2**30 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)] if device.type == "cuda" else None
-    return f"\nmemory: at most {most[0]:.2f} GiB allocated, {most[1]:.2f} reserved" if most else ""
+    plan = f", planned {_planned[-1] / 2**30:.2f}" if _planned else ""
+    if device.type == "cuda":
+        most = [f(device) / 2**30 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)]
+        return f"\nmemory: at most {most[0]:.2f} GiB allocated, {most[1]:.2f} reserved{plan}"
+    return f"\nmemory: at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB resident, Python and libraries included{plan}" if plan else ""

@@ -70,12 +70,16 @@ def resolve(name: str | Path, download: bool = True) -> Path | None:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise VirtueError(f"{folder}: no such folder; give 'toy', a local folder or a hub id")
     from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError
 
     if not download:
         found = try_to_load_from_cache(str(name), "config.json")
         return Path(found).parent if isinstance(found, str) else None
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(_HUB_FILES)))
+    except GatedRepoError as error:
+        raise VirtueError(f"{name}: its owner gives it to those who accept the terms: do so on https://huggingface.co/{name}, make a token under "
+                          "Settings there, then `hf auth login`, or set HF_TOKEN") from error
     except Exception as error:  # network, access, spelling: the hub has an exception for each
         reason = " ".join(str(error).split())[:200]
         raise VirtueError(f"{name}: no such folder, and the hub did not give it ({reason}); check "

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from virtue import VirtueError
+
 T = TypeVar("T")
 
 
@@ -35,7 +37,10 @@ def join(device: torch.device) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= there:
+            raise VirtueError(f"process {number} of this machine finds {there} GPUs: give torchrun --nproc-per-node {there}, or --device cpu")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # a long wait is no fault: one process may have hours of sampling left; torchrun ends them all when one dies
