@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,6 +259,44 @@ def test_resolve(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "TOY_FOLDER", tmp_path / "gone")
     with pytest.raises(VirtueError, match="gone"):
         resolve("toy")
+
+
+def test_a_gated_model_says_how_to_get_it(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def download(*args, **kwargs):
+        raise GatedRepoError.__new__(GatedRepoError)  # it wants the hub's response
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(VirtueError, match=r"accept the terms.*https://huggingface.co/owner/secret,.*hf auth login.*HF_TOKEN"):
+        resolve("owner/secret")
+
+
+LOADING = """
+import sys
+from virtue.models import load_model
+from tiny import make_tiny_model
+
+def peak():  # MiB; a new process's own, and without what its parent had
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+
+load_model(sys.argv[1], quantize="nf4")  # imports and first calls
+before = peak()
+model = load_model(sys.argv[2], quantize="nf4")
+print(peak() - before, sum(t.nbytes for t in model.state_dict().values()) / 2**20)
+"""
+
+
+def test_loading_holds_its_result_and_little_more(folder, tmp_path):
+    """A checkpoint of 130 MiB in shards: tensor by tensor, so that it is never held whole."""
+    large = make_tiny_model(tmp_path, tokenizer=False, hidden_size=512, intermediate_size=1792, num_hidden_layers=10, head_dim=128, max_shard_size="16MB")
+    size, shards = sum(f.stat().st_size for f in large.glob("*.safetensors")) / 2**20, len(list(large.glob("*.safetensors")))
+    done = subprocess.run([sys.executable, "-c", LOADING, str(folder), str(large)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    grown, result = map(float, done.stdout.split())
+    assert size > 120 and shards >= 8 and 15 < result < size / 5
+    assert grown < result + 2 * 16 + 24 < 0.7 * size  # two shards' pages, that may go at any time; the largest tensor in fp32 and on its way into 4 bits
 
 
 # ---- tokenizer
