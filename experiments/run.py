@@ -454,7 +454,7 @@ def show(name: str, arms: Sequence[Arm], runs: Path, seeds: Sequence[int], scale
             made = chain(arm, seed, scale)
             if made["report"].done(runs):
                 found[arm.name][seed] = load(runs / made["report"].folder)
-                codes |= {json.loads((runs / s.folder / "run.json").read_text())["code"] for s in made.values()}
+                codes |= {json.loads((runs / s.folder / "run.json").read_text())["code"] for s in made.values() if s.done(runs)}
                 continue
             logs = [runs / f"{s.folder}.log" for s in made.values() if not s.done(runs) and (runs / f"{s.folder}.log").is_file()]
             bad = next((log for log in logs if lines_of(log)[-1].startswith("# failed")), None)
