@@ -36,7 +36,7 @@ def parse(argv):
     data("--sft", type=Path, help="SFT adapter: reference and start of the policy")
     data("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
     data("--rollout-dtype", choices=("fp32", "bf16", "fp16"), help="sample from a copy of the base in this type, dequantised once: 14.5 GB more for "
-                                                                   "Mistral-7B in bf16, and no weight dequantised for each token (default: sample with the base itself)")
+                                                                   "Mistral-7B in bf16, and no weight dequantised for each batch of tokens (default: sample with the base itself)")
     data("--limit", type=positive_int, help="use the first so many prompts of the ppo split (default: all)")
     reward = parser.add_argument_group("reward").add_argument
     reward("--aggregate", choices=AGGREGATORS, default="mean", help="how three scores become one; uwo's spread is conflict of values, not doubt")
@@ -196,10 +196,11 @@ def main(argv=None):
     else:
         prepare_output(out / "value", overwrite=True)
         prepare_output(out / "best", overwrite=True)
-    bar = progress(range(1, args.iterations + 1), "ppo")
+    bar = progress(None, "ppo", args.iterations, unit="iteration")
     updates = args.ppo_epochs * -(-args.rollout_size // args.minibatch_size)  # optimiser steps an iteration
-    for iteration in bar:
+    for iteration in range(1, args.iterations + 1):
         if iteration <= resumed or stop:
+            bar.update()
             continue
         started = time.perf_counter()
         # 1. Sample a batch of prompts, and dialogues from the policy
@@ -287,7 +288,8 @@ def main(argv=None):
         for warning in run_away(first, metrics):
             bar.write(f"warning: iteration {iteration}: {warning}", file=sys.stderr) if main_rank() else None
         stop = args.stop_kl is not None and k1 > args.stop_kl
-        bar.set_postfix(score=f"{metrics['objective/score']:.2f}", kl=f"{k1:.1f}", eos=f"{metrics['tokens/eos_rate']:.2f}")
+        bar.set_postfix(score=f"{metrics['objective/score']:.2f}", kl=f"{k1:.1f}", eos=f"{metrics['tokens/eos_rate']:.2f}", refresh=False)
+        bar.update()
         kl_each = (kl_k1(old_logprobs, ref_logprobs) * spoken).sum(1).tolist()
         for d, s, kl_one in zip(dialogues, scores.T.tolist(), kl_each):
             messages = messages_of(tokenizer, d, turns=len(d.turns))
@@ -305,6 +307,7 @@ def main(argv=None):
             bar.close()
             print(f"stopped at iteration {iteration}: KL {k1:.2f} nats a dialogue is above --stop-kl {args.stop_kl}")
             break
+    bar.close()
     finish(out)
 
     print(f"ppo: {metrics['iteration']} iterations of {args.rollout_size} dialogues; score {before:.3f} -> {metrics['objective/score']:.3f}, "
