@@ -25,6 +25,11 @@ def tiny(tmp_path_factory):
     return load_model(folder), load_tokenizer(folder)
 
 
+def test_its_bar_ends(tiny, capsys):
+    judge_pairs(*tiny, [pair("a", "b")] * 5, "action", batch_size=4)
+    assert "judge action: 100%" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_packed_questions_equal_ten_separate_prompts(tiny):
     model, tokenizer = tiny
     pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."), pair("x", "yes yes", turns=2)]

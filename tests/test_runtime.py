@@ -83,7 +83,7 @@ def test_number_types(kind, good, bad):
 
 @pytest.mark.parametrize(("error", "status", "words"), [
     (VirtueError("a.jsonl, line 3:\nno"), 2, "error: a.jsonl, line 3: no\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n"), (None, 0, "")])
+    (KeyboardInterrupt(), 130, "interrupted: a stage that was killed goes on with --resume\n"), (None, 0, "")])
 def test_run_main(capsys, error, status, words):
     def main():
         if error is not None:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from virtue import VirtueError
-from virtue.checkpoint import CONFIG, MANIFEST, WEIGHTS, file_hash, prepare_output, read_manifest, sha256_file
+from virtue.checkpoint import CONFIG, MANIFEST, WEIGHTS, file_hash, read_manifest, sha256_file
 from virtue.ethics import LENSES, VIRTUES
 from virtue.report import ROWS
 from virtue.runtime import make_parser, run_main
@@ -227,6 +227,7 @@ def upload(name: str, files: Mapping[str, bytes | Path], repo_type: str, private
 
 def main(argv=None):
     parser = make_parser(__doc__)
+    parser.prog = "python -m virtue.hub"
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="adapter, merged model or data")
     parser.add_argument("--name", "--push-to-hub", dest="name", required=True, help="the repository, owner/name")
     parser.add_argument("--out", type=Path, help="write the files into this new folder and upload nothing: PEFT's form of an adapter, SFT folded in")
@@ -242,13 +243,15 @@ def main(argv=None):
     text = card(args.name, kind, public(manifest), results(args.folder, kind, manifest, args.report), args.license)
     files["README.md"] = text.encode()
     if args.out and not args.dry_run:
-        prepare_output(args.out, overwrite=False)
+        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+            raise VirtueError(f"{args.out}: exists and is not an empty folder: give another --out")
         for path, data in files.items():
             (args.out / path).parent.mkdir(parents=True, exist_ok=True)
             (args.out / path).write_bytes(data) if isinstance(data, bytes) else shutil.copyfile(data, args.out / path)
         print(f"wrote {len(files)} files to {args.out}")
     elif args.dry_run:
-        print(f"{text}\nwould upload to {args.name}, {'public' if args.public else 'private'}: {', '.join(sorted(files))}")
+        where = f"write to {args.out}" if args.out else f"upload to {args.name}, {'public' if args.public else 'private'}"
+        print(f"{text}\nwould {where}: {', '.join(sorted(files))}")
     else:
         print(f"wrote {len(files)} files to {upload(args.name, files, 'dataset' if kind in DATA else 'model', not args.public)}")
 

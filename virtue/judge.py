@@ -131,7 +131,7 @@ def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], le
         return logprobs.softmax(-1)[..., 0].tolist(), logprobs.exp().sum().item()
 
     batches = share([jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)])
-    for batch, (probs, of_labels) in zip(batches, replay(keep, progress(batches, f"judge {lens}"), read)):
+    for (probs, of_labels), batch in zip(replay(keep, progress(batches, f"judge {lens}"), read), batches):  # in this order the bar ends
         mass += of_labels
         for (i, order, _), first in zip(batch, torch.tensor(probs)):
             result[i, order] = first if order == 0 else 1.0 - first

@@ -28,6 +28,7 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
     """
     from safetensors.torch import save
     from transformers import AutoModelForSequenceClassification, MistralConfig
+    from transformers.utils import logging
 
     if main_rank():
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +43,8 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
     barrier()
 
     before = score_dialogues(model, [(stack, head)], dialogues, [turn], tokenizer.pad_token_id, batch_size=8)[0]
+    del state  # 14.5 GB of Mistral-7B, and as many come back
+    logging.disable_progress_bar()
     merged = AutoModelForSequenceClassification.from_pretrained(folder).to(model.device).eval()
     with torch.no_grad():
         after = torch.stack([merged(torch.tensor([d.ids[:d.turns[turn].score_position + 1]], device=model.device)).logits[0, 0]

@@ -225,7 +225,7 @@ def run_main(main: Callable[[], object]) -> None:
               "the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted: a stage that was killed goes on with --resume", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
