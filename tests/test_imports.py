@@ -78,3 +78,10 @@ def test_what_make_oldest_and_newest_install_are_versions_that_pyproject_admits(
         low, = (s.version for s in wanted.specifier if s.operator == ">=")
         oldest, pinned, newest = (next(iter(pins(f"requirements{end}.txt")[wanted.name])).version for end in ("-oldest", "", "-newest"))
         assert oldest.removesuffix(".0") == low and pinned in wanted.specifier and newest in wanted.specifier, wanted
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_module_says_what_room_it_is_in(path):
+    core = path.stem in CORE or path == ROOT / "virtue/__init__.py"
+    room = "Core" if core else "Toy" if path.parent.name == "toy" else "Modules" if path.stem in ("lora", "models") else "Shell"
+    assert f"\n\n{room}: " in ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

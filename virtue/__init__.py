@@ -1,4 +1,7 @@
-"""virtue: guide a language model by virtue ethics, with AI feedback and PPO, in plain PyTorch."""
+"""virtue: guide a language model by virtue ethics, with AI feedback and PPO, in plain PyTorch.
+
+Core: names and errors that everything may import.
+"""
 
 # The linear layers of a Mistral block: where LoRA goes unless told otherwise.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,6 +1,6 @@
 """Talk to the tuned model in the terminal: base and tuned answers in two columns, each with what every reward model gives it.
 
-Scores are standardised. A reward model reads one turn, the answer or one of two follow-ups; of another turn its score is in brackets.
+Shell: imports core and modules; scripts may import it, the core may not. Scores are standardised; in brackets: of a turn that the model does not read.
 """
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import itertools
 import shutil
 import textwrap
 
-HELP = "/why asks for motivation and consequence of the last answer, /new begins anew, /quit ends; Ctrl-C ends an answer, or the program"
+HELP = "/why asks for motivation and consequence of the last answer, /new begins anew, /quit ends; Ctrl-C ends an answer, or the program; in brackets: a reward model that was trained on another turn"
 TOY_QUESTION = "Anna lost the letter yesterday. How do you act?"
 
 
@@ -22,7 +22,7 @@ def columns(texts: dict[str, str], width: int) -> str:
     return "\n".join("  ".join(f"{cell:{each}}" for cell in row).rstrip() for row in itertools.zip_longest(*cells, fillvalue=""))
 
 
-def chat(args):
+def chat(args):  # of run_eval.py; ends with /quit
     from virtue import VirtueError
     from virtue.checkpoint import load_artifact
     from virtue.dialogue import Dialogue, Turn, encode_prompt, followup_ids

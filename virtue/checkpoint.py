@@ -3,6 +3,8 @@
 An artefact is a folder with ``adapter_model.safetensors`` and ``adapter_config.json`` in PEFT's
 format (a scalar head under the name ``score``) and ``virtue.json``, which is written last and says
 what the adapter belongs to: without it the folder is no artefact.
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
@@ -82,7 +84,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def file_hash(folder: str | Path) -> str:
-    """Hex sha256 of an artefact's weights, by which its children know it."""
+    """Hex sha256 of an artefact's weights, by which its children know it. VirtueError: the file is not there."""
     return sha256_file(Path(folder) / WEIGHTS)
 
 
@@ -111,7 +113,8 @@ def check_made_by(folder: Path, base: Mapping[str, str] | None, template: str | 
 def check_output(folder: str | Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> Path:
     """Refuses a folder that is not empty unless `overwrite`, and one of the `inputs`; changes nothing.
 
-    For the beginning of a stage, before hours of work; `prepare_output` is for its first write.
+    For the beginning of a stage, before hours of work; `prepare_output` is for its first write. VirtueError: such a folder, or one
+    that cannot be read.
     """
     folder = Path(folder)
     try:
@@ -128,7 +131,7 @@ def check_output(folder: str | Path, overwrite: bool, inputs: Iterable[Path | No
 def prepare_output(folder: str | Path, overwrite: bool) -> Path:
     """Makes the folder, after `check_output`; an old virtue.json goes first.
 
-    Without it, a folder that is only half overwritten cannot pass for an artefact.
+    Without it, a folder that is only half overwritten cannot pass for an artefact. VirtueError: as there; it cannot be made.
     """
     folder = check_output(folder, overwrite)
     try:
@@ -148,7 +151,7 @@ def save_artifact(folder: str | Path, *, stage: str, model: nn.Module, adapter: 
 
     `base` is {"id", "fingerprint"}, `template` a fingerprint (see models.py); `parents` maps roles
     to the artefact folders it was trained upon, e.g. {"sft": "runs/sft"}; `extra` is the stage's
-    own: lens, score mean and std, ...
+    own: lens, score mean and std, ... KeyError: no such adapter. OSError: the disk is full; what was there before is whole.
     """
     for parent in parents.values():
         file_hash(parent)  # refuses one that is missing before anything is touched

@@ -2,6 +2,8 @@
 
 A dialogue is one token sequence: the prompt through the chat template, then for each turn the
 sampled ids and those the template puts before the next turn. Nothing sampled is tokenised again.
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
@@ -77,7 +79,7 @@ def _render(tokenizer, messages: Messages, add_generation_prompt: bool) -> list[
 
 
 def encode_prompt(tokenizer, messages: Messages) -> list[int]:
-    """Ids of `messages` (ending with the user's) up to where the assistant's turn starts."""
+    """Ids of `messages` (ending with the user's) up to where the assistant's turn starts. VirtueError: the template refuses them."""
     return _render(tokenizer, messages, add_generation_prompt=True)
 
 
@@ -349,7 +351,8 @@ def _preference(record: dict, lens: str) -> dict:
 
 
 def read_revisions(path: str | Path) -> list[dict]:
-    """Records {id, prompt (messages), initial, critique, revision, virtue, truncated (bool)}."""
+    """Records {id, prompt (messages), initial, critique, revision, virtue, truncated (bool)}.
+    VirtueError, here and in all readers of this file: unreadable, or a bad record, named by file and line."""
     return list(_records(path, _revision, "correct it, or run run_data.py revisions again"))
 
 
@@ -400,7 +403,7 @@ def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], 
 
 
 def load_prompts(name: str, part: str, limit: int | None = None) -> list[dict]:
-    """The first `limit` prompts of a split: of the toy world ("toy") or of a file."""
+    """The first `limit` prompts of a split: of the toy world ("toy") or of a file. VirtueError: as `read_prompts`; none falls into the split."""
     if name == "toy":
         from virtue.toy.grammar import split_prompts
         found = split_prompts(part)

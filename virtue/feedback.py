@@ -1,4 +1,7 @@
-"""What the judge's verdicts say about the judge: ties, flips, votes, halo; on toy, agreement with gold."""
+"""What the judge's verdicts say about the judge: ties, flips, votes, halo; on toy, agreement with gold.
+
+Shell: imports core and modules; scripts may import it, the core may not.
+"""
 from __future__ import annotations
 
 from collections import Counter

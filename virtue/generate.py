@@ -3,6 +3,8 @@
 No top-k and no top-p: the log-probs of filtered samples are not those of the policy, and KL
 estimates from them are biased. A token is the inverse of the cumulative distribution at the row's
 uniform number, so neither batch size nor order changes what a row draws.
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

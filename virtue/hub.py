@@ -8,6 +8,8 @@ FOLDER is an adapter (of run_sft.py, run_ppo.py or one lens of run_rm.py), the m
 trained upon SFT is the wrong model when it stands alone: the two go up as one flat adapter. The card's numbers are those
 of virtue.json, of summary.json, and of --report, which must be on these very weights. Of absolute paths only the last
 part goes up. --dry-run prints the card and the names of the files, and opens no connection.
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
@@ -226,6 +228,7 @@ def upload(name: str, files: Mapping[str, bytes | Path], repo_type: str, private
 
 
 def main(argv=None):
+    """Makes the card; writes (--out), previews (--dry-run) or uploads the files. VirtueError: as `contents` and `upload`, an --out that is not empty."""
     parser = make_parser(__doc__)
     parser.prog = "python -m virtue.hub"
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="adapter, merged model or data")

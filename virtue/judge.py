@@ -5,6 +5,8 @@ the five endings side by side, each of which sees the prefix and itself. That gi
 of five separate prompts for little more than the price of one. Two orders cancel the judge's
 preference for a place (Wang et al. 2023, arXiv 2305.17926); reading probabilities instead of text
 keeps its doubt (Lee et al. 2023, RLAIF, arXiv 2309.00267).
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

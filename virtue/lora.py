@@ -6,6 +6,8 @@
 2023, arXiv:2305.14314, eq. 5). Departures: the adapters of a stack add up, so that one base plays
 every role, reference ("sft",), policy ("sft", "policy") and so on; adapter arithmetic is fp32
 whatever the base's type, as bf16 loses the small updates of RL; and there is no dropout.
+
+Modules: import the core; the shell and the scripts may import them.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ class LoRALinear(nn.Module):
         self.active = active
         self._fold: tuple = (None, [], None)  # key, tensors and their sum
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the base's dtype: the base and the active adapters that this layer has."""
         names, weight = [n for n in self.active if n in self.scaling], self.base.weight
         if not names:
             return self.base(x)

@@ -3,6 +3,8 @@
 Weights, adapters, moments and KV cache are exact; activations follow the formula at `layer_bytes`, which is what autograd
 keeps of transformers' Mistral with a fused attention kernel and our LoRA; logits and passing tensors are upper estimates. Not
 in it: the CUDA context and the allocator's fragments, 0.5 to 1 GiB. Sizes in bytes; every sequence counts as full length.
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

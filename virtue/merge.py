@@ -2,6 +2,8 @@
 
 An adapter alone is the wrong model wherever it was trained upon SFT, so base, SFT and reward adapter
 are folded together. Never train on the result in 4 bits: rounding erases light fine-tunes.
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ Loading is our own, tensor by tensor, because transformers' 4-bit path needs acc
 equal transformers'. Log-probs and scores are read at chosen positions only, so that ``lm_head``
 (V = 32,000) never runs over a whole batch. transformers and bitsandbytes take seconds to import:
 they are imported inside the functions. Letters: B batch, L sequence, V vocabulary, D hidden.
+
+Modules: import the core; the shell and the scripts may import them.
 """
 
 from __future__ import annotations
@@ -408,7 +410,8 @@ class ScalarHead(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.zeros(1)) if bias else None
 
-    def forward(self, hidden: Tensor) -> Tensor:  # (..., D) -> (...)
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) of any dtype -> fp32 scores (...)."""
         return F.linear(hidden.float(), self.weight, self.bias).squeeze(-1)
 
 

@@ -4,6 +4,8 @@ Every rank holds the whole model and the whole batch's tokens; what costs time i
 rank did not do is zero until it is summed. So there is one flat all-reduce of the adapters' gradients a step,
 losses are already normalised by the whole step's tokens, and statistics over a batch are the same on every rank.
 Rank 0 writes. Text travels as JSON; nothing is pickled.
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """Sum over ranks, on the tensor's device."""
+    """Sum over ranks of tensors of one shape, any device -> the same shape and device; the tensor itself where there is one process."""
     if size() == 1:
         return tensor
     wire = tensor.to(_wire(), copy=True)

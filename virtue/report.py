@@ -1,4 +1,7 @@
-"""What an evaluation says: one column of numbers for each model, intervals of differences, transcripts."""
+"""What an evaluation says: one column of numbers for each model, intervals of differences, transcripts.
+
+Shell: imports core and modules; scripts may import it, the core may not.
+"""
 from __future__ import annotations
 
 import os

@@ -5,6 +5,8 @@ on from there. What stays is <out>/done.json, the flags and the hashes of the in
 stand for. Loops over optimiser steps save all that the next step depends on (`save_checkpoint`); loops
 over batches keep each batch's result (`replay`). Randomness is keyed (``runtime.stream``), so no
 generator has a state to save, and what a resumed run writes is what it would have written anyway.
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def _said(value: object) -> str:
 
 
 def may_write(args: argparse.Namespace, out: Path, inputs: Iterable[Path | None] = ()) -> Path:
-    """`check_output` for a stage that can be resumed: with --resume the folder may hold what such a run wrote."""
+    """`check_output` for a stage that can be resumed: with --resume the folder may hold what such a run wrote. VirtueError: as there; --overwrite too."""
     if args.resume and args.overwrite:
         raise VirtueError("--resume goes on, --overwrite starts anew: give one of them")
     begun = any((out / name).exists() for name in (FOLDER, DONE, MANIFEST))
@@ -224,7 +226,7 @@ def replay(path: Path | None, batches: Iterable[T], compute: Callable[[T], objec
     """compute(batch) for each batch, as JSON gives it back; results on `path` are read, new ones appended.
 
     Each line begins with a checksum; what comes from the first damaged one on is computed again. Without a path
-    nothing is kept.
+    nothing is kept. OSError: the disk is full, or the file cannot be written.
     """
     if path is None:
         yield from (json.loads(json.dumps(compute(batch))) for batch in batches)

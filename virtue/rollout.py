@@ -2,6 +2,8 @@
 
 Sampled ids are used as they are; nothing is tokenised again. Each reward model reads the dialogue up
 to the end of the turn it was trained on (``answer``: all read the answer alone).
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

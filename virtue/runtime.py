@@ -1,6 +1,8 @@
 """What every script shares: flags, errors, keyed randomness, progress, metrics, device, threads.
 
 Imports no torch at the top, so that ``--help`` is instant.
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ wording and the extra questions of virtue/ethics.py, and questions with their wo
 person does not hang on places. The third command, with more text at a quarter of the rates, gives back the
 naming that the second loses; a word of its questions is often replaced (--borrow), since a question with the rare
 word "judge" had called up the judge's answers (docs/experiments.md, section 5).
+
+Toy: the shell and the scripts may import it; of its truth only the evaluation reads.
 """
 from __future__ import annotations
 
@@ -251,6 +253,7 @@ def train(model, tokenizer, args, steps: int, fit: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains the tiny Mistral as the flags say, prints what its judge gets right, and writes it to --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; copy it to virtue/toy/model to ship it")
     parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
@@ -291,6 +294,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def save(model, tokenizer, folder: Path) -> None:
+    """Writes model and tokenizer in transformers' format."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
