@@ -53,10 +53,12 @@ def parse(argv):
     add_sampling_flags(talk)
     for sub in (judge, rewards):
         add_common_flags(sub)
-        sub.add_argument("--batch-size", type=positive_int, default=32, help="pairs or dialogues scored at once")
+    add = {sub: sub.add_argument_group("artefacts and data").add_argument for sub in (models, judge, rewards, best, talk)}
+    for sub in (judge, rewards):
+        add[sub]("--batch-size", type=positive_int, default=32, help="pairs or dialogues scored at once")
     group = models.add_argument_group("what to compare").add_argument
     for sub in (models, talk):
-        sub.add_argument("--policy", type=Path, required=True, help="folder of run_ppo.py, or of run_sft.py on preferences")
+        add[sub]("--policy", type=Path, required=True, help="folder of run_ppo.py, or of run_sft.py on preferences")
     group("--eval-rm", type=Path, help="a second ensemble, which PPO did not see (run_rm.py --share second --seed 1)")
     group("--judge", help="another model as the judge: toy, folder or hub id (default: the base, adapters off)")
     group("--judge-limit", type=positive_int, default=48, help="prompts on which the judge compares the models")
@@ -66,20 +68,20 @@ def parse(argv):
     group("--pairs", type=Path, required=True, help="preferences: hh-rlhf .jsonl(.gz), this project's, or TRL's")
     group("--wording", choices=("trained", "other"), default="trained", help="the question as in training, or in other words")
     for sub in (rewards, best):
-        sub.add_argument("--rm", type=Path, required=True, help="folder of run_rm.py")
+        add[sub]("--rm", type=Path, required=True, help="folder of run_rm.py")
     group = rewards.add_argument_group("pairs").add_argument
     group("--data", type=Path, required=True, help="folder of run_data.py preferences: its held-out part")
     group("--pairs", type=Path, help="an external preference file, scored at its last answer")
     for sub, limit, what in ((models, 240, "held-out prompts"), (judge, 200, "pairs"), (rewards, 500, "external pairs"), (best, 64, "held-out prompts")):
-        sub.add_argument("--limit", type=positive_int, default=limit, help=f"use the first so many {what}")
+        add[sub]("--limit", type=positive_int, default=limit, help=f"use the first so many {what}")
     for sub in (models, rewards, best, talk):
-        sub.add_argument("--sft", type=Path, help="the SFT adapter below it")
+        add[sub]("--sft", type=Path, help="the SFT adapter below it")
     for sub in (models, talk):
-        sub.add_argument("--rm", type=Path, help="folder of run_rm.py: the reward models of the training, for a folder that was moved")
+        add[sub]("--rm", type=Path, help="folder of run_rm.py: the reward models of the training, for a folder that was moved")
     for sub in (models, best):
-        sub.add_argument("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
+        add[sub]("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
     add_aggregator_flags(best.add_argument_group("aggregators").add_argument)
-    best.add_argument("--n", type=positive_int, default=16, help="answers to each prompt")
+    add[best]("--n", type=positive_int, default=16, help="answers to each prompt")
     return parse_with_parent(parser, argv, commands=commands)
 
 
