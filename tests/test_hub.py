@@ -157,7 +157,7 @@ def test_the_same_files_into_a_folder(run, api, capsys):
     assert {p.name: p.read_bytes() for p in (run / "flat").iterdir()} == up and "wrote 4 files to " in capsys.readouterr().out
     push(run, "revisions", "--out", run / "data")  # files as they are
     assert (run / "data/revisions.jsonl").read_bytes() == (run / "revisions/revisions.jsonl").read_bytes()
-    refuse("flat", run, "policy", "--out", run / "flat")  # nothing is overwritten
+    refuse("flat: exists and is not an empty folder: give another --out, or empty it", run, "policy", "--out", run / "flat")  # nothing is overwritten
     assert len(api.calls) == 2  # the first alone went up
 
 
@@ -233,7 +233,15 @@ def test_a_dry_run_asks_nobody(run, monkeypatch, api, capsys):
     out = capsys.readouterr().out
     assert 'license: "apache-2.0"' in out and "# other" in out and out.rstrip().endswith(
         "would upload to me/other, private: README.md, adapter_config.json, adapter_model.safetensors, virtue.json")
+    push(run, "policy", "--dry-run", "--out", run / "new")
+    assert f"would write to {run / 'new'}: README.md" in capsys.readouterr().out and not (run / "new").exists()
     assert not api.calls
+
+
+def test_a_wrong_flag_names_the_command(capsys):
+    with pytest.raises(SystemExit):
+        hub.main(["x", "--name", "me/x", "--overwrite"])
+    assert "see python -m virtue.hub --help" in capsys.readouterr().err
 
 
 def test_refusals(run, api):

@@ -247,7 +247,7 @@ def main(argv=None):
     files["README.md"] = text.encode()
     if args.out and not args.dry_run:
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise VirtueError(f"{args.out}: exists and is not an empty folder: give another --out")
+            raise VirtueError(f"{args.out}: exists and is not an empty folder: give another --out, or empty it")
         for path, data in files.items():
             (args.out / path).parent.mkdir(parents=True, exist_ok=True)
             (args.out / path).write_bytes(data) if isinstance(data, bytes) else shutil.copyfile(data, args.out / path)
