@@ -121,6 +121,13 @@ def refuse(words, run, folder, *flags, **changes):
     assert "\n" not in str(caught.value)
 
 
+def test_merging_shows_no_bar_and_leaves_bars_as_they_were(model, tmp_path, capsys):
+    from transformers.utils import logging
+    logging.enable_progress_bar()
+    write_merged(tmp_path, *model, ("sft",), ScalarHead(64), [Dialogue("", [], IDS[0].tolist(), (Turn(2, 5, False),))], 0)
+    assert "Loading" not in capsys.readouterr().err and logging.is_progress_bar_enabled()
+
+
 @torch.no_grad()
 def logits(model, *stack):
     with use_stack(model, *stack):

@@ -46,8 +46,13 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
 
     before = score_dialogues(model, [(stack, head)], dialogues, [turn], tokenizer.pad_token_id, batch_size=8)[0]
     del state  # 14.5 GB of Mistral-7B, and as many come back
-    logging.disable_progress_bar()
-    merged = AutoModelForSequenceClassification.from_pretrained(folder).to(model.device).eval()
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a log is no place for it
+    try:
+        merged = AutoModelForSequenceClassification.from_pretrained(folder).to(model.device).eval()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     with torch.no_grad():
         after = torch.stack([merged(torch.tensor([d.ids[:d.turns[turn].score_position + 1]], device=model.device)).logits[0, 0]
                              for d in dialogues]).float().cpu()
