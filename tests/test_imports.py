@@ -84,4 +84,5 @@ def test_what_make_oldest_and_newest_install_are_versions_that_pyproject_admits(
 def test_every_module_says_what_room_it_is_in(path):
     core = path.stem in CORE or path == ROOT / "virtue/__init__.py"
     room = "Core" if core else "Toy" if path.parent.name == "toy" else "Modules" if path.stem in ("lora", "models") else "Shell"
-    assert f"\n\n{room}: " in ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    *_, blank, last = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()
+    assert not blank and last.startswith(f"{room}: ")

@@ -1,6 +1,8 @@
 """Talk to the tuned model in the terminal: base and tuned answers in two columns, each with what every reward model gives it.
 
-Shell: imports core and modules; scripts may import it, the core may not. Scores are standardised; in brackets: of a turn that the model does not read.
+Scores are standardised; in brackets: of a turn that the model does not read.
+
+Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ equal transformers'. Log-probs and scores are read at chosen positions only, so 
 (V = 32,000) never runs over a whole batch. transformers and bitsandbytes take seconds to import:
 they are imported inside the functions. Letters: B batch, L sequence, V vocabulary, D hidden.
 
-Modules: import the core; the shell and the scripts may import them.
+Modules: imports the core, and of the shell memory.py and runtime.py; the shell and the scripts may import it.
 """
 
 from __future__ import annotations
