@@ -24,7 +24,8 @@ def columns(texts: dict[str, str], width: int) -> str:
     return "\n".join("  ".join(f"{cell:{each}}" for cell in row).rstrip() for row in itertools.zip_longest(*cells, fillvalue=""))
 
 
-def chat(args):  # of run_eval.py; ends with /quit
+def chat(args):
+    """The conversation of run_eval.py chat with its parsed flags, until /quit. VirtueError: no --rm, or an artefact that does not load."""
     from virtue import VirtueError
     from virtue.checkpoint import load_artifact
     from virtue.dialogue import Dialogue, Turn, encode_prompt, followup_ids

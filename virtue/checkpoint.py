@@ -151,7 +151,8 @@ def save_artifact(folder: str | Path, *, stage: str, model: nn.Module, adapter: 
 
     `base` is {"id", "fingerprint"}, `template` a fingerprint (see models.py); `parents` maps roles
     to the artefact folders it was trained upon, e.g. {"sft": "runs/sft"}; `extra` is the stage's
-    own: lens, score mean and std, ... KeyError: no such adapter. OSError: the disk is full; what was there before is whole.
+    own: lens, score mean and std, ... KeyError: no such adapter. VirtueError: a parent is missing, before
+    anything is touched; the disk is full, which leaves no virtue.json.
     """
     for parent in parents.values():
         file_hash(parent)  # refuses one that is missing before anything is touched

@@ -79,7 +79,7 @@ def _render(tokenizer, messages: Messages, add_generation_prompt: bool) -> list[
 
 
 def encode_prompt(tokenizer, messages: Messages) -> list[int]:
-    """Ids of `messages` (ending with the user's) up to where the assistant's turn starts. VirtueError: the template refuses them."""
+    """Ids of `messages` (ending with the user's) up to where the assistant's turn starts. jinja2.TemplateError: the template refuses them."""
     return _render(tokenizer, messages, add_generation_prompt=True)
 
 
@@ -415,7 +415,7 @@ def load_prompts(name: str, part: str, limit: int | None = None) -> list[dict]:
 
 
 def read_dialogues(path: str | Path) -> list[Dialogue]:
-    """Dialogues as run_data.py samples them: {id, prompt, ids, turns [[start, end, truncated]]}."""
+    """Dialogues as run_data.py samples them: {id, prompt, ids, turns [[start, end, truncated]]}. VirtueError: see `read_revisions`."""
     def convert(record: dict) -> dict:
         missing = [name for name in ("id", "prompt", "ids", "turns") if name not in record]
         _need(not missing, f"lacks {', '.join(missing)}")
@@ -433,7 +433,7 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Lines of a MetricsLog that holds numbers only, as a training's metrics.jsonl: numbers, or None for nan."""
+    """Lines of a MetricsLog that holds numbers only, as a training's metrics.jsonl: numbers, or None for nan. VirtueError: see `read_revisions`."""
     def convert(record: dict) -> dict:
         for name, value in record.items():
             _need(value is None or is_number(value), f"{reprlib.repr(name)} must be a number or null, not {reprlib.repr(value)}")
@@ -450,7 +450,7 @@ def check_ids(dialogues: Sequence[Dialogue], vocab_size: int, folder: Path) -> N
 
 
 def read_rollouts(path: str | Path) -> list[dict]:
-    """Lines of run_ppo.py's rollouts.jsonl: {iteration, id, prompt (text), kl, scores (one a lens), turns {lens: text}}."""
+    """Lines of run_ppo.py's rollouts.jsonl: {iteration, id, prompt (text), kl, scores (one a lens), turns {lens: text}}. VirtueError: see `read_revisions`."""
     def convert(record: dict) -> dict:
         scores, turns = record.get("scores"), record.get("turns")
         _need(type(record.get("iteration")) is int and is_number(record.get("kl")), '"iteration" and "kl" must be numbers')

@@ -26,7 +26,7 @@ DROP = 8  # finished rows leave the cache when they are at least 1/DROP of the b
 
 
 def fits(tokenizer, messages: Messages, max_prompt_tokens: int) -> bool:
-    """Whether the prompt is short enough; callers drop and count the others, never cut them."""
+    """Whether the prompt is short enough; callers drop and count the others, never cut them. Errors: as `encode_prompt`."""
     return len(encode_prompt(tokenizer, messages)) <= max_prompt_tokens
 
 

@@ -114,7 +114,7 @@ def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], le
     ``[:, 0]`` was read with the first dialogue shown first, ``[:, 1]`` with it shown second. The caller
     sets the adapters (none, for the base as its own judge). The label mass is the mean probability that
     the judge's next token is one of the two labels at all: near 0, it does not answer the question.
-    VirtueError: logits that are not finite.
+    VirtueError: logits that are not finite, a label of more than one token, a ``keep`` that cannot be written.
     """
     labels = torch.tensor(label_ids(tokenizer))
     jobs = [(i, order, encode_questions(tokenizer, *(pair if order == 0 else pair[::-1]), lens, asked, wording))

@@ -26,7 +26,7 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
 
     The language-model head goes with it, so that AutoModelForCausalLM finds a whole model too. Returns the
     largest change of score against ``stack`` with ``head`` on ``dialogues``, each read at the end of its
-    ``turn``, by the merged model as loaded back from the disk.
+    ``turn``, by the merged model as loaded back from the disk. VirtueError: it cannot be written; as ``merged_state_dict``.
     """
     from safetensors.torch import save
     from transformers import AutoModelForSequenceClassification, MistralConfig

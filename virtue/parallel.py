@@ -60,7 +60,7 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """Sum over ranks of tensors of one shape, any device -> the same shape and device; the tensor itself where there is one process."""
+    """Sum over ranks of tensors of one shape, any device -> the same shape and device; the tensor itself where there is one process. RuntimeError: another rank died."""
     if size() == 1:
         return tensor
     wire = tensor.to(_wire(), copy=True)
@@ -83,7 +83,7 @@ def gather(items: Sequence) -> list:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """One flat all-reduce: every rank then holds the gradient of the whole step. A rank without a share gives zeros."""
+    """One flat all-reduce: every rank then holds the gradient of the whole step. A rank without a share gives zeros. RuntimeError: as `total`."""
     if size() == 1:
         return
     trained = [p for p in parameters if p.requires_grad]

@@ -45,7 +45,7 @@ def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor, label: Tensor 
 def accuracy(margins: Tensor, labels: Tensor) -> float:
     """Share of pairs whose score difference `margins` has the label's sign; label 0.5 is left out. Both (B,) -> [0, 1].
 
-    A difference of exactly 0 counts one half: a zero head scores 0.5. ValueError: no pair left.
+    A difference of exactly 0 counts one half: a zero head scores 0.5. ValueError: no pair left; shapes that differ, labels outside [0, 1].
     """
     check_shapes(margins=margins, labels=labels)
     _check_probabilities(labels=labels)
@@ -57,7 +57,7 @@ def accuracy(margins: Tensor, labels: Tensor) -> float:
 
 
 def log_loss(margins: Tensor, labels: Tensor) -> float:
-    """Mean `pairwise_loss` of score differences (B,) under soft labels (B,), nats; log 2 = 0.693 where nothing is known."""
+    """Mean `pairwise_loss` of score differences (B,) under soft labels (B,), nats; log 2 = 0.693 where nothing is known. ValueError: no pair; shapes or labels as in `accuracy`."""
     margins, labels = margins.double(), labels.double()
     return pairwise_loss(margins, torch.zeros_like(margins), labels).mean().item()
 

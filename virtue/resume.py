@@ -226,7 +226,7 @@ def replay(path: Path | None, batches: Iterable[T], compute: Callable[[T], objec
     """compute(batch) for each batch, as JSON gives it back; results on `path` are read, new ones appended.
 
     Each line begins with a checksum; what comes from the first damaged one on is computed again. Without a path
-    nothing is kept. OSError: the disk is full, or the file cannot be written.
+    nothing is kept. VirtueError: the disk is full, or the file cannot be written.
     """
     if path is None:
         yield from (json.loads(json.dumps(compute(batch))) for batch in batches)

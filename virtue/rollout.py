@@ -25,7 +25,7 @@ from virtue.ppo import place_rewards
 
 
 def load_sft(folder: Path | None, model, **known) -> tuple[tuple[str, ...], dict[str, Path]]:
-    """Puts the SFT adapter on the model, if there is one -> (its stack, the parents that artefacts upon it record)."""
+    """Puts the SFT adapter on the model, if there is one -> (its stack, the parents that artefacts upon it record). VirtueError: as ``load_artifact``."""
     if folder is None:
         return (), {}
     load_artifact(folder, model, "sft", stage="sft", **known)
@@ -38,7 +38,7 @@ def load_reward_models(folder: Path, model, sft: tuple[str, ...], parents: Mappi
 
     mean and std (K,) are those of the starting policy's dialogues. ``parents`` and ``known`` (base,
     template) must be what the models were trained upon: see ``checkpoint.load_artifact``. ``prefix`` keeps
-    a second ensemble's adapters apart.
+    a second ensemble's adapters apart. VirtueError: one is missing or does not match.
     """
     found = [(lens, *load_artifact(folder / lens, model, prefix + lens, stage="rm", lens=lens, parents=parents, **known)) for lens in LENSES]
     mean, std = torch.tensor([[manifest["extra"][key] for _, manifest, _ in found] for key in ("score_mean", "score_std")])
@@ -129,7 +129,7 @@ def place_scores(scores: Tensor, dialogues: Sequence[Dialogue], mask: Tensor, me
     Additive aggregators pay each lens at the last sampled token of its own turn; the others, and those
     with ``pay_at`` "end", one scalar at the dialogue's last sampled token (an earlier one where the loss
     ends earlier: see ``place_rewards``). A truncated turn under the loss pays ``eos_penalty`` at its last token.
-    ``settings`` go to ``ensemble.aggregate``.
+    ``settings`` go to ``ensemble.aggregate``. ValueError: as there, and as ``place_rewards``.
     """
     ends = torch.tensor([[turn.end - 2 for turn in d.turns] for d in dialogues])  # columns (B, turns)
     if method in ADDITIVE and pay_at == "turns":

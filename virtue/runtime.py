@@ -355,7 +355,7 @@ class Base(NamedTuple):
 
 
 def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
-    """The model that the common flags name (or `name`, with the same flags) and its tokenizer."""
+    """The model that the common flags name (or `name`, with the same flags) and its tokenizer. VirtueError: no such model or device, or its files are unfit."""
     from virtue.models import base_fingerprint, checkpoint_layers, load_model, load_tokenizer, resolve, template_fingerprint
     from virtue.parallel import join
 
