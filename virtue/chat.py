@@ -1,9 +1,6 @@
-"""Talk to the tuned model in the terminal: base and tuned answers in two columns, each with what every reward model gives it.
+"""Talk to the tuned model in the terminal: base and tuned answers in two columns, each with every reward model's standardised score.
 
-Scores are standardised; in brackets: of a turn that the model does not read.
-
-Shell: imports core and modules; scripts may import it, the core may not.
-"""
+Shell: imports core and modules; scripts may import it, the core may not."""
 from __future__ import annotations
 
 import contextlib
