@@ -7,7 +7,7 @@ import pytest
 
 from virtue.ensemble import study_score
 from virtue.stats import (best_of_n, best_of_n_kl, effect_size, hierarchical_bootstrap, holm, length_controlled,
-                          length_controlled_interval, paired_bootstrap, permutation_test, rank_correlation, t_interval)
+                          length_controlled_interval, paired_bootstrap, permutation_test, rank_correlation, t_interval, wilson)
 
 A = np.array([1.0, 2.0, 4.0, 3.0, 5.0])
 B = np.array([2.5, 2.0, 6.0, 3.5, 8.0])  # differences 1.5, 0, 2, .5, 3: mean 1.4
@@ -134,6 +134,18 @@ def test_t_interval_limits():
     x = np.random.default_rng(6).normal(0, 1, 20001)
     mean, _, high = t_interval(x)  # many seeds: the normal quantile
     assert (high - mean) / (x.std(ddof=1) / math.sqrt(20001)) == pytest.approx(1.959964, abs=2e-4)
+
+
+def test_wilson_against_closed_forms():
+    z = 1.9599639845400545
+    assert wilson(0, 4) == pytest.approx((0, 0, z * z / (4 + z * z))) and wilson(4, 4) == pytest.approx((1, 4 / (4 + z * z), 1))
+    half = z / 2 / math.sqrt(6 + z * z)
+    assert wilson(3, 6) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    for p in wilson(2.5, 9, 0.8)[1:]:  # at its ends the score test just rejects; a tie is half a success
+        assert abs(2.5 / 9 - p) / math.sqrt(p * (1 - p) / 9) == pytest.approx(1.2815515655446004)
+    for bad in ((5, 4), (-1, 4), (0, 0), (1, 2, 1.0)):
+        with pytest.raises(ValueError):
+            wilson(*bad)
 
 
 def test_inputs_unchanged():

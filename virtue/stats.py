@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -111,6 +112,20 @@ def t_interval(x: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
         low, high = (middle, high) if _t_within(middle, df) < level else (low, middle)
     half = math.sqrt(df) * math.tan(low) * x.std(ddof=1) / math.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
+
+def wilson(right: float, n: int, level: float = 0.95) -> tuple[float, float, float]:
+    """A share with its interval, for counts that a bootstrap cannot resample, 0 of 4 -> (right / n, low, high).
+
+    right of n >= 1 pairs, a tie counting one half. The shares p with |right / n - p| <= z sqrt(p (1 - p) / n).
+    Wilson 1927, "Probable inference, the law of succession, and statistical inference". ValueError: right not in [0, n].
+    """
+    if not (n >= 1 and 0 <= right <= n):
+        raise ValueError(f"need 0 <= right <= n, n >= 1, got {right} of {n}")
+    _in_range(level)
+    share, z2 = right / n, NormalDist().inv_cdf((1 + level) / 2) ** 2
+    middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * n)) / n)
+    return share, max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
 
 
 def hierarchical_bootstrap(a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, crossed: bool = False, resamples: int = 2000,
