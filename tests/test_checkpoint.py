@@ -260,6 +260,11 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(VirtueError, match="cannot be written"):
         checkpoint.write_atomic(tmp_path / "none" / "a", b"")
+    checkpoint.write_atomic(path, lambda temporary: temporary.write_bytes(b"large"))
+    assert path.read_bytes() == b"large" and not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(VirtueError, match="a.json: cannot be written .*make room"):  # what safetensors says of a full disk
+        checkpoint.write_atomic(path, lambda temporary: save_file({"a": torch.zeros(2)}, temporary / "no"))
+    path.write_bytes(old)
     assert checkpoint.sha256_file(path) == hashlib.sha256(old).hexdigest()
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -34,16 +34,19 @@ _UNLIKE = "r, lora_alpha or target_modules is not what the weights have"
 _AGAIN = "run again the stage that writes this folder"
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
+def write_atomic(path: str | Path, data: bytes | Callable[[Path], None]) -> None:
     """Writes `data` under a temporary name, to the disk, and renames: never half a file. Under torchrun rank 0 does.
+    What would fill the memory as bytes is a function that writes the file it is given, as safetensors does.
     VirtueError: the disk is full, or the folder cannot be written."""
     if not main_rank():
         return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
+        if callable(data):
+            data(temporary)
+        with open(temporary, "ab" if callable(data) else "wb") as file:
+            file.write(b"" if callable(data) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -52,9 +55,9 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             os.fsync(folder)  # the name too, should the machine itself go down
         finally:
             os.close(folder)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         temporary.unlink(missing_ok=True)
-        raise VirtueError(f"{path}: cannot be written ({e.strerror}): make room, or choose "
+        raise VirtueError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}): make room, or choose "
                           "another folder") from None
 
 
@@ -227,8 +230,9 @@ def read_manifest(folder: str | Path, stage: str | None = None, lens: str | None
     """An artefact's virtue.json. VirtueError: no artefact, another stage, another lens."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise VirtueError(f"{folder}: no artefact here (it has no {MANIFEST}): check the path, or "
-                          "run the stage that writes it to its end")
+        below = ", ".join(sorted(reprlib.repr(found.parent.name) for found in Path(folder).glob(f"*/{MANIFEST}"))[:9])
+        raise VirtueError(f"{folder}: no artefact here (it has no {MANIFEST}): "
+                          + (f"give one of those in it, {below}" if below else "check the path, or run the stage that writes it to its end"))
     fields = ("stage", "base", "template", "parents", "sha256", "seed", "settings", "extra")
     manifest = _read_json(path, fields)
     if odd := _odd_field(manifest):

@@ -7,6 +7,7 @@ Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
     largest change of score against ``stack`` with ``head`` on ``dialogues``, each read at the end of its
     ``turn``, by the merged model as loaded back from the disk. VirtueError: it cannot be written; as ``merged_state_dict``.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
     from transformers import AutoModelForSequenceClassification, MistralConfig
     from transformers.utils import logging
 
@@ -41,7 +42,7 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
     if main_rank():
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    write_atomic(folder / "model.safetensors", save({k: v.contiguous() for k, v in state.items()}, metadata={"format": "pt"}))
+    write_atomic(folder / "model.safetensors", functools.partial(save_file, {k: v.contiguous() for k, v in state.items()}, metadata={"format": "pt"}))
     barrier()
 
     before = score_dialogues(model, [(stack, head)], dialogues, [turn], tokenizer.pad_token_id, batch_size=8)[0]
