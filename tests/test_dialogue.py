@@ -335,6 +335,15 @@ def test_pairs_of_any_kind(tmp_path):
     assert pairs[0]["chosen"] == [{"role": "user", "content": "Why: now?"}, {"role": "assistant", "content": "Yes."}]
     assert pairs[2] == pairs[3] and pairs[2]["chosen"] == message
     assert len(dialogue.read_pairs(path, 1)[0]) == 1
+    system = [{"role": "system", "content": "Be good."}]
+    for record in ({"chosen": system + message, "rejected": system + message[:1]}, {"prompt": system + message[:1], "chosen": "a", "rejected": "b"}):
+        path.write_text(json.dumps(record) + "\n")  # all of such a file would be passed over
+        with pytest.raises(VirtueError, match="line 1: .*leave system messages out"):
+            dialogue.read_pairs(path)
+    with pytest.raises(VirtueError, match="Anthropic/hh-rlhf: no such file: .*load_dataset.\"Anthropic/hh-rlhf\", split=\"train\"..to_json"):
+        dialogue.read_pairs("Anthropic/hh-rlhf")
+    with pytest.raises(VirtueError, match="stage that writes it$"):
+        dialogue.read_pairs("runs/none.jsonl")
     for bad in ({"chosen": "x"}, {"chosen": talk, "rejected": 3}, {"chosen": "no markers", "rejected": talk}, {"chosen": message, "rejected": message, "lens": "virtue"}):
         path.write_text(json.dumps(records[0]) + "\n" + json.dumps(bad) + "\n")
         with pytest.raises(VirtueError, match="pairs.jsonl, line 2"):

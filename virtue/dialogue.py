@@ -189,6 +189,13 @@ def _need_id(value: object) -> None:
     _need(isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value), '"id" must be 16 hex digits')
 
 
+_SYSTEM = '; leave system messages out: [m for m in messages if m["role"] != "system"]'
+
+
+def _is_system(message: object) -> bool:
+    return isinstance(message, dict) and message.get("role") == "system"
+
+
 def check_messages(messages: object, name: str, last: str) -> None:
     """ValueError unless `messages` are turns of user and assistant, the last of role `last`, whose
     contents hold more than white space and can be UTF-8."""
@@ -196,7 +203,7 @@ def check_messages(messages: object, name: str, last: str) -> None:
     for i, message in enumerate(messages):
         role, where = ("user", "assistant")[i % 2], f'"{name}" message {i + 1}'
         _need(isinstance(message, dict) and message.get("role") == role,
-              f"{where} must have the role {role!r} (user and assistant alternate)")
+              f"{where} must have the role {role!r} (user and assistant alternate)" + _SYSTEM * _is_system(message))
         content = message.get("content")
         _need(isinstance(content, str) and content.strip(), f"{where} must have a non-empty text as content")
         _need_text(content, where)
@@ -235,7 +242,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
                     _need(isinstance(record, dict), "a bare value")
                     yield number, record
     except FileNotFoundError:
-        problem = ": no such file: check the path, or run the stage that writes it"
+        hub = not path.suffix and len(path.parts) == 2  # owner/name
+        problem = ": no such file: check the path, or run the stage that writes it" + (
+            f'; a data set of the hub becomes a file by datasets: load_dataset("{path}", split="train").to_json("pairs.jsonl")' if hub else "")
     except UnicodeDecodeError:
         problem = f", line {number}: not UTF-8: convert the file to UTF-8"
     except (ValueError, RecursionError) as e:  # the second: brackets nested a thousand deep
@@ -370,7 +379,7 @@ def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], 
     """Any preference file as records {"chosen", "rejected": messages, "lens"}; and how many were passed over.
 
     Takes hh-rlhf's transcripts, this project's own files, and {"prompt", "chosen", "rejected"} with texts or
-    messages, as TRL writes. `lens` is "action" where the file does not say. Passed over and counted: pairs that
+    messages, as TRL writes; system messages are refused. `lens` is "action" where the file does not say. Passed over and counted: pairs that
     do not end with the assistant, hold an empty text, or are identical (hh-rlhf has some of each).
     """
     def side(record: dict, name: str) -> list:
@@ -381,6 +390,7 @@ def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], 
                 return parse_hh(value)
             value = [{"role": "assistant", "content": value}]
         _need(isinstance(value, list), f'"{name}" must be a text or messages')
+        _need(not any(map(_is_system, value)), f'"{name}" holds a system message, which has no place in the template{_SYSTEM}')
         return [*prompt_of({"prompt": record["prompt"]}), *value] if "prompt" in record else value
 
     def convert(record: dict) -> dict:
