@@ -57,6 +57,7 @@ def main(argv=None):
     from virtue.memory import used
     from virtue.models import ScalarHead, score_at
     from virtue.preference import accuracy, calibration_error, log_loss, pairwise_loss
+    from virtue.stats import t_interval
     from virtue.parallel import share, sum_gradients, total as over_ranks
     from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
     from virtue.rollout import load_sft, score_dialogues
@@ -70,7 +71,10 @@ def main(argv=None):
     if args.pairs and args.lens == "all":
         raise VirtueError(f"--pairs {args.pairs} trains one reward model: give the --lens that it stands for")
     if args.pairs:
-        data = {args.lens: [{**pair, "id": prompt_record(pair["chosen"][:-1])["id"], "label": 1.0} for pair in read_pairs(args.pairs)[0]]}
+        found, skipped = read_pairs(args.pairs)
+        if skipped:
+            print(f"{args.pairs}: {skipped} pairs passed over: identical, with an empty text, or not ending with the assistant")
+        data = {args.lens: [{**pair, "id": prompt_record(pair["chosen"][:-1])["id"], "label": 1.0} for pair in found]}
     else:
         data = {lens: read_preferences(args.data / f"{lens}.jsonl", lens) for lens in lenses}
     dialogues = read_dialogues(args.data / "dialogues.jsonl")
@@ -150,7 +154,9 @@ def main(argv=None):
             ordered = sorted(held_out, key=lambda pair: max(map(len, pair[:2])))
             d = torch.cat([margins(ordered[i:i + args.batch_size]) for i in range(0, len(ordered), args.batch_size)]).cpu()
             labels = targets(ordered).cpu()
-            return {"accuracy": accuracy(d, (labels >= 0.5).float()), "log_loss": log_loss(d, labels),
+            losses = pairwise_loss(d, torch.zeros_like(d), labels)
+            interval = dict(zip(("log_loss_low", "log_loss_high"), t_interval(losses)[1:])) if len(losses) > 1 else {}
+            return {"accuracy": accuracy(d, (labels >= 0.5).float()), "log_loss": log_loss(d, labels), **interval,
                     "calibration_error": calibration_error(d.sigmoid(), labels)}
 
         # 2. Train

@@ -21,6 +21,7 @@ from virtue.ethics import LENSES
 from virtue.lora import adapter_parameters, add_adapter, use_stack
 from virtue.merge import write_merged
 from virtue.models import ScalarHead, load_model, load_tokenizer
+from virtue.stats import wilson
 
 BASE = {"id": "mistralai/Mistral-7B-Instruct-v0.2", "fingerprint": "f" * 64}
 KNOWN = dict(base=BASE, template="t")
@@ -57,7 +58,7 @@ def run(model, tmp_path):
     save_artifact(tmp_path / "policy", stage="policy", adapter="policy", parents=upon, extra={"iterations": 3}, **common)
     head = ScalarHead(64, seed=3)
     extra = {"lens": "motivation", "score_mean": 1.5, "score_std": 0.25, "scored_dialogues": 9, "trained_on": 66, "held_out_pairs": 50,
-             "held_out": {"accuracy": 0.81, "log_loss": 0.5, "calibration_error": 0.0625}}
+             "held_out": {"accuracy": 0.81, "log_loss": 0.5, "log_loss_low": 0.45, "log_loss_high": 0.55, "calibration_error": 0.0625}}
     save_artifact(tmp_path / "rm/motivation", stage="rm", adapter="motivation", head=head, parents=upon, extra=extra, **common)
     save_artifact(tmp_path / "value", stage="value", adapter="policy", head=ScalarHead(64, bias=True), parents=upon, **common)
     write_merged(tmp_path / "rm/motivation/merged", net, tokenizer, ("sft", "motivation"), head, [Dialogue("", [], IDS[0].tolist(), (Turn(2, 5, False),))], 0)
@@ -164,6 +165,10 @@ def test_the_same_files_into_a_folder(run, api, capsys):
     assert {p.name: p.read_bytes() for p in (run / "flat").iterdir()} == up and "wrote 4 files to " in capsys.readouterr().out
     push(run, "revisions", "--out", run / "data")  # files as they are
     assert (run / "data/revisions.jsonl").read_bytes() == (run / "revisions/revisions.jsonl").read_bytes()
+    hub.main([str(run / "policy"), "--out", str(run / "unnamed")])  # no name is needed where nothing goes up
+    assert 'repository = "unnamed"' in (run / "unnamed/README.md").read_text() and (run / "unnamed/virtue.json").read_bytes() == up["virtue.json"]
+    with pytest.raises(VirtueError, match="neither --name nor --out: give"):
+        hub.main([str(run / "policy"), "--dry-run"])
     refuse("flat: exists and is not an empty folder: give another --out, or empty it", run, "policy", "--out", run / "flat")  # nothing is overwritten
     assert len(api.calls) == 2  # the first alone went up
 
@@ -228,7 +233,8 @@ def test_numbers_come_with_their_intervals(run, api, capsys):
     assert "loss 2.500 before and 1.250 after" in text and "| gold | +0.250 [+0.200, +0.300] |" in text and "ppo" not in text
     found = re.search(r"On 50 pairs.*accuracy 0\.810 \[(0\.\d+), (0\.\d+)\]", card("rm/motivation"))
     low, high = map(float, found.groups())
-    assert low == pytest.approx(0.81 - 1.96 * (0.81 * 0.19 / 50) ** 0.5, abs=0.03) and high == pytest.approx(0.81 + 1.96 * (0.81 * 0.19 / 50) ** 0.5, abs=0.03)
+    assert (low, high) == pytest.approx(wilson(40.5, 50)[1:], abs=5e-4)  # a tie counts one half
+    assert "log-loss 0.500 [0.450, 0.550], calibration error 0.062; in brackets 95 %." in card("rm/motivation")
     assert "(score - 1.5) / 0.25" in text + card("rm/motivation") and "the motivation." in card("rm/motivation/merged")
     assert "prompts: 12, prompts too long: 1, revisions: 9" in card("revisions")
     assert "| ties | 0.125 | 0.125 | 0.125 |" in card("preferences") and "| gold agreement | - | - | - |" in card("preferences")
@@ -253,7 +259,8 @@ def test_a_wrong_flag_names_the_command(capsys):
 
 def test_refusals(run, api):
     refuse("--name me: no name of a repository", run, "policy", name="me")
-    refuse("no artefact here", run, "rm")
+    refuse("no artefact here .*: give one of those in it, 'motivation'$", run, "rm")
+    refuse("no artefact here .*: check the path", run, "rm/motivation/none")
     refuse("stage 'value', of no use to others", run, "value")
     refuse("stage 'eval'", run, "report")
     (run / "preferences/motivation.jsonl").unlink()

@@ -350,16 +350,20 @@ def test_batch_size_changes_no_draw(fp32, tmp_path):
             assert a["label"] == pytest.approx(b["label"], abs=1e-4) and a["id"] == b["id"]
 
 
-def test_a_reward_model_of_other_people_s_preferences(fp32, tmp_path):
+def test_a_reward_model_of_other_people_s_preferences(fp32, tmp_path, capsys):
     """hh-rlhf's and TRL's layouts of the same pairs make the same model."""
     pairs = [(f"What about {i}: the cake?", "I give it back.", "I keep it.") for i in range(40)]
     (tmp_path / "hh.jsonl").write_text("".join(json.dumps({"chosen": f"\n\nHuman: {q}\n\nAssistant: {a}", "rejected": f"\n\nHuman: {q}\n\nAssistant: {b}"}) + "\n"
                                                for q, a, b in pairs))
     said = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]  # noqa: E731
-    (tmp_path / "trl.jsonl").write_text("".join(json.dumps({"chosen": said(q, a), "rejected": said(q, b)}) + "\n" for q, a, b in pairs))
+    (tmp_path / "trl.jsonl").write_text("".join(json.dumps({"chosen": said(q, a), "rejected": said(q, b)}) + "\n" for q, a, b in [*pairs, ("Same?", "Yes.", "Yes.")]))
     for name in ("hh", "trl"):
         call("run_rm", "--data", fp32 / "preferences", "--pairs", tmp_path / f"{name}.jsonl", "--lens", "action", "--out", tmp_path / name, "--epochs", 2, *SMALL)
     extra = json.loads((tmp_path / "hh/action/virtue.json").read_text())["extra"]
+    found = capsys.readouterr().out
+    assert "trl.jsonl: 1 pairs passed over: identical" in found and "hh.jsonl: " not in found
+    low, high = (extra["held_out"][f"log_loss_{end}"] for end in ("low", "high"))
+    assert 0 < (low + high) / 2 == pytest.approx(extra["held_out"]["log_loss"], abs=1e-6) and low < high
     assert extra["trained_on"] == 34 and extra["held_out_pairs"] == 6 and extra["held_out"]["accuracy"] == 1 and extra["score_std"] > 0
     assert (tmp_path / "hh/action/adapter_model.safetensors").read_bytes() == (tmp_path / "trl/action/adapter_model.safetensors").read_bytes()
     with pytest.raises(VirtueError, match="give the --lens"):

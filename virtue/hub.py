@@ -20,7 +20,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
@@ -29,7 +28,7 @@ from virtue.checkpoint import CONFIG, MANIFEST, WEIGHTS, file_hash, read_manifes
 from virtue.ethics import LENSES, VIRTUES
 from virtue.report import ROWS
 from virtue.runtime import make_parser, run_main
-from virtue.stats import paired_bootstrap
+from virtue.stats import wilson
 
 REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"
 # stage: (what it is, what it is for, how to load it)
@@ -61,7 +60,10 @@ classifier = pipeline("text-classification", repository, function_to_apply="none
 score = classifier(text, add_special_tokens=False)[0]["score"]
 {REWARD}"""),
     "revisions": ("A model's answers, a critique of each by one virtue, and the revised answers.", "supervised fine-tuning",
-                  'from datasets import load_dataset\ndata = load_dataset(repository, "revisions", split="train")'),
+                  """from datasets import load_dataset
+data = load_dataset(repository, "revisions", split="train")
+# TRL's SFTTrainer takes these: the prompt as it is, the revision as its completion
+rows = data.map(lambda r: {"completion": [{"role": "assistant", "content": r["revision"]}]}).select_columns(["prompt", "completion"])"""),
     "preferences": ("Pairs of dialogues with a model's judgement of them by five virtues, for three lenses: action, motivation, consequence.",
                     "training of reward models, or of a policy on preferences",
                     'from datasets import load_dataset\ndata = load_dataset(repository, "action", split="train")'),
@@ -96,6 +98,7 @@ def flat_adapter(folders: Sequence[Path]) -> tuple[dict[str, torch.Tensor], dict
     """State and config of the one adapter that equals the sum of the artefacts: `lora.flatten` on files, so that no base is loaded.
 
     A stacked along the rank, B scaled and side by side; zeros stand for an adapter that a layer lacks. The last one's head stays.
+    VirtueError: an adapter_config.json that cannot be read.
     """
     parts = [(load_file(folder / WEIGHTS), _read(folder / CONFIG)) for folder in folders]
     state = {key: value for key, value in parts[-1][0].items() if ".lora_" not in key}
@@ -143,7 +146,7 @@ def _table(names: Sequence[str], rows: Mapping[str, Sequence]) -> list[str]:
 
 
 def results(folder: Path, kind: str, manifest: dict, report: Path | None) -> list[str]:
-    """Lines of Markdown: what was measured, with the intervals that the files have."""
+    """Lines of Markdown: what was measured, with the intervals that the files have. VirtueError: a report of another stage, or on other weights."""
     extra = manifest["extra"]
     if report and kind not in ("sft", "policy"):
         raise VirtueError(f"--report {report}: only an SFT adapter or a policy has one, {folder} is of stage {kind!r}: leave it out")
@@ -153,13 +156,12 @@ def results(folder: Path, kind: str, manifest: dict, report: Path | None) -> lis
         parts = {name: value for name, value in summary.items() if isinstance(value, dict)}
         return lines + (_table([*parts], {key.replace("_", " "): [part.get(key) for part in parts.values()] for key in next(iter(parts.values()))}) if parts else [])
     if kind in ("rm", "merged"):
-        found, n, interval = extra["held_out"], extra.get("held_out_pairs", 0), ""
-        if n > 1:
-            right = np.clip(round(found["accuracy"] * n * 2) - 2 * np.arange(n), 0, 2) / 2  # a tie counts one half
-            interval = " [{:.3f}, {:.3f}]".format(*paired_bootstrap(np.zeros(n), right, resamples=2000)[1:])
+        found, n, interval = extra["held_out"], extra.get("held_out_pairs", 0), " [{:.3f}, {:.3f}]".format
+        accuracy = interval(*wilson(round(found["accuracy"] * n * 2) / 2, n)[1:]) if n else ""
+        loss = interval(found["log_loss_low"], found["log_loss_high"]) if "log_loss_low" in found else ""
         whose = f"the choices in {public(manifest['settings']['pairs'])}" if manifest["settings"].get("pairs") else "the judge"
-        lines = [f"On {n or 'the'} pairs held out from training, against {whose}: accuracy {found['accuracy']:.3f}{interval}, log-loss {found['log_loss']:.3f}, "
-                 f"calibration error {found['calibration_error']:.3f}."]
+        lines = [f"On {n or 'the'} pairs held out from training, against {whose}: accuracy {found['accuracy']:.3f}{accuracy}, log-loss {found['log_loss']:.3f}{loss}, "
+                 f"calibration error {found['calibration_error']:.3f}{'; in brackets 95 %' * bool(accuracy or loss)}."]
     else:
         lines = [f"Held-out loss {extra['held_out_loss_before']:.3f} before and {extra['held_out_loss']:.3f} after{', nats a token' * (kind == 'sft')}."] if "held_out_loss" in extra else []
     if report is None:
@@ -201,7 +203,7 @@ def card(name: str, kind: str, manifest: dict, measured: Sequence[str], licence:
         what, load = what.format(**extra), load.replace(REWARD, REWARD.format(**extra))
     terms = {"mit": "MIT.", "other": "The code is MIT. The terms of the base model and of the prompts apply to what was made with them."}.get(licence, f"{licence}.")
     return "\n".join([
-        "---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {name.partition('/')[2]}", "", what, "",
+        "---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {name.rpartition('/')[2]}", "", what, "",
         "## Base and data", "", f"- base model: {base}, fingerprint {manifest['base']['fingerprint'][:16]}, "
         f"weights {manifest['settings'].get('quantize', 'none').replace('none', 'not quantised')}, {manifest['settings'].get('dtype')}",
         f"- prompts: {manifest['settings'].get('prompts')}; seed {manifest['seed']}" + (f"; trained on {extra['trained_on']} records" if "trained_on" in extra else ""),
@@ -214,7 +216,8 @@ def card(name: str, kind: str, manifest: dict, measured: Sequence[str], licence:
 
 
 def upload(name: str, files: Mapping[str, bytes | Path], repo_type: str, private: bool) -> str:
-    """Puts the files into the repository in one commit, and makes it where there is none; returns its address."""
+    """Puts the files into the repository in one commit, and makes it where there is none; returns its address.
+    VirtueError: the hub refuses, or is out of reach."""
     import huggingface_hub
 
     try:
@@ -232,7 +235,7 @@ def main(argv=None):
     parser = make_parser(__doc__)
     parser.prog = "python -m virtue.hub"
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="adapter, merged model or data")
-    parser.add_argument("--name", "--push-to-hub", dest="name", required=True, help="the repository, owner/name")
+    parser.add_argument("--name", "--push-to-hub", dest="name", help="the repository, owner/name; not needed with --out")
     parser.add_argument("--out", type=Path, help="write the files into this new folder and upload nothing: PEFT's form of an adapter, SFT folded in")
     parser.add_argument("--report", type=Path, help="of an SFT adapter or a policy: folder of run_eval.py models on it; its numbers go into the card")
     parser.add_argument("--sft", type=Path, help="the SFT adapter below it, for a folder that was moved")
@@ -240,10 +243,13 @@ def main(argv=None):
     parser.add_argument("--public", action="store_true", help="a new repository is open to all; otherwise it is private")
     parser.add_argument("--dry-run", action="store_true", help="print the card and the names of the files; no network")
     args = parser.parse_args(argv)
-    if not re.fullmatch(REPOSITORY, args.name):
+    if args.name is None and args.out is None:
+        raise VirtueError("neither --name nor --out: give --name owner/name, or --out FOLDER, which uploads nothing")
+    if args.name and not re.fullmatch(REPOSITORY, args.name):
         raise VirtueError(f"--name {args.name}: no name of a repository: give owner/name")
+    name = args.name or args.out.resolve().name  # for the card: a folder loads as a repository does
     kind, manifest, files = contents(args.folder, args.sft)
-    text = card(args.name, kind, public(manifest), results(args.folder, kind, manifest, args.report), args.license)
+    text = card(name, kind, public(manifest), results(args.folder, kind, manifest, args.report), args.license)
     files["README.md"] = text.encode()
     if args.out and not args.dry_run:
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):

@@ -13,6 +13,7 @@ peft = pytest.importorskip("peft")
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
 
+from virtue import hub  # noqa: E402
 from virtue.checkpoint import write_jsonl  # noqa: E402
 from virtue.dialogue import (encode_conversation, parse_hh, read_dialogues, read_pairs, read_preferences, read_prompts,  # noqa: E402
                              read_revisions, right_pad)
@@ -105,13 +106,10 @@ def test_reward_trainer_takes_a_preference_file_as_it_is(folder, model, data, le
 
 
 def test_sft_trainer_takes_revisions_after_one_map(folder, model, data):
-    """The conversion: prompt as it is, the revision as the completion. Same tokens under the loss, same loss as run_sft.py's."""
-    def convert(record):
-        return {"completion": [said("assistant", record["revision"])]}
-
-    tokenizer = load_tokenizer(folder)
-    rows = load(data, "revisions").map(convert).select_columns(["prompt", "completion"])
-    trainer = trl.SFTTrainer(model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), train_dataset=rows, processing_class=tokenizer,
+    """The map as the card of revisions has it. Same tokens under the loss, same loss as run_sft.py's."""
+    tokenizer, card = load_tokenizer(folder), {"data": load(data, "revisions")}
+    exec(hub.STAGES["revisions"][2].splitlines()[-1], card)
+    trainer = trl.SFTTrainer(model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), train_dataset=card["rows"], processing_class=tokenizer,
                              args=settings(data, trl.SFTConfig, max_length=None))
     encoded = [encode_conversation(tokenizer, [*r["prompt"], said("assistant", r["revision"])]) for r in read_revisions(data / "revisions.jsonl")]
     assert trainer.train_dataset["input_ids"][:] == [ids for ids, _ in encoded]
