@@ -36,7 +36,7 @@ def parse(argv):
         group("--split", choices=("sft", "rm", "ppo", "eval"), default=split, help="which disjoint share of the prompts to use")
         group("--limit", type=positive_int, default=limit, help="use the first so many prompts of the split")
         group("--truncated", choices=("drop", "keep"), default="drop", help="answers cut by --max-new-tokens: drop and count them, or keep them as the study did")
-        group("--sft", type=Path, help="SFT adapter that answers (default: the bare base)")
+        group("--sft", type=Path, help="SFT adapter that answers (default: the bare base, as in the study)")
     group("--judge", help="another model as the judge: toy, folder or hub id (default: the base, adapters off)")
     group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
     group("--ask", choices=("virtues", "rules"), default="virtues",

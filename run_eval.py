@@ -87,9 +87,16 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    if args.command in ("models", "chat") and args.rm is None:
+        from virtue import VirtueError
+        raise VirtueError(f"{args.policy}: names no reward models: give --rm")
     if args.command == "chat":
         from virtue.chat import chat
-        return chat(args)
+        from virtue.generate import longest
+        if not preview(args, {}, "", flat=[["sft", "policy"]],
+                       sampling=dict(rows=1, tokens=longest(args.max_prompt_tokens, args.max_new_tokens), new=args.max_new_tokens)):
+            chat(args)
+        return
     {"models": compare_models, "judge": evaluate_judge, "rewards": evaluate_rewards, "best-of-n": best_of_n}[args.command](args)
 
 
@@ -118,8 +125,6 @@ def compare_models(args):
     prompts = load_prompts(args.prompts, "eval", args.limit)
     probes = [] if args.prompts == "toy" else [prompt_record([{"role": "user", "content": text}]) for text in PROBES]
     out = may_write(args, args.out, [args.policy, args.sft, args.rm, args.eval_rm])
-    if args.rm is None:
-        raise VirtueError(f"{args.policy}: names no reward models: give --rm")
     length = longest(args.max_prompt_tokens, args.max_new_tokens)
     if preview(args, {"prompts": f"{args.prompts}, {len(prompts)} records"}, "report.html, scores.json, samples.jsonl", flat=[["sft", "policy"]],
                sampling=dict(rows=min(args.batch_size, len(prompts)), tokens=length, new=args.max_new_tokens),

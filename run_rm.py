@@ -27,7 +27,7 @@ def parse(argv):
     add_common_flags(parser)
     group = parser.add_argument_group("data").add_argument
     group("--data", type=Path, required=True, help="folder written by run_data.py preferences")
-    group("--sft", type=Path, help="SFT adapter below the reward models: the one that answered")
+    group("--sft", type=Path, help="SFT adapter below the reward models: the one that answered (the study: none)")
     group("--lens", choices=(*LENSES, "all"), default="all", help="train one lens, or all three on one loaded base")
     group("--pairs", type=Path, help="preferences to train the one --lens on instead: hh-rlhf .jsonl(.gz) or TRL's, read at the last answer, as hard labels; "
                                      "--data still gives the dialogues for the score statistics")

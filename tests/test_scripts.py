@@ -511,6 +511,7 @@ STAGES = {  # flags, and words of what is read, written and planned
     "report": (["run_eval", "models", "--policy", "{}/policy", "--limit", 8], ["--rm {}/rm", "reads policy: {}/policy", "report.html", "judging"]),
     "judge": (["run_eval", "judge", "--pairs", "{}/preferences/action.jsonl"], ["pairs, 0 without", "judge.json", "judging"]),
     "rewards": (["run_eval", "rewards", "--rm", "{}/rm", "--data", "{}/preferences"], ["reads action: {}/rm/action", "rewards.json", "scoring"]),
+    "chat": (["run_eval", "chat", "--policy", "{}/policy"], ["--rm {}/rm", "reads motivation: {}/rm/motivation", "sampling"]),
     "best": (["run_eval", "best-of-n", "--rm", "{}/rm"], ["prompts: toy, 64 records", "best_of_n.json", "sampling"]),
 }
 
@@ -530,11 +531,13 @@ def test_a_dry_run_says_all_and_writes_nothing(fp32, tmp_path, monkeypatch, caps
     flags, words = ([str(w).replace("{}", str(fp32)) for w in part] for part in STAGES[stage])
     monkeypatch.chdir(tmp_path)
     before = files_of(fp32)
-    call(*flags, "--out", "new/out", "--dry-run")
+    out = () if stage == "chat" else ("--out", "new/out")
+    call(*flags, *out, "--dry-run")
     assert files_of(fp32) == before and not files_of(tmp_path)
     said = capsys.readouterr().out
-    for word in (*words, "settings: ", "reads base: toy", "writes new/out: ", "memory plan, GiB"):
+    for word in (*words, "settings: ", "reads base: toy", "memory plan, GiB"):
         assert word in said, word
+    assert ("writes new/out: " in said) == bool(out)
     assert "dry-run" not in said
 
 

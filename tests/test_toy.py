@@ -127,6 +127,8 @@ def test_revisions_mend_the_fault_that_the_critique_names():
 def test_pretraining_script_makes_a_loadable_model(tmp_path, capsys, monkeypatch):
     from virtue.toy import pretrain
     monkeypatch.setattr(pretrain, "judge_accuracy", lambda *a: {})  # measured on the real model, in the script's own run
+    pretrain.main(["--hidden", "64", "--dry-run", "--out", str(tmp_path / "new")])
+    assert "--hidden 64" in (said := capsys.readouterr().out) and "M parameters" in said and not (tmp_path / "new").exists()
     pretrain.main(["--steps", "2", "--fit-steps", "2", "--texts", "2", "--pairs", "2", "--hidden", "64", "--layers", "1", "--out", str(tmp_path)])
     assert "step     2" in capsys.readouterr().out
     model, tokenizer = load_model(tmp_path), load_tokenizer(tmp_path)

@@ -22,7 +22,7 @@ def columns(texts: dict[str, str], width: int) -> str:
 
 
 def chat(args):
-    """The conversation of run_eval.py chat with its parsed flags, until /quit. VirtueError: no --rm, or an artefact that does not load."""
+    """The conversation of run_eval.py chat with its parsed flags, until /quit. VirtueError: an artefact that does not load."""
     from virtue import VirtueError
     from virtue.checkpoint import load_artifact
     from virtue.dialogue import Dialogue, Turn, encode_prompt, followup_ids
@@ -36,8 +36,6 @@ def chat(args):
         import readline  # noqa: F401  importing it gives input() arrow keys and a history
 
     # Build
-    if args.rm is None:
-        raise VirtueError(f"{args.policy}: names no reward models: give --rm")
     base = open_base(args)
     model, tokenizer, known = base.model, base.tokenizer, dict(base=base.info, template=base.template)
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)

@@ -98,14 +98,14 @@ def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
     add("--model", default="toy", help="toy, a local folder, or a Hugging Face hub id")
     add("--quantize", choices=("none", "nf4"), default="none", help="4-bit NF4 base weights (Mistral, the study: nf4)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32",
-        help="type of the base's weights and arithmetic; on a CPU fp32 is fastest; fp16 trains without loss scaling, so prefer bf16")
+        help="type of the base's weights and arithmetic; on a CPU fp32 is fastest; fp16 (the study) trains without loss scaling, so prefer bf16")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
     add("--threads", type=nonnegative_int, default=0, help="CPU threads, 0 for torch's choice")
     add("--seed", type=nonnegative_int, default=0, help="same seed, same bytes")
+    add("--dry-run", action="store_true", help="check the inputs, print settings, files and the memory plan, and end: nothing is loaded or written")
     if not out:
         return
     add("--out", type=Path, required=True, help="folder to write")
-    add("--dry-run", action="store_true", help="check the inputs, print settings, files and the memory plan, and end: nothing is loaded or written")
     add("--overwrite", action="store_true", help="write into a folder that is not empty")
     add("--resume", action="store_true", help="go on where a run of the same command was killed")
 
@@ -374,7 +374,7 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
     """Before anything is loaded: prints the memory plan, unless the base is the toy. With --dry-run also checks the inputs as the
     run would, all but their tensors, prints settings and files, and is True: the caller ends here.
 
-    `found`: what the caller read of each input; `writes`: the files to come. Adapters by role: those of --sft, --rm, --eval-rm and
+    `found`: what the caller read of each input; `writes`: the files to come, or "". Adapters by role: those of --sft, --rm, --eval-rm and
     --policy, those `trained`, and the `flat` ones, each made of some roles. `moments`: see ``memory.plan``. VirtueError: as in a run.
     """
     from types import SimpleNamespace
@@ -424,7 +424,7 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
         for role, folder in folders.items():
             where = folder or "on the hub"
             found[role] = names[role] + (f", {where}" if str(where) != names[role] else "") + (f"; a run needs {', '.join(lacking[role])} as well" if lacking[role] else "")
-        print(*(printable(f"reads {name}: {what}") for name, what in found.items()), f"writes {args.out}: {writes}", sep="\n")
+        print(*(printable(f"reads {name}: {what}") for name, what in found.items()), *([f"writes {args.out}: {writes}"] if writes else []), sep="\n")
     if unknown := [names[role] for role in folders if role not in configs]:
         print(f"memory plan: needs the config.json of {' and of '.join(unknown)}, which is not on this machine")
         return True

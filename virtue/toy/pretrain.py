@@ -269,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4, help="layers")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and initial weights")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and the model's size, and end: nothing is trained or written")
     args = parser.parse_args(argv)
     if args.init and not args.fit_steps:
         parser.error("--init starts at the second phase: give its --fit-steps")
@@ -283,6 +284,8 @@ def main(argv: list[str] | None = None) -> None:
         max_position_embeddings=2048, sliding_window=None, rope_theta=10000.0, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
+    if args.dry_run:
+        return print("settings:", *(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()), f"\nwrites {args.out}: model and tokenizer")
     if args.init is None:
         train(model, tokenizer, args, args.steps, fit=False)
     if args.fit_steps:
