@@ -4,6 +4,7 @@
   python experiments/compare.py HEAD --scale fast --seeds 0             # does all of it run? minutes, and no result
   python experiments/compare.py HEAD --scale small --jobs 2             # a third of the time
   python experiments/compare.py HEAD~3 --from rm --ppo "--iterations 6"       # one flag alone: --ppo=--no-whiten
+  python experiments/compare.py HEAD --chosen "--lr 5e-4 --epochs 2"    # after git apply docs/examples/dpo.diff: DPO against PPO
 
 Both codes train on the same earlier artefacts, seed by seed: those of the default recipe, made once by the
 working tree and shared with experiments/run.py. --from says where the two begin to differ. The revision is
@@ -20,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +32,9 @@ from run import Arm, Run, Stage, Tree, cell, chain, code_of, commands, lines_of,
 from virtue.runtime import make_parser  # noqa: E402
 from virtue.stats import effect_size, t_interval  # noqa: E402
 
-DIFFER = {"data": ("revisions", "sft", "preferences", "rm", "policy"), "sft": ("sft", "preferences", "rm", "policy"),
-          "rm": ("rm", "policy"), "ppo": ("policy",)}  # --from -> stages that each code runs itself
+TUNED = ("policy", "chosen")
+DIFFER = {"data": ("revisions", "sft", "preferences", "rm", *TUNED), "sft": ("sft", "preferences", "rm", *TUNED),
+          "rm": ("rm", *TUNED), "ppo": TUNED}  # --from -> stages that each code runs itself
 SCORE = "study_score_standardised"
 
 
@@ -117,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="each makes its own data, reward models and PPO")
     parser.add_argument("--from", dest="start", choices=DIFFER, default="ppo", help="the first stage that each code runs itself")
     parser.add_argument("--ppo", default="", help="flags of run_ppo.py for both")
+    parser.add_argument("--chosen", metavar="FLAGS", help="in the working tree run_sft.py with these flags on the preferences, in PPO's place: SFT on the chosen "
+                                                          "answers, or what you made of it")
     parser.add_argument("--base", default="", help='base model, prompts and sampling for both, e.g. "--model FOLDER --prompts FILE"')
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/experiments", help="folder of the stages' folders")
     parser.add_argument("--jobs", type=int, default=1, help="stages at once, one thread each: at most as many as cores")
@@ -128,13 +133,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds, runs = list(dict.fromkeys(args.seeds)), args.runs.resolve()
     runs = runs.relative_to(ROOT) if runs.is_relative_to(ROOT) else runs
     os.chdir(ROOT)
-    arm = Arm("compared", base=args.base, policy=args.ppo)
+    arms = {"revision": Arm("compared", base=args.base, policy=args.ppo)}
+    arms["working tree"] = arms["revision"] if args.chosen is None else replace(arms["revision"], policy=args.chosen, on_chosen=True)
+    last = {side: "chosen" if arm.on_chosen else "policy" for side, arm in arms.items()}  # the stage whose model is judged
     with checkout(args.revision, ROOT / "runs/compare") as tree:
         trees = {"revision": Tree(tree, code_of(tree)), "working tree": Tree(ROOT, code_of(ROOT))}
-        if trees["revision"].code == trees["working tree"].code:
+        if args.chosen is None and trees["revision"].code == trees["working tree"].code:
             raise SystemExit(f"error: run_*.py and virtue/ are the same in {args.revision} and in the working tree: nothing to compare "
                              "(is the change committed already? then give HEAD~1)")
-        made: dict[str, dict[int, dict[str, Stage]]] = {side: {s: chain(arm, s, args.scale, lambda name: own if name in DIFFER[args.start] else None)
+        made: dict[str, dict[int, dict[str, Stage]]] = {side: {s: chain(arms[side], s, args.scale, lambda name: own if name in DIFFER[args.start] else None)
                                                                for s in seeds} for side, own in trees.items()}
         order = [stage for s in seeds for side in made for stage in made[side][s].values()]
         label = {stage.folder: f"{side}, seed {s}" for side in made for s in seeds for stage in made[side][s].values()}
@@ -149,8 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("warning: the working tree's code changed meanwhile: these numbers are of a mixture; run it again")
     found = {side: {s: load(runs / stages["report"].folder) for s, stages in by_seed.items() if stages["report"].done(runs)}
              for side, by_seed in made.items()}
-    print(f"\nworking tree against {args.revision} ({tree.name}), from {args.start} on"
-          f"{f', run_ppo.py {args.ppo}' if args.ppo else ''}{'' if args.scale == 'full' else f', at --scale {args.scale}'}{': a check that all runs, not a result' * (args.scale == 'fast')}\n")
+    changed = [f"from {args.start} on", *[f"run_ppo.py {args.ppo}"] * bool(args.ppo),
+               *[f"in the working tree run_sft.py {args.chosen} in PPO's place"] * (args.chosen is not None), *[f"at --scale {args.scale}"] * (args.scale != "full")]
+    print(f"\nworking tree against {args.revision} ({tree.name}), {', '.join(changed)}{': a check that all runs, not a result' * (args.scale == 'fast')}\n")
     if not found["revision"].keys() & found["working tree"].keys():
         print("no seed was finished by both: nothing to compare")
         return 1
@@ -159,10 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if SCORE in text and args.start != "ppo":
         print("Caution: without gold each code is scored by its own reward models, and these two scales are not the same.")
     both = [s for s in seeds if all(s in found[side] for side in made)]
-    folders = {stage: [[runs / made[side][s][stage].folder for s in both] for side in made] for stage in ("report", "policy")}
-    print("\n" + beside(list(made), folders["report"], folders["policy"]) + "\n")
+    reports, policies = ([[runs / made[side][s][stage[side]].folder for s in both] for side in made] for stage in (dict.fromkeys(made, "report"), last))
+    print("\n" + beside(list(made), reports, policies if args.chosen is None else None) + "\n")
     for s in seeds:
-        print(f"seed {s}: " + "; ".join(f"{side} {runs / made[side][s]['policy'].folder}, {runs / made[side][s]['report'].folder}" for side in made))
+        print(f"seed {s}: " + "; ".join(f"{side} {runs / made[side][s][last[side]].folder}, {runs / made[side][s]['report'].folder}" for side in made))
     return 1 if failed else 0
 
 

@@ -347,3 +347,16 @@ def test_a_dry_comparison_shows_both_codes_and_runs_nothing(tmp_path, monkeypatc
     ppo = [line for line in said if "run_ppo.py" in line]
     assert len(ppo) == 2 and f"{tmp_path}/run_ppo.py" in ppo[0] and f"{compare.ROOT}/run_ppo.py" in ppo[1] and all("--lr 1e-3" in line for line in ppo)
     assert said[-1] == "# 8 stages, 0 done" and not (tmp_path / "r").exists()  # four shared, PPO and report of each
+
+
+def test_a_comparison_puts_sft_on_the_preferences_in_ppos_place_in_the_working_tree_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "checkout", lambda revision, folder: nullcontext(tmp_path))
+    monkeypatch.setattr(compare, "code_of", lambda tree: str(tree))
+    argv = ["HEAD", "--seeds", "3", "--ppo", "--lr 1e-3", "--chosen", "--lr 7e-4", "--runs", str(tmp_path / "r"), "--dry-run"]
+    assert compare.main(argv) == 0
+    said = capsys.readouterr().out.splitlines()
+    (ppo,), (chosen,) = ([line for line in said if key in line] for key in ("run_ppo.py", "--lr 7e-4"))
+    assert f"{tmp_path}/run_ppo.py" in ppo and "--lr 1e-3" in ppo
+    assert f"{compare.ROOT}/run_sft.py" in chosen and "preferences-" in chosen and "--lr 1e-3" not in chosen
+    monkeypatch.setattr(compare, "code_of", lambda tree: "same")  # another stage is difference enough
+    assert compare.main(argv) == 0
