@@ -181,7 +181,7 @@ def prompts(held_out: bool | None = None) -> list[dict]:
 
 
 def split_prompts(name: str) -> list[dict]:
-    """Toy prompts of one split; held-out questions all belong to ``eval``."""
+    """Toy prompts of one split of `dialogue.split`; held-out questions all belong to ``eval``, and an unknown name has none."""
     seen = [r for r in prompts(held_out=False) if split(r["id"]) == name]
     return sorted(seen + prompts(held_out=True), key=lambda r: r["id"]) if name == "eval" else seen
 
@@ -232,7 +232,7 @@ def corrupt(rng: random.Random, clauses: list[Clause], rate: float, repeats: flo
 
 
 def say(clauses: list[Clause], person: str, thing: str, rng: random.Random | None = None) -> str:
-    """The clauses as text. Broken ones need ``rng``: a wrong name, or the halves of two wordings."""
+    """The clauses as text. Broken ones need ``rng`` (without it AttributeError): a wrong name, or the halves of two wordings."""
     sentences = []
     for lens, virtue, pole, wording, broken in clauses:
         text = WORDINGS[lens][virtue][pole][wording]
