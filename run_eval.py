@@ -20,8 +20,8 @@ virtue, with position flips and the halo; on toy pairs, with gold instead of the
 rewards: accuracy and calibration of each reward model on held-out pairs, score against length, scores of
 degenerate answers; with --pairs accuracy on any external preference file.
 
-best-of-n: gold and rewards of the best of 1, 2, 4, ... answers of the starting policy under each aggregator,
-by the unbiased estimator. If best-of-n does not help, PPO is unlikely to.
+best-of-n: gold, rewards and the judge's opinion of the best of 1, 2, 4, ... answers of the starting policy under each
+aggregator, by the unbiased estimator. If best-of-n does not help, PPO is unlikely to.
 
 chat: talk to base and tuned model at once in the terminal, with the three rewards of every answer; /why asks
 for motivation and consequence.
@@ -31,7 +31,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from virtue.runtime import (add_aggregator_flags, add_common_flags, add_sampling_flags, aggregator_settings, held_out_ids, make_parser, open_base, parse_with_parent, positive_int,
+from virtue.runtime import (add_aggregator_flags, add_common_flags, add_sampling_flags, aggregator_settings, held_out_ids, make_parser, nonnegative_int, open_base, parse_with_parent, positive_int,
                             preview, progress, run_main)
 
 NO_FIGURES = 'no figures: they need matplotlib, pip install ".[report]"'
@@ -82,6 +82,9 @@ def parse(argv):
         add[sub]("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
     add_aggregator_flags(best.add_argument_group("aggregators").add_argument)
     add[best]("--n", type=positive_int, default=16, help="answers to each prompt")
+    group = best.add_argument_group("judge: the base, adapters off").add_argument
+    group("--judge-limit", type=nonnegative_int, default=16, help="prompts of which the judge compares every answer with one more of the same model (0: none)")
+    group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
     return parse_with_parent(parser, argv, commands=commands)
 
 
@@ -423,6 +426,7 @@ def best_of_n(args):
     from virtue.dialogue import load_prompts, messages_of
     from virtue.ensemble import AGGREGATORS, aggregate, standardize
     from virtue.ethics import LENSES
+    from virtue.feedback import versus
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.lora import flatten, use_stack
     from virtue.resume import finish, may_write, start
@@ -431,10 +435,11 @@ def best_of_n(args):
     from virtue.toy.gold import gold as gold_of
 
     # Build
-    prompts = load_prompts(args.prompts, "eval", args.limit)
+    prompts, length = load_prompts(args.prompts, "eval", args.limit), longest(args.max_prompt_tokens, args.max_new_tokens)
     out = may_write(args, args.out, [args.rm, args.sft])
     if preview(args, {"prompts": f"{args.prompts}, {len(prompts)} records"}, "best_of_n.json, best_of_n.svg", flat=[["sft"]],
-               sampling=dict(rows=min(args.batch_size, len(prompts)), tokens=longest(args.max_prompt_tokens, args.max_new_tokens), new=args.max_new_tokens)):
+               sampling=dict(rows=min(args.batch_size, len(prompts)), tokens=length, new=args.max_new_tokens),
+               **({"judging": dict(rows=args.judge_batch_size, tokens=2 * length + 600)} if args.judge_limit else {})):
         return
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
@@ -452,18 +457,23 @@ def best_of_n(args):
         return
     if sft:
         flatten(model, sft, "rollout")
-    scores, golds = [], []
-    for copy in range(args.n):
+    scores, golds, spoken, judged = [], [], [], kept[:args.judge_limit]
+    for copy in range(args.n + bool(judged)):  # the last: what the judge compares the others with
         with use_stack(model, *(("rollout",) if sft else ())):
-            dialogues = sample_dialogues(model, tokenizer, kept, seed=args.seed, stage="best-of-n", copy=copy, max_new_tokens=args.max_new_tokens,
-                                         temperature=args.temperature, batch_size=args.batch_size, desc=f"answers {copy + 1} of {args.n}",
+            dialogues = sample_dialogues(model, tokenizer, kept if copy < args.n else judged, seed=args.seed, stage="best-of-n", copy=copy, max_new_tokens=args.max_new_tokens,
+                                         temperature=args.temperature, batch_size=args.batch_size, desc=f"answers {copy + 1} of {args.n + bool(judged)}",
                                          keep=state / f"{copy}.jsonl")
+        spoken.append([messages_of(tokenizer, d) for d in dialogues[:len(judged)]])
+        if copy == args.n:
+            break
         scores.append(standardize(score_dialogues(model, reward_models, dialogues, (0, 1, 2), tokenizer.pad_token_id, batch_size=args.batch_size), mean, std))
         if args.prompts == "toy":
             golds.append([gold_of(d.prompt[0]["content"], [m["content"] for m in messages_of(tokenizer, d)[1::2]]).overall for d in dialogues])
     scores = torch.stack(scores, 2)  # (K, P, n)
     gold = np.array(golds).T if golds else None  # (P, n)
     average = scores.mean(0).double().numpy()
+    with use_stack(model):  # P(better than one more answer of the model), mean of virtues, orders and lenses: (prompts judged, n)
+        wins, which = versus(model, tokenizer, spoken[:-1], spoken[-1], batch_size=args.judge_batch_size, keep=state) if judged else (None, [])
 
     # What the best of m would be worth, m = 1, 2, 4, ... n
     sizes = [m for m in (2 ** i for i in range(20)) if m <= args.n]
@@ -477,21 +487,23 @@ def best_of_n(args):
             if gold is not None:
                 each = np.array([estimate(p[None], g[None], m) for p, g in zip(proxy, gold)])
                 row |= dict(zip(("gold", "low", "high"), paired_bootstrap(np.zeros(len(each)), each, resamples=2000, seed=args.seed)))
+            if len(which) > 1:
+                each = np.array([estimate(p[None], w[None], m) for p, w in zip(proxy[which], wins)])
+                row |= dict(zip(("judge", "judge_low", "judge_high"), paired_bootstrap(np.zeros(len(each)), each, resamples=2000, seed=args.seed)))
             rows.append(row)
 
     # Save and show
-    write_json(out / "best_of_n.json", {"prompts": len(kept), "n": args.n, "seed": args.seed, "rows": rows})
-    if plots.available() and gold is not None:
+    write_json(out / "best_of_n.json", {"prompts": len(kept), "judged": len(which), "n": args.n, "seed": args.seed, "rows": rows})
+    if plots.available():
         write_atomic(out / "best_of_n.svg", plots.best_of_n(rows).encode())
     finish(out)
     if not plots.available():
         print(NO_FIGURES)
-    what = "gold" if gold is not None else "reward"
-    print(f"{what} of the best of n, {len(kept)} held-out prompts, {args.n} answers each\n{'':10}" + "".join(f"{m:>8}" for m in sizes))
-    for name in AGGREGATORS:
-        values = [row[what] for row in rows if row["aggregator"] == name]
-        if values:
-            print(f"{name:10}" + "".join(f"{v:8.3f}" for v in values))
+    for what, prompts, title in (("gold", len(kept), "gold"), ("judge", len(which), "the judge's P(better than another answer of the same model)"), ("reward", len(kept), "mean standardised reward")):
+        if what in rows[0]:
+            print(f"{title}: of the best of n, {prompts} held-out prompts, {args.n} answers each\n{'':10}" + "".join(f"{m:>8}" for m in sizes))
+            for name in dict.fromkeys(row["aggregator"] for row in rows):
+                print(f"{name:10}" + "".join(f"{row[what]:8.3f}" for row in rows if row["aggregator"] == name))
     print(f"wrote best_of_n.json in {out}")
 
 

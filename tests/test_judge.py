@@ -7,8 +7,8 @@ from tiny import make_tiny_model
 
 from virtue import VirtueError
 from virtue.dialogue import encode_prompt
-from virtue.ethics import VIRTUES
-from virtue.feedback import win_rates
+from virtue.ethics import LENSES, VIRTUES
+from virtue.feedback import versus, win_rates
 from virtue.judge import encode_questions, judge_pairs, label_ids, pack, questions, transcript, verdict
 from virtue.models import hidden_states, load_model, load_tokenizer
 
@@ -79,6 +79,24 @@ def test_win_rates_of_equal_models_are_ties(tiny):
     forth = win_rates(*tiny, talks, talks[::-1], "action", batch_size=4, seed=0)
     back = win_rates(*tiny, talks[::-1], talks, "action", batch_size=4, seed=0)
     assert forth["questions"]["honesty"] == pytest.approx(1 - back["questions"]["honesty"], abs=1e-5)
+
+
+def test_answers_versus_another_are_judged_pair_by_pair_up_to_each_lens(tiny, monkeypatch):
+    def talk(*answers):
+        return [m for a in answers for m in ({"role": "user", "content": "What do you do?"}, {"role": "assistant", "content": a})]
+    answers = [[talk("I ask.", "Care.", "Trust."), talk("I lie.", "Gain.", "None.")], [talk("I give it back.", "Care.", "None."), talk("I wait.", "Fear.", "Doubt.")]]
+    others = [talk("I keep it.", "Greed.", "Loss."), talk("I go.", "Peace.", "Rest.")]
+    found, which = versus(*tiny, answers, others, batch_size=3)
+    assert found.shape == (2, 2) and which == [0, 1]  # prompts, answers
+    for i in range(2):
+        for c in range(2):
+            by_lens = [judge_pairs(*tiny, [(answers[c][i][:2 * k + 2], others[i][:2 * k + 2])], lens)[0].mean() for k, lens in enumerate(LENSES)]
+            assert found[i, c] == pytest.approx(float(sum(by_lens)) / 3, abs=1e-5)
+    monkeypatch.setattr("virtue.feedback.pair_fits", lambda model, tokenizer, first, second, lens: "I lie" not in first[1]["content"])
+    assert versus(*tiny, answers, others, batch_size=3)[1] == [0]  # a prompt whose pairs do not all fit is left out
+    monkeypatch.setattr("virtue.feedback.pair_fits", lambda *_: False)
+    none, which = versus(*tiny, answers, others, batch_size=3)
+    assert none.shape == (0, 2) and which == []
 
 
 def test_an_ending_sees_the_prefix_and_itself_only():

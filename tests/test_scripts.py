@@ -277,6 +277,10 @@ def test_best_of_n(fp32, tmp_path):
     means = [r["reward"] for r in rows if r["aggregator"] == "mean"]
     assert means == sorted(means)  # the best by the mean has the best mean
     assert all(r["low"] - 1e-9 <= r["gold"] <= r["high"] + 1e-9 for r in rows)
+    assert all(0 < r["judge_low"] - 1e-9 <= r["judge"] <= r["judge_high"] + 1e-9 < 1 for r in rows)
+    assert json.loads((tmp_path / "b/best_of_n.json").read_text())["judged"] == 4
+    call("run_eval", "best-of-n", "--rm", fp32 / "rm", "--limit", 2, "--n", 2, "--judge-limit", 0, "--out", tmp_path / "c")
+    assert "judge" not in json.loads((tmp_path / "c/best_of_n.json").read_text())["rows"][0]
 
 
 @pytest.fixture(scope="module")
@@ -512,7 +516,7 @@ STAGES = {  # flags, and words of what is read, written and planned
     "judge": (["run_eval", "judge", "--pairs", "{}/preferences/action.jsonl"], ["pairs, 0 without", "judge.json", "judging"]),
     "rewards": (["run_eval", "rewards", "--rm", "{}/rm", "--data", "{}/preferences"], ["reads action: {}/rm/action", "rewards.json", "scoring"]),
     "chat": (["run_eval", "chat", "--policy", "{}/policy"], ["--rm {}/rm", "reads motivation: {}/rm/motivation", "sampling"]),
-    "best": (["run_eval", "best-of-n", "--rm", "{}/rm"], ["prompts: toy, 64 records", "best_of_n.json", "sampling"]),
+    "best": (["run_eval", "best-of-n", "--rm", "{}/rm"], ["prompts: toy, 64 records", "best_of_n.json", "sampling", "judging"]),
 }
 
 

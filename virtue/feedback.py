@@ -120,6 +120,22 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     return {**rate, "pairs": len(pairs), "questions": dict(zip(asked, probs.mean(0).tolist()))}
 
 
+def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[dict]], *, batch_size: int, keep: Path | None = None) -> tuple[np.ndarray, list[int]]:
+    """P(answer better than the prompt's other one), mean of the lenses, virtues and both orders: (P, n); and the indices of the P prompts.
+
+    answers: n lists of dialogues as messages, prompt by prompt; others: one dialogue a prompt. A prompt of which a pair does not fit the judge's context is left
+    out. ``keep``: a folder for finished batches. VirtueError: as ``judge_pairs``.
+    """
+    def cut(messages: list[dict], k: int) -> list[dict]:  # up to the turn of lens k of three
+        return messages[:len(messages) - 2 * (len(LENSES) - 1 - k)]
+
+    pairs = {lens: [[(cut(side[i], k), cut(other, k)) for side in answers] for i, other in enumerate(others)] for k, lens in enumerate(LENSES)}
+    kept = [i for i in range(len(others)) if all(pair_fits(judge, tokenizer, *pair, lens) for lens in LENSES for pair in pairs[lens][i])]
+    probs = [judge_pairs(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]], lens, batch_size, keep=keep and keep / f"judge-{lens}.jsonl")[0]
+             for lens in LENSES if kept]
+    return (sum(p.double().mean((1, 2)) for p in probs) / len(LENSES)).view(len(kept), -1).numpy() if kept else np.zeros((0, len(answers))), kept
+
+
 def summarize(records: list[dict], probs: Tensor, lens: str) -> dict:
     """Numbers of one preference set: records as written, probs (N, 2, 5) as judged."""
     n = len(records)

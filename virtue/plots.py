@@ -141,15 +141,17 @@ def training_curves(metrics: Sequence[dict]) -> str:
 
 
 def best_of_n(rows: Sequence[dict]) -> str:
-    """Gold of the best of n dialogues by each aggregator, with its interval."""
+    """Gold of the best of n dialogues by each aggregator, with its interval; where gold is not known the judge's opinion, or the reward."""
+    key, low, high = next((keys for keys in (("gold", "low", "high"), ("judge", "judge_low", "judge_high")) if any(keys[0] in row for row in rows)), ("reward",) * 3)
+
     def draw(ax):
         for i, name in enumerate(dict.fromkeys(row["aggregator"] for row in rows)):
             own, colour = sorted((r for r in rows if r["aggregator"] == name), key=lambda r: r["n"]), (BLUE, RED, GREEN, PURPLE, INK)[i % 5]
             n = _column(own, "n")
-            ax.plot(n, _column(own, "gold"), ("-", "--", ":", "-.")[i % 4], marker="os^Dvx"[i % 6], markersize=4, color=colour, label=str(name))
-            ax.fill_between(n, _column(own, "low"), _column(own, "high"), color=colour, alpha=0.12, linewidth=0)
+            ax.plot(n, _column(own, key), ("-", "--", ":", "-.")[i % 4], marker="os^Dvx"[i % 6], markersize=4, color=colour, label=str(name))
+            ax.fill_between(n, _column(own, low), _column(own, high), color=colour, alpha=0.12, linewidth=0)
         ax.set_xscale("log", base=2)
         ax.set_xticks(counts := sorted({row["n"] for row in rows}), labels=map(str, counts))
-        ax.set(xlabel="best of n", ylabel="gold")
+        ax.set(xlabel="best of n", ylabel=key)
         _legend(ax)
-    return _svg("best_of_n", "Gold of the best of n dialogues", draw)
+    return _svg("best_of_n", f"{key.capitalize()} of the best of n dialogues", draw)
