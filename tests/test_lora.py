@@ -378,15 +378,45 @@ def test_whole_matrices_learn_what_dense_weights_learn(model, folders, tmp_path)
             optimizer.step()
     assert (logits(model) - first).abs().max() > 0.01
     torch.testing.assert_close(logits(model), dense(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
-    again = load_model(folders[False])
-    load_adapter_state(again, "w", adapter_state(model, "w"), adapter_config(model, "w", "x"))
+    again, state, config = load_model(folders[False]), adapter_state(model, "w"), adapter_config(model, "w", "x")
+    load_adapter_state(again, "w", state, config)
     set_stack(again, "w")
     assert torch.equal(logits(again), logits(model))
+    assert len(state) == 28 and len(adapter_parameters(again, "w")) == 14  # PEFT's format has an A, memory has none
+    assert {A.shape[0] for key, A in state.items() if "lora_A" in key} == {config["r"]} == {max(m.in_features for m in plain(folders[False]).modules() if isinstance(m, torch.nn.Linear))}
     with pytest.raises(ValueError):
         flatten(model, ("w",), "w")
+    state["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"][0, 1] = 1.0  # no identity: LoRA, of that rank
+    with pytest.raises(VirtueError, match="is LoRA, expected whole matrices"):
+        load_adapter_state(again, "w", state, config)
+    load_adapter_state(again, "lora", state, config)
+    assert len(adapter_parameters(again, "lora")) == 28
     merged = plain(folders[False])
     merged.load_state_dict(merged_state_dict(model, ("w",), torch.float32))
     torch.testing.assert_close(merged(IDS, use_cache=False).logits, logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_whole_matrices_stand_upon_lora_and_are_flattened_with_it(folders, quantize):
+    model = load_model(folders[False], quantize=quantize)
+    add(model, "a", targets=("q_proj", "up_proj"), seed=1)
+    add_adapter(model, "w", rank=None, targets=("q_proj", "down_proj"))
+    for p in adapter_parameters(model, "w"):
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.shape[1]))
+    set_stack(model, "a", "w")
+    stacked, dense = logits(model), dense_weights(model)
+    for path, layer in model.named_modules():  # W + s B A + the whole change, by hand
+        if isinstance(layer, LoRALinear):
+            if "a" in layer.scaling:
+                dense[path + ".weight"] += layer.scaling["a"] * layer.lora_B["a"].detach() @ layer.lora_A["a"].detach()
+            if "w" in layer.scaling:
+                dense[path + ".weight"] += layer.lora_B["w"].detach()
+    oracle = functional_call(plain(folders[False]), dense, (IDS,), {"use_cache": False}).logits
+    torch.testing.assert_close(stacked, oracle, rtol=1e-4, atol=1e-4)
+    flatten(model, ("a", "w"), "flat")
+    set_stack(model, "flat")
+    torch.testing.assert_close(logits(model), stacked, rtol=1e-4, atol=1e-4)
+    assert all(p.shape[0] != 3 and not p.requires_grad for p in adapter_parameters(model, "flat"))
 
 
 def test_requantize_is_quantising_the_merged_weights(folders):

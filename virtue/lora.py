@@ -35,7 +35,7 @@ class _Folded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, folded, bias, scales, *halves):  # halves: A1, B1, A2, B2, ... of `scales`
+    def forward(ctx, x, folded, bias, scales, *halves):  # halves: A1, B1, A2, B2, ... of `scales`; A None: a whole matrix B
         ctx.save_for_backward(x, folded, *halves)
         ctx.scales = scales
         return F.linear(x, folded, bias)
@@ -49,13 +49,14 @@ class _Folded(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         for s, A, B, of_A, of_B in zip(ctx.scales, halves[::2], halves[1::2], wanted[::2], wanted[1::2]):
             grads.append((dy @ B).T @ x * s if of_A else None)
-            grads.append(dy.T @ (x @ A.T) * s if of_B else None)
+            grads.append(dy.T @ (x if A is None else x @ A.T) * s if of_B else None)
         return dx, None, None, None, *grads
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer ``base`` and its adapters: ``lora_A[name]`` (r, in), ``lora_B[name]``
-    (out, r), both fp32, times ``scaling[name]`` = alpha / r. Adapters named in ``active`` add to
+    (out, r), both fp32, times ``scaling[name]`` = alpha / r. A name without an A is a whole matrix:
+    its B (out, in) is the change of W itself, its scaling 1. Adapters named in ``active`` add to
     the output; a name that this layer lacks (another list of targets) adds nothing here.
 
     Two paths, equal to rounding. ``plain``: the equation above, for a base of any type. ``folded``,
@@ -84,37 +85,45 @@ class LoRALinear(nn.Module):
         """base(x) + sum_n scaling_n B_n A_n x (Hu et al. 2021, arXiv:2106.09685, eq. 3). (..., in) -> (..., out), in the base's dtype."""
         output = self.base(x)
         updates = [  # the scale meets the narrow side, (..., r)
-            F.linear(F.linear(x.float(), self.lora_A[n]) * self.scaling[n], self.lora_B[n])
+            F.linear(F.linear(x.float(), self.lora_A[n]) * self.scaling[n] if n in self.lora_A else x.float(), self.lora_B[n])
             for n in names
         ]
         return output + sum(updates[1:], updates[0]).to(output.dtype)
 
+    def change(self, name: str) -> Tensor:
+        """(out, in), fp32: what adapter ``name`` adds to the weight, scaling B A. KeyError if this layer lacks it."""
+        B = self.lora_B[name] * self.scaling[name]
+        return B @ self.lora_A[name] if name in self.lora_A else B
+
     def folded(self, x: Tensor, names: list[str]) -> Tensor:
         """The same as (W + sum_n scaling_n B_n A_n) x + bias, for an fp32 base that is not trained. (..., in) -> (..., out)."""
-        halves = [half[n] for n in names for half in (self.lora_A, self.lora_B)]
+        halves = [half[n] if n in half else None for n in names for half in (self.lora_A, self.lora_B)]
         scales = [self.scaling[n] for n in names]
         # PyTorch counts a tensor's changes in place. The tensors are kept beside the key, so that no
         # other one can come to stand at the same address.
-        tensors = [self.base.weight, *halves]
+        tensors = [self.base.weight, *(half for half in halves if half is not None)]
         key = [(t.data_ptr(), t._version) for t in tensors], scales
         if key != self._fold[0]:
             with torch.no_grad():
-                parts = zip(scales, halves[::2], halves[1::2])
-                folded = self.base.weight + sum((B * s) @ A for s, A, B in parts)
+                folded = self.base.weight + sum(self.change(n) for n in names)
             self._fold = key, tensors, folded
         folded = self._fold[2]
         return _Folded.apply(x, folded, self.base.bias, scales, *halves)
 
-    def put(self, name: str, A: Tensor, B: Tensor, scaling: float, trainable: bool) -> None:
-        """Adds adapter `name`, or replaces it: A (r, in), B (out, r), moved to the base's device."""
+    def put(self, name: str, A: Tensor | None, B: Tensor, scaling: float, trainable: bool) -> None:
+        """Adds adapter `name`, or replaces it: A (r, in), B (out, r), or None and B (out, in); moved to the base's device."""
+        self.drop(name)
         for half, value in ((self.lora_A, A), (self.lora_B, B)):
-            half[name] = nn.Parameter(value.to(self.base.weight.device), requires_grad=trainable)
+            if value is not None:
+                half[name] = nn.Parameter(value.to(self.base.weight.device), requires_grad=trainable)
         self.scaling[name] = scaling
 
     def drop(self, name: str) -> None:
         """Removes adapter `name`, if this layer has it."""
-        if self.scaling.pop(name, None) is not None:
-            del self.lora_A[name], self.lora_B[name]
+        self.scaling.pop(name, None)
+        for half in (self.lora_A, self.lora_B):
+            if name in half:
+                del half[name]
 
 
 def _layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
@@ -127,10 +136,14 @@ def _layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
 
 
 def _ranks(model: nn.Module, stack: tuple[str, ...]) -> dict[str, int]:
-    """Rank of each adapter of ``stack``. KeyError: an unknown name; ValueError: one named twice."""
+    """Rank of each adapter of ``stack``; of whole matrices that of the widest. KeyError: an unknown name; ValueError: one named twice."""
     if len(set(stack)) < len(stack):
         raise ValueError(f"the stack {stack} names an adapter twice")
-    return {n: next(iter(_layers(model, n).values())).lora_A[n].shape[0] for n in stack}
+    return {n: max(layer.lora_B[n].shape[1] for layer in _layers(model, n).values()) for n in stack}
+
+
+def _is_whole(model: nn.Module, name: str) -> bool:
+    return any(name not in layer.lora_A for layer in _layers(model, name).values())
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
@@ -139,9 +152,9 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """A and B of each layer, in the order of the model. KeyError if there is no such adapter."""
+    """A and B of each layer (of whole matrices B), in the order of the model. KeyError if there is no such adapter."""
     held = _layers(model, name).values()
-    return [p for layer in held for p in (layer.lora_A[name], layer.lora_B[name])]
+    return [half[name] for layer in held for half in (layer.lora_A, layer.lora_B) if name in half]
 
 
 def add_adapter(
@@ -151,8 +164,7 @@ def add_adapter(
     """Add a trainable adapter to every linear whose last path component is in ``targets``.
 
     A is uniform in +-1/sqrt(in) (kaiming, a = sqrt 5) from ``seed``, B zero: a no-op at first.
-    ``rank`` None trains the whole matrix: A is the identity and stays so, scaled by 1, B the change
-    of W; the rank is that of the widest layer, as PEFT's format has one for all, the rest zeros.
+    ``rank`` None trains whole matrices: no A, B (out, in) the change of W, zeros at first.
     ValueError: the name is taken, or rank < 1; VirtueError: a target that matches no layer.
     """
     if name in adapter_names(model) or (rank is not None and rank < 1):
@@ -164,18 +176,17 @@ def add_adapter(
     unmatched = sorted(set(targets) - {path.rpartition(".")[2] for path in found})
     if unmatched or not targets:
         raise VirtueError(f"LoRA targets {unmatched} match no linear layer; known are {TARGETS}")
-    active, generator, whole = active_stack(model), torch.Generator().manual_seed(seed), rank is None
-    if whole:
-        widths = [m.base if isinstance(m, LoRALinear) else m for m in found.values()]
-        rank = max(m.in_features for m in widths)
+    active, generator = active_stack(model), torch.Generator().manual_seed(seed)
     for path, layer in found.items():
         if isinstance(layer, nn.Linear):
             layer = LoRALinear(layer, active)
             model.set_submodule(path, layer)
-        A, B = torch.empty(rank, layer.base.in_features), torch.zeros(layer.base.out_features, rank)
-        nn.init.eye_(A) if whole else nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        layer.put(name, A, B, 1.0 if whole else alpha / rank, trainable=True)
-        layer.lora_A[name].requires_grad_(not whole)
+        inputs, outputs = layer.base.in_features, layer.base.out_features
+        if rank is None:
+            layer.put(name, None, torch.zeros(outputs, inputs), 1.0, trainable=True)
+            continue
+        A = nn.init.kaiming_uniform_(torch.empty(rank, inputs), a=math.sqrt(5), generator=generator)
+        layer.put(name, A, torch.zeros(outputs, rank), alpha / rank, trainable=True)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
@@ -214,12 +225,17 @@ def use_stack(model: nn.Module, *names: str) -> Iterator[nn.Module]:
 
 
 def adapter_state(model: nn.Module, name: str) -> State:
-    """Copies on the CPU under PEFT's names, ``base_model.model.<module>.lora_A.weight``."""
-    return {
-        f"{_PREFIX}{path}.lora_{half}.weight": pair[name].detach().cpu().clone()
-        for path, layer in _layers(model, name).items()
-        for half, pair in (("A", layer.lora_A), ("B", layer.lora_B))
-    }
+    """Copies on the CPU under PEFT's names, ``base_model.model.<module>.lora_A.weight``.
+
+    PEFT has no whole matrices, and one rank for all layers: their A is an identity of the widest
+    layer's inputs, and zeros fill up B.
+    """
+    state, rank = {}, _ranks(model, (name,))[name]
+    for path, layer in _layers(model, name).items():
+        B = layer.lora_B[name].detach().cpu()
+        A = layer.lora_A[name].detach().cpu().clone() if name in layer.lora_A else torch.eye(rank, B.shape[1])
+        state |= {f"{_PREFIX}{path}.lora_A.weight": A, f"{_PREFIX}{path}.lora_B.weight": F.pad(B, (0, rank - B.shape[1])).clone()}
+    return state
 
 
 def adapter_config(
@@ -238,7 +254,8 @@ def adapter_config(
 
 def load_adapter_state(model: nn.Module, name: str, state: State, config: dict) -> None:
     """Write ``state`` and ``config`` (as from ``adapter_state`` and ``adapter_config``) to adapter
-    ``name``, which keeps its ``requires_grad``; where there is none, a frozen one is made.
+    ``name``, which keeps its ``requires_grad``; where there is none, a frozen one is made, of whole
+    matrices where every A is an identity that leaves nothing out.
     VirtueError, and nothing is changed: not plain LoRA; a rank, alpha or list of targets other
     than the existing adapter's; a tensor that is missing, extra, misshapen or not finite.
     """
@@ -255,11 +272,13 @@ def load_adapter_state(model: nn.Module, name: str, state: State, config: dict) 
             raise ValueError(f"init_lora_weights {config['init_lora_weights']!r} changes the base itself: convert it to plain LoRA in PEFT")
     except (KeyError, TypeError, ValueError) as error:
         raise VirtueError(f"adapter {name!r}: bad adapter_config.json: {error!r}") from error
-    made = name not in adapter_names(model)
+    made, left = name not in adapter_names(model), [A for key, A in state.items() if ".lora_A." in key]
+    whole = alpha == rank and all(A.ndim == 2 and A.shape[0] >= A.shape[1] and torch.equal(A, torch.eye(*A.shape, dtype=A.dtype)) for A in left)
     if made:
-        add_adapter(model, name, rank=rank, alpha=alpha, targets=tuple(want["target_modules"]))
+        add_adapter(model, name, rank=None if whole else rank, alpha=alpha, targets=tuple(want["target_modules"]))
     have, expected = adapter_config(model, name, ""), adapter_state(model, name)
     problems = [f"{k} is {v}, expected {have[k]}" for k, v in want.items() if v != have[k]]
+    problems += ["it is LoRA, expected whole matrices"] * (_is_whole(model, name) and not whole)
     unpaired = sorted(expected.keys() ^ state.keys())
     problems += [f"{k} is {'missing' if k in expected else 'unknown'}" for k in unpaired]
     shapes = {k: (tuple(state[k].shape), tuple(expected[k].shape)) for k in expected if k in state}
@@ -270,25 +289,31 @@ def load_adapter_state(model: nn.Module, name: str, state: State, config: dict) 
     if problems:
         raise VirtueError(f"adapter {name!r} was made for another base or settings: {problems[0]}")
     with torch.no_grad():
-        for parameter, key in zip(adapter_parameters(model, name), expected, strict=True):
-            parameter.copy_(state[key])
-            parameter.requires_grad_(parameter.requires_grad and not made)
+        for path, layer in _layers(model, name).items():
+            for half, pair in (("A", layer.lora_A), ("B", layer.lora_B)):
+                if name in pair:
+                    pair[name].copy_(state[f"{_PREFIX}{path}.lora_{half}.weight"][:, : pair[name].shape[1]])
+                    pair[name].requires_grad_(pair[name].requires_grad and not made)
 
 
 def flatten(model: nn.Module, stack: tuple[str, ...], name: str) -> None:
     """Make the frozen adapter ``name`` equal to ``stack``, to rounding; again: refresh it.
 
     A stacked along the rank, s B side by side: [s1 B1, s2 B2] [A1; A2] = s1 B1 A1 + s2 B2 A2. Rank
-    and alpha are the sum of ranks; zeros stand for an adapter that a layer lacks. ValueError: empty
-    stack, ``name`` in the stack or trainable; KeyError: an unknown adapter.
+    and alpha are the sum of ranks; zeros stand for an adapter that a layer lacks. With a whole matrix
+    in the stack the sum is one too. ValueError: empty stack, ``name`` in the stack or trainable;
+    KeyError: an unknown adapter.
     """
-    ranks = _ranks(model, stack)
-    trainable = name in adapter_names(model) and adapter_parameters(model, name)[1].requires_grad
+    ranks, whole = _ranks(model, stack), any(_is_whole(model, part) for part in stack)
+    trainable = name in adapter_names(model) and adapter_parameters(model, name)[-1].requires_grad
     if not stack or name in stack or trainable:
         raise ValueError(f"cannot flatten {stack} into {name!r}: empty, itself, or trainable")
     for layer in _layers(model).values():
         layer.drop(name)
         if layer.scaling.keys().isdisjoint(stack):
+            continue
+        if whole:
+            layer.put(name, None, sum(layer.change(part).detach() for part in stack if part in layer.scaling), 1.0, trainable=False)
             continue
         base, start, total = layer.base, 0, sum(ranks.values())
         A = torch.zeros(total, base.in_features, device=base.weight.device)
@@ -323,8 +348,7 @@ def merged_state_dict(model: nn.Module, stack: tuple[str, ...], dtype: torch.dty
         key, weight = key.replace(".base.", "."), _dense(parameter)
         layer = layers.get(key.removesuffix(".weight"))
         for name in (name for name in stack if layer is not None and name in layer.scaling):
-            update = layer.lora_B[name].detach() @ layer.lora_A[name].detach()
-            weight = weight + update * layer.scaling[name]
+            weight = weight + layer.change(name).detach()
         merged[key] = weight.to("cpu", dtype, copy=True)
     for path, layer in layers.items():
         if f"{path}.weight" not in merged and not layer.scaling.keys().isdisjoint(stack):
@@ -366,16 +390,9 @@ def requantize(model: nn.Module, stack: tuple[str, ...], name: str) -> str:
     layers = _layers(model)
     if not all(getattr(layer.base.weight, "quant_state", None) for layer in layers.values()):
         raise VirtueError("merging and quantising again needs a 4-bit base: give --quantize nf4")
-    rank = max(layer.base.in_features for layer in layers.values())
     for layer in layers.values():
         old, dense = layer.base.weight, _dense(layer.base.weight)
-        merged = dense + sum(
-            layer.scaling[n] * layer.lora_B[n].detach() @ layer.lora_A[n].detach()
-            for n in stack if n in layer.scaling
-        )
+        merged = dense + sum(layer.change(n).detach() for n in stack if n in layer.scaling)
         new = type(old)(merged.to(layer.base.compute_dtype), requires_grad=False, quant_type="nf4")
-        change = torch.zeros(layer.base.out_features, rank, device=dense.device)
-        change[:, : layer.base.in_features] = _dense(new.to(dense.device)) - dense
-        identity = torch.eye(rank, layer.base.in_features, device=dense.device)
-        layer.put(name, identity, change, 1.0, trainable=False)
+        layer.put(name, None, _dense(new.to(dense.device)) - dense, 1.0, trainable=False)
     return name

@@ -36,19 +36,16 @@ def base_bytes(config, quantize: str, dtype: str) -> int:
     return rest_bytes(config, dtype) + (layers * BYTES[dtype] if quantize == "none" else layers // 2 + layers // 64 + layers // (64 * 256) * 4)
 
 
-def widest(config, targets: Sequence[str]) -> int:
-    """The rank that stands for whole matrices: the widest target's inputs. VirtueError: a target that there is not."""
-    known = linears(config)
-    if unmatched := sorted(set(targets) - known.keys()):
+def check_targets(config, targets: Sequence[str]) -> None:
+    """VirtueError: a target that there is not."""
+    if unmatched := sorted(set(targets) - linears(config).keys()):
         raise VirtueError(f"LoRA targets {unmatched} match no linear layer; known are {TARGETS}")
-    return max(known[name][0] for name in targets)
 
 
-def adapter_bytes(config, adapter: Adapter, trainable: bool = False) -> int:
-    """An adapter, always fp32; or the part of it that learns: of whole matrices only B does."""
+def adapter_bytes(config, adapter: Adapter) -> int:
+    """An adapter, always fp32."""
     (rank, targets), known = adapter, linears(config)
-    r = widest(config, targets) if rank is None else rank
-    return 4 * r * sum(((0 if trainable and rank is None else i) + o) * n for i, o, n in (known[name] for name in targets))
+    return 4 * sum((i * o if rank is None else rank * (i + o)) * n for i, o, n in (known[name] for name in targets))
 
 
 def layer_bytes(config, dtype: str, rows: int, tokens: int, adapter: Adapter) -> int:
@@ -60,12 +57,11 @@ def layer_bytes(config, dtype: str, rows: int, tokens: int, adapter: Adapter) ->
     numbers of each target between A and B. (Rows are padded on the right and need no mask.)
     """
     (rank, targets), known, c = adapter, linears(config), BYTES[dtype]
-    r = widest(config, targets) if rank is None else rank
     D, F, A, K = config.hidden_size, config.intermediate_size, known["o_proj"][0], known["k_proj"][1]
     inputs = [known[name][0] for name in targets if name != "lm_head"]
     if c == 4:  # o_proj's is attention's result
         inputs = [i for group, i in (("qkv", D), ("gu", D), ("d", F)) if any(name[0] in group for name in targets)]
-    each = 8 * D + 2 * (A + K) * c + 4 * config.num_attention_heads + 3 * F * c + 4 * sum(inputs) + 4 * r * len(targets)
+    each = 8 * D + 2 * (A + K) * c + 4 * config.num_attention_heads + 3 * F * c + 4 * sum(inputs) + 4 * (rank or 0) * len(targets)
     return rows * tokens * each
 
 
@@ -94,7 +90,7 @@ def plan(config, *, quantize: str, dtype: str, frozen: Sequence[Adapter] = (), t
     and tokens, positions whose logits are taken, stacks before one backward pass, whether entropy is trained.
     """
     c, V, D, N = BYTES[dtype], config.vocab_size, config.hidden_size, config.num_hidden_layers
-    learning = sum(adapter_bytes(config, a, trainable=True) for a in trained)
+    learning = sum(adapter_bytes(config, a) for a in trained)
     targets = {name for _, names in (*frozen, *trained) for name in names} if (quantize, dtype) == ("none", "fp32") else ()
     folded = sum(4 * i * o * n for name, (i, o, n) in linears(config).items() if name in targets)  # see lora.LoRALinear
     result = {"held": {"base weights": base_bytes(config, quantize, dtype), "judge": judge, "adapters": sum(adapter_bytes(config, a) for a in (*frozen, *trained)),

@@ -124,7 +124,7 @@ def add_lora_flags(parser: argparse.ArgumentParser, rank: int, alpha: float) -> 
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=positive_int, default=rank, help="rank r of the update B A")
     add("--alpha", type=positive_float, default=alpha, help="the update is scaled by alpha / r")
-    add("--whole", action="store_true", help="train the layers' whole matrices instead of B A: memory for four more copies of them, and a lower --lr")
+    add("--whole", action="store_true", help="train the layers' whole matrices instead of B A, with a lower --lr; memory: an fp32 copy of them an adapter, three more of what is trained")
     add("--targets", nargs="+", default=TARGETS, metavar="NAME", help="linear layers that get an adapter")
     add("--gradient-checkpointing", action="store_true", help="compute activations again in the backward pass: much less memory, a third more arithmetic")
 
@@ -401,9 +401,10 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
         check_context(SimpleNamespace(config=configs["base"]), args.max_prompt_tokens, args.max_new_tokens)
 
     def artefact(role: str, folder: Path, **expected) -> None:
-        _, config = check_artifact(folder, **known, **expected)
-        adapters[role] = config["r"], tuple({name.rpartition(".")[2] for name in config["target_modules"]})
-        found[role] = f"{folder}, an adapter of rank {config['r']}"
+        manifest, config = check_artifact(folder, **known, **expected)
+        rank = None if manifest["settings"].get("whole") else config["r"]
+        adapters[role] = rank, tuple({name.rpartition(".")[2] for name in config["target_modules"]})
+        found[role] = f"{folder}, {'whole matrices' if rank is None else f'an adapter of rank {rank}'}"
 
     sft, policy = getattr(args, "sft", None), getattr(args, "policy", None)
     upon = {"sft": sft} if sft else {}
@@ -430,11 +431,12 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
         return True
     config, judge, frozen = configs["base"], configs.get("judge"), list(adapters.values())
     if trained:
-        full = memory.widest(config, args.targets)
-        adapters |= {"whole": (full, args.targets), **dict.fromkeys(trained, (None if args.whole else args.rank, args.targets))}
+        memory.check_targets(config, args.targets)
+        adapters |= {"whole": (None, args.targets), **dict.fromkeys(trained, (None if args.whole else args.rank, args.targets))}
     for stack in ([adapters[role] for role in roles if role in adapters] for roles in flat):
         if stack:
-            frozen.append((sum(rank or full for rank, _ in stack), tuple({name for _, targets in stack for name in targets})))
+            ranks = [rank for rank, _ in stack]
+            frozen.append((None if None in ranks else sum(ranks), tuple({name for _, targets in stack for name in targets})))
     print(memory.table(memory.plan(config, quantize=args.quantize, dtype=args.dtype, frozen=frozen, trained=[adapters[role] for role in trained],
                                    judge=memory.base_bytes(judge, args.quantize, args.dtype) if judge else 0,
                                    checkpointing=bool(trained) and args.gradient_checkpointing, **moments)))
