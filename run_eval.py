@@ -117,6 +117,7 @@ def compare_models(args):
     from virtue.judge import label_ids
     from virtue.logprobs import kl_k1
     from virtue.lora import flatten, use_stack
+    from virtue.memory import used
     from virtue.models import logprobs_at
     from virtue.parallel import barrier
     from virtue.report import correct, curve_of, differences, made_by, mask_names, measure, reward_model_facts, side_by_side, table, warnings_of
@@ -223,7 +224,7 @@ def compare_models(args):
                     golds = [details[name]["golds"] for name in (names[-1], other)]
                     better = np.array([a.lenses[lens] - b.lenses[lens] for a, b in zip(*golds)])[:args.judge_limit] if all(golds) else None
                     wins[key][lens] = win_rates(judge_base.model, judge_base.tokenizer, *sides, lens, batch_size=args.judge_batch_size,
-                                                seed=args.seed, wording=wording, keep=state / f"{len(wins)}-{lens}.jsonl", gold=better)
+                                                wording=wording, keep=state / f"{len(wins)}-{lens}.jsonl", gold=better)
     curve = curve_of(rollouts, gold_of if args.prompts == trained["settings"]["prompts"] == "toy" else None, metrics, kept_at)
     warned = warnings_of(columns, compared, wins, any(m.get("seen") for m in facts))
 
@@ -259,7 +260,7 @@ def compare_models(args):
     shown = list(range(min(args.show, len(kept)))) + list(range(len(kept), len(kept) + len(probes)))
     for i in shown:
         print(side_by_side((kept + probes)[i]["prompt"][-1]["content"], {name: texts[name][i] for name in names}), end="\n\n")
-    print(f"wrote report.html, scores.json and samples.jsonl in {out}")
+    print(f"wrote report.html, scores.json and samples.jsonl in {out}{used(base.model.device)}")
 
 
 def evaluate_judge(args):
@@ -270,6 +271,7 @@ def evaluate_judge(args):
     from virtue.ethics import LENSES, VIRTUES
     from virtue.feedback import agreement, truth
     from virtue.judge import judge_pairs, label_ids, pair_fits
+    from virtue.memory import used
     from virtue.resume import finish, may_write, start
 
     pairs, skipped = read_pairs(args.pairs, args.limit)
@@ -299,7 +301,7 @@ def evaluate_judge(args):
             signs = {name: np.array([t[name] for t in truths]) for name in (*VIRTUES, "overall")}
         else:
             signs = {"overall": np.ones(len(of_lens))}
-        result[lens] = {"against": "gold" if all(truths) else "the file's choice", "label_mass": mass, **agreement(probs, signs, args.seed)}
+        result[lens] = {"against": "gold" if all(truths) else "the file's choice", "label_mass": mass, **agreement(probs, signs)}
 
     write_json(out / "judge.json", result)
     finish(out)
@@ -313,7 +315,7 @@ def evaluate_judge(args):
             halo = "n/a" if found["halo"] is None else f"{found['halo']:.2f}"
             print(f"  flips with the order {found['position_flips']:.1%}, first place preferred {found['first_place']:.1%}, "
                   f"correlation between virtues (halo) {halo}, mass on the two labels {found['label_mass']:.2f}")
-    print(f"\nwrote judge.json in {out}")
+    print(f"\nwrote judge.json in {out}{used(base.model.device)}")
 
 
 def evaluate_rewards(args):
@@ -324,6 +326,7 @@ def evaluate_rewards(args):
     from virtue.dialogue import check_ids, encode_conversation, messages_of, read_dialogues, read_pairs, read_preferences, right_pad
     from virtue.ethics import LENSES
     from virtue.lora import use_stack
+    from virtue.memory import used
     from virtue.models import score_at
     from virtue.preference import accuracy, calibration_bins, calibration_error, log_loss
     from virtue.resume import finish, may_write, start
@@ -415,20 +418,21 @@ def evaluate_rewards(args):
         if "external" in found:
             print(f"  {args.pairs}: " + ("no pair fits" if found["external"]["accuracy"] is None else
                                          f"accuracy {found['external']['accuracy']:.3f} on {found['external']['pairs']} pairs"))
-    print(f"\nwrote rewards.json in {out}")
+    print(f"\nwrote rewards.json in {out}{used(base.model.device)}")
 
 
 def best_of_n(args):
     import numpy as np
     import torch
-    from virtue import VirtueError, plots
+    from virtue import AGGREGATORS, VirtueError, plots
     from virtue.checkpoint import file_hash, prompts_hash, write_atomic, write_json
     from virtue.dialogue import load_prompts, messages_of
-    from virtue.ensemble import AGGREGATORS, aggregate, standardize
+    from virtue.ensemble import aggregate, standardize
     from virtue.ethics import LENSES
     from virtue.feedback import versus
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.lora import flatten, use_stack
+    from virtue.memory import used
     from virtue.resume import finish, may_write, start
     from virtue.rollout import load_reward_models, load_sft, score_dialogues
     from virtue.stats import best_of_n as estimate, best_of_n_kl, paired_bootstrap
@@ -504,7 +508,7 @@ def best_of_n(args):
             print(f"{title}: of the best of n, {prompts} held-out prompts, {args.n} answers each\n{'':10}" + "".join(f"{m:>8}" for m in sizes))
             for name in dict.fromkeys(row["aggregator"] for row in rows):
                 print(f"{name:10}" + "".join(f"{row[what]:8.3f}" for row in rows if row["aggregator"] == name))
-    print(f"wrote best_of_n.json in {out}")
+    print(f"wrote best_of_n.json in {out}{used(base.model.device)}")
 
 
 if __name__ == "__main__":

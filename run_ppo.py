@@ -26,7 +26,7 @@ from virtue.runtime import (MetricsLog, add_aggregator_flags, add_common_flags, 
 
 
 def parse(argv):
-    from virtue.ensemble import AGGREGATORS
+    from virtue import AGGREGATORS
     parser = make_parser(__doc__)
     add_common_flags(parser)
     add_sampling_flags(parser)
@@ -56,14 +56,14 @@ def parse(argv):
     kl("--stop-kl", type=positive_float, help="end the run when KL per dialogue exceeds this, in nats; best/ holds the best policy until then")
     kl("--kl-horizon", type=positive_int, default=2000, help="dialogues in which the coefficient adapts")
     ppo = parser.add_argument_group("PPO").add_argument
-    ppo("--iterations", type=positive_int, default=24, help="rollout batches")
+    ppo("--iterations", type=positive_int, default=24, help="rollout batches (this and the three below: the study reports none)")
     ppo("--rollout-size", type=positive_int, default=128, help="dialogues an iteration")
     ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
     ppo("--minibatch-size", type=positive_int, default=32, help="dialogues an optimiser step")
     ppo("--micro-batch-size", type=positive_int, default=8, help="dialogues a forward pass; changes memory, not the update")
     ppo("--lr", type=positive_float, default=2e-3, help="Adam learning rate of the policy adapter, linear decay to a tenth (Mistral-7B: 1e-5; the study: 1.41e-5)")
-    ppo("--value-lr", type=positive_float, default=4e-3, help="Adam learning rate of value adapter and head")
-    ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss")
+    ppo("--value-lr", type=positive_float, default=4e-3, help="Adam learning rate of value adapter and head (Mistral-7B: 1e-4)")
+    ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss (the study reports none)")
     ppo("--value-clip-range", type=positive_float, default=0.5, help="epsilon of the clipped value loss")
     ppo("--value-warmup", type=nonnegative_int, default=2, help="first iterations, in which only the value function learns: advantages against an untrained one are noise")
     ppo("--vf-coef", type=nonnegative_float, default=0.5, help="weight of the value loss")
@@ -79,10 +79,10 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     import torch
-    from virtue import VirtueError, plots
+    from virtue import AGGREGATORS, VirtueError, plots
     from virtue.checkpoint import file_hash, prepare_output, prompts_hash, save_artifact, write_atomic
     from virtue.dialogue import load_prompts, messages_of, read_jsonl, right_pad
-    from virtue.ensemble import AGGREGATORS, aggregate, standardize
+    from virtue.ensemble import aggregate, standardize
     from virtue.ethics import LENSES
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.logprobs import kl_k1, kl_k3

@@ -1,4 +1,4 @@
-"""Fine-tune the base on its own revisions: adapter `sft`, loss on the assistant's tokens only.
+"""Fine-tune the base on its own revisions: adapter `sft`, loss on the last assistant turn only.
 
   python run_sft.py --data runs/demo/revisions --out runs/demo/sft
   python run_sft.py --data runs/demo/revisions --out runs/demo/sft --epochs 4 --lr 5e-4
@@ -77,7 +77,7 @@ def main(argv=None):
                           f"--held-out {args.held_out}: make more data, or change these flags")
 
     def nll(batch):
-        """Sum of -log p over the batch's assistant tokens, and their number."""
+        """Sum of -log p over the batch's trained tokens, and their number."""
         ids, attention = right_pad([ids for ids, *_ in batch], tokenizer.pad_token_id)
         mask = span_mask([spans for _, spans, _ in batch], ids.shape[1])
         with use_stack(model, *stack):

@@ -290,13 +290,13 @@ def profiled(model, ids, mask) -> tuple[str, str, str]:
         import torch
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
-        from transformers import DynamicCache
+        from virtue.generate import cache_with_room
 
-        cache = DynamicCache(config=model.config)
+        cache = cache_with_room(model.config, 2)  # a step as `generate.sample` makes it
         with torch.no_grad():
             model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
             for width in (1, 2):  # the second is recorded
-                step = lambda width=width: model(input_ids=ids[:, -1:], attention_mask=torch.cat([mask, mask.new_ones(len(mask), width)], 1), past_key_values=cache,  # noqa: E731
+                step = lambda width=width: model(input_ids=ids[:, -1:], attention_mask=torch.cat([mask, mask.new_ones(len(mask), width)], 1).bool()[:, None, None], past_key_values=cache,  # noqa: E731
                                                  position_ids=torch.full((len(ids), 1), ids.shape[1] + width - 1, device=ids.device), use_cache=True, logits_to_keep=1)
                 if width == 1:
                     step()
@@ -466,15 +466,17 @@ def demo(b: Bench) -> None:
 
 
 def gold_table(found: dict, devices: list[str], seeds: list[int]) -> list[str]:
-    """Gold by device, and the devices' mean difference against how far seeds of one device lie apart."""
-    lines = ["", "| gold | " + " | ".join(f"{device}, seeds {' '.join(map(str, seeds))}" for device in devices) + " | mean difference | sd over seeds | within 2 standard errors |",
-             f"|---|{'---:|' * (len(devices) + 3)}"]
+    """Gold by device, and the devices' difference with Student's interval over seeds: a difference is not seen where it holds zero, and none larger than its ends is excluded."""
+    from virtue.stats import t_interval
+    lines = ["", "| gold | " + " | ".join(f"{device}, seeds {' '.join(map(str, seeds))}" for device in devices) + " | difference, 95 % | holds zero |",
+             f"|---|{'---:|' * (len(devices) + 2)}"]
     for name in ("base", "sft", "ppo"):
         each = [[found[device, seed][name] for seed in seeds] for device in devices]
         means, cells = [statistics.mean(values) for values in each], [f"{statistics.mean(v):.3f} ({', '.join(f'{x:.3f}' for x in v)})" for v in each]
-        spread = statistics.mean(statistics.variance(v) for v in each) ** 0.5 if len(seeds) > 1 else float("nan")  # pooled
-        error = spread * (2 / len(seeds)) ** 0.5
-        rest = [f"{means[0] - means[1]:+.4f}", f"{spread:.4f}", verdict(abs(means[0] - means[1]) <= 2 * error) if len(seeds) > 1 else "needs two seeds"] if len(devices) > 1 else ["", "", ""]
+        rest = ["", ""]
+        if len(devices) > 1:
+            mean, low, high = t_interval([a - b for a, b in zip(*each)]) if len(seeds) > 1 else (means[0] - means[1], float("nan"), float("nan"))
+            rest = [f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", verdict(low <= 0 <= high) if len(seeds) > 1 else "needs two seeds"]
         lines.append(f"| {name} | {' | '.join([*cells, *rest])} |")
     return lines
 
@@ -506,9 +508,9 @@ def main() -> None:
     if sys.argv[1:2] == ["inside"]:
         inside(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model, the runs and results.md")
+    parser.add_argument("--shape", choices=SHAPES, default="7b", help="7b: Mistral's; small: to see that all runs")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --shape small only")
     parser.add_argument("--part", nargs="+", choices=RUN, default=list(PARTS), metavar="PART", help=f"{', '.join(PARTS)} (default: all, in this order)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the toy demo")
     parser.add_argument("--trl-python", help="an interpreter that imports TRL")

@@ -10,7 +10,6 @@ pairs that share their action, in both orders; a reward model scores each kind, 
 """
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from virtue.judge import judge_pairs
 from virtue.lora import use_stack
 from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, score_at, template_fingerprint
 from virtue.rollout import load_reward_models, load_sft
+from virtue.runtime import make_parser
 from virtue.toy import grammar
 
 KINDS = ("fit", "unfit", "one", "repeat", "same virtue")
@@ -53,7 +53,7 @@ def dialogues(rng: random.Random, lens: str) -> dict[str, list[dict]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="toy", help="toy, or another folder of virtue.toy.pretrain")
     parser.add_argument("--rm", type=Path, help="folder of run_rm.py: probe its models instead of the judge")
     parser.add_argument("--sft", type=Path, help="the SFT adapter below them")

@@ -419,6 +419,8 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
             values = [run.models[getattr(run, which)].get(key, np.nan) / (run.models[over][key] if over else 1) for run in each]
             return cell(float(np.mean(values)), digits=digits)
 
+        low, high = (over_seeds([means[arm][s] - means[first][s] for s in seeds]) + (np.nan,) * 2)[1:3] if seeds else (np.nan,) * 2
+        few = "" if np.isnan(low) or len(seeds) > 5 else f"; t [{low:+.3f}, {high:+.3f}]"  # a bootstrap of few seeds is too narrow
         both = [s for s in seeds if not np.isnan([at[arm][s], at[first][s]]).any()]
         apart = [at[arm][s] - at[first][s] for s in both]
         here = cell(float(np.nanmean([*at[arm].values()]))) if not np.isnan([*at[arm].values()]).all() else "–"
@@ -431,7 +433,7 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
         main.append([
             arm, " ".join(map(str, runs)), level("base"), level("sft") if each[0].start == "sft" else "–", level(each[0].final),
             cell(*paired([run.gold[run.start] for run in each], [run.gold[run.final] for run in each]), sign="+"),
-            cell(*paired(*([found[x][s].gold[found[x][s].final] for s in seeds] for x in (first, arm))), sign="+") if seeds else "–",
+            cell(*paired(*([found[x][s].gold[found[x][s].final] for s in seeds] for x in (first, arm))), sign="+") + few if seeds else "–",
             cell(p.get(arm, np.nan)), cell(adjusted.get(arm, np.nan)),
             f"{here}; {cell(*over_seeds(apart), sign='+')}" if apart else here])
         details.append([
@@ -475,7 +477,8 @@ def show(name: str, arms: Sequence[Arm], runs: Path, seeds: Sequence[int], scale
             print(rows_of([["nats, at most", *(f"{best_of_n_kl(n):.2f}" for n in sizes)],
                            *([name, *(cell(*over_seeds(values)) for values in by_n.values())] for name, by_n in golds.items())],
                           "aggregator | " + " | ".join(f"n = {n}" for n in sizes)), end="\n\n")
-    print("Gold of held-out prompts, 0 worst to 1 oracle; 95 % intervals: seeds and prompts resampled (one seed: prompts alone); p: all sign flips of "
+    print("Gold of held-out prompts, 0 worst to 1 oracle; 95 % intervals: seeds and prompts resampled (one seed: prompts alone); of two to five seeds Student's t over them too, the one to believe; "
+          "p: all sign flips of "
           "the seeds' differences. At equal KL: of PPO's own dialogues, a parabola in sqrt(KL) through the run; there, at equal length and of best-of-n "
           "Student's t over seeds. By lens: action / motivation / consequence.")
     if len(codes) > 1:

@@ -10,6 +10,7 @@ import torch
 
 import virtue.generate
 import virtue.runtime
+from virtue import VirtueError
 from virtue.chat import HELP, TOY_QUESTION, chat, columns
 from virtue.checkpoint import save_artifact
 from virtue.dialogue import encode_conversation
@@ -164,6 +165,20 @@ def test_real_answers_differ_and_are_drawn_again_from_the_same_seed(talk):
     assert first == again != other and len(numbers(first)) == 18
     found = numbers(first)
     assert [score for _, score, _ in found[:3]] != [score for _, score, _ in found[3:6]]
+
+
+def test_a_policy_upon_another_sft_adapter_is_refused(chain, talk, tmp_path):
+    base = open_base(chain[0])
+    parents, args = {}, dict(sft=tmp_path / "sft", rm=tmp_path / "rm")  # in order among themselves
+    for name, folder, stage in (("sft", args["sft"], "sft"), *((lens, args["rm"] / lens, "rm") for lens in LENSES)):
+        folder.mkdir(parents=True)
+        add_adapter(base.model, name, rank=4, alpha=8, seed=9)
+        head = ScalarHead(base.model.config.hidden_size, seed=9) if stage == "rm" else None
+        save_artifact(folder, stage=stage, model=base.model, adapter=name, head=head, base=base.info, template=base.template, parents=parents, seed=9, settings={},
+                      extra={"lens": name, "score_mean": 0.0, "score_std": 1.0} if stage == "rm" else {})
+        parents = parents or {"sft": folder}
+    with pytest.raises(VirtueError, match="sft"):
+        talk("/quit", **args)
 
 
 def test_the_command_takes_what_the_policy_was_made_with(chain, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from tiny import make_tiny_model
 
 from virtue import VirtueError, checkpoint
 from virtue.checkpoint import load_artifact, read_manifest, save_artifact
-from virtue.lora import adapter_parameters, add_adapter, remove_adapter, use_stack
+from virtue.lora import adapter_config, adapter_parameters, adapter_state, add_adapter, remove_adapter, use_stack
 from virtue.models import ScalarHead, hidden_states
+from virtue.runtime import open_base
 
 BASE = {"id": "tiny", "fingerprint": "f1"}
 MINE = dict(base=BASE, template="t1")
@@ -280,3 +283,25 @@ def test_prepare_output(tmp_path):
     assert os.listdir(out) == ["other"]
     with pytest.raises(VirtueError, match="--out"):
         checkpoint.prepare_output(out / "other", overwrite=True)
+
+
+def test_the_readmes_way_from_peft_gives_an_sft_model(tmp_path, monkeypatch):
+    """The block of README's "With other libraries", on the toy; a folder without virtue.json is what PEFT leaves."""
+    base = open_base(Namespace(model="toy", quantize="none", dtype="fp32", device="cpu", threads=1))
+    add_adapter(base.model, "theirs", rank=2, alpha=4, targets=("q_proj",))
+    torch.nn.init.normal_(adapter_parameters(base.model, "theirs")[-1], generator=torch.Generator().manual_seed(0))
+    (tmp_path / "PEFT").mkdir()
+    save_file(adapter_state(base.model, "theirs"), tmp_path / "PEFT/adapter_model.safetensors")
+    (tmp_path / "PEFT/adapter_config.json").write_text(json.dumps(adapter_config(base.model, "theirs", "toy")))
+    with pytest.raises(VirtueError, match="an adapter of PEFT's: README"):
+        read_manifest(tmp_path / "PEFT")
+    block = (Path(__file__).parent.parent / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    for told, here in (("mistralai/Mistral-7B-Instruct-v0.2", "toy"), ('"nf4"', '"none"'), ('"bf16"', '"fp32"'), ('"auto"', '"cpu"')):
+        assert told in block
+        block = block.replace(told, here)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    again = open_base(Namespace(model="toy", quantize="none", dtype="fp32", device="cpu", threads=1))
+    load_artifact(tmp_path / "runs/sft", again.model, "sft", stage="sft", base=again.info, template=again.template)
+    for key, value in adapter_state(base.model, "theirs").items():
+        assert torch.equal(adapter_state(again.model, "sft")[key], value)

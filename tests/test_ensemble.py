@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import virtue.ensemble
-from virtue.ensemble import ADDITIVE, AGGREGATORS, aggregate, shares, standardize, study_score
+from virtue import AGGREGATORS
+from virtue.ensemble import ADDITIVE, aggregate, shares, standardize, study_score
 
 K, B = 3, 6
 W = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)

@@ -202,7 +202,7 @@ def test_numbers_of_the_tables(tmp_path):
     assert all(len(row) == len(head) for row in cells.values()) and head[-1] == "at KL 3.00; − default's"
     assert cells["default"][1] == "0 1 2" and cells["default"][2].startswith("0.375 [") and cells["default"][4].startswith("0.750 [")
     assert cells["default"][5].startswith("+0.250 [") and cells["default"][6:9] == ["–"] * 3
-    assert cells["less"][6] == "-0.125 [-0.125, -0.125]"  # the same for every prompt: no width
+    assert cells["less"][6] == "-0.125 [-0.125, -0.125]; t [-0.125, -0.125]"  # the same for every prompt: no width
     assert cells["less"][7:9] == ["0.250", "0.250"]  # 2 / 2^3; the only test of the table
     assert cells["less"][9] == "0.750; -0.003 [-0.003, -0.003]"  # at KL 3: the default's parabola, through its three points, is at 0.753
     assert cells["SFT only"][3] == "–" and cells["SFT only"][6] == "+0.125 [+0.115, +0.135]" and cells["SFT only"][7:] == ["–"] * 3

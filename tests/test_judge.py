@@ -11,6 +11,7 @@ from virtue.ethics import LENSES, VIRTUES
 from virtue.feedback import versus, win_rates
 from virtue.judge import encode_questions, judge_pairs, label_ids, pack, questions, transcript, verdict
 from virtue.models import hidden_states, load_model, load_tokenizer
+from virtue.stats import wilson
 
 
 def pair(a: str, b: str, turns: int = 1) -> tuple[list[dict], list[dict]]:
@@ -73,11 +74,11 @@ def test_other_questions_wordings_and_orders(tiny):
 
 def test_win_rates_of_equal_models_are_ties(tiny):
     talks = [pair("I give it back.", "x")[0], pair("I ask.", "x")[0]]
-    found = win_rates(*tiny, talks, talks, "action", batch_size=4, seed=0)
-    assert found["rate"] == found["low"] == found["high"] == 0.5 and found["pairs"] == 2
+    found = win_rates(*tiny, talks, talks, "action", batch_size=4)
+    assert [found[key] for key in ("rate", "low", "high", "pairs")] == pytest.approx([0.5, *wilson(1, 2)[1:], 2])
     assert all(p == pytest.approx(0.5, abs=1e-6) for p in found["questions"].values()) and "sincerity" not in found["questions"]
-    forth = win_rates(*tiny, talks, talks[::-1], "action", batch_size=4, seed=0)
-    back = win_rates(*tiny, talks[::-1], talks, "action", batch_size=4, seed=0)
+    forth = win_rates(*tiny, talks, talks[::-1], "action", batch_size=4)
+    back = win_rates(*tiny, talks[::-1], talks, "action", batch_size=4)
     assert forth["questions"]["honesty"] == pytest.approx(1 - back["questions"]["honesty"], abs=1e-5)
 
 

@@ -12,6 +12,7 @@ from virtue import VirtueError, feedback, html
 from virtue.dialogue import Dialogue, Turn, read_dialogues
 from virtue.ethics import LENSES, VIRTUES
 from virtue.feedback import agreement, gold_agreement, points, summarize, truth, virtue_agreement, win_rates
+from virtue.stats import wilson
 from virtue.report import (correct, curve_of, differences, distinct_share, made_by, mask_names, measure, reward_model_facts, run_away, same_pairs, side_by_side, table,
                            warnings_of)
 from virtue.runtime import add_common_flags, make_parser, parse_with_parent
@@ -160,9 +161,9 @@ def test_judge_against_gold_on_the_pairs_that_it_compared(monkeypatch):
     monkeypatch.setattr(feedback, "pair_fits", lambda judge, tokenizer, a, b, lens: a != "long")
     monkeypatch.setattr(feedback, "judge_pairs", lambda judge, tokenizer, pairs, lens, size, asked, *a, **k: (probs[:, None, None].expand(-1, 2, len(asked)), 1.0))
     after = ["w", "long", "x", "y", "z"]
-    found = win_rates(None, None, after, list(after), "action", batch_size=4, seed=0, gold=np.array([0.5, 9.0, 0.5, 0.25, 0.0]))
+    found = win_rates(None, None, after, list(after), "action", batch_size=4, gold=np.array([0.5, 9.0, 0.5, 0.25, 0.0]))
     assert found["gold"]["n"] == 3 and found["gold"]["share"] == pytest.approx(2 / 3) and found["pairs"] == 4  # right, wrong, right; no difference in the last
-    assert "gold" not in win_rates(None, None, after, list(after), "action", batch_size=4, seed=0)
+    assert "gold" not in win_rates(None, None, after, list(after), "action", batch_size=4)
 
 
 def test_points_of_each_virtue():
@@ -187,7 +188,7 @@ def test_agreement_by_hand():
     found = agreement(probs, {"overall": np.array([1.0, 1.0, -1.0]), "honesty": np.array([1.0, 0.0, 1.0])})
     assert found["agreement"]["majority"]["share"] == pytest.approx(2 / 3)  # the means are .85, .4, .2; wanted above, above, below
     assert found["agreement"]["one_order"]["share"] == pytest.approx(5 / 6)
-    assert found["agreement"]["honesty"] == pytest.approx({"share": 0.5, "low": 0.0, "high": 1.0, "n": 2})
+    assert found["agreement"]["honesty"] == pytest.approx(dict(zip(("share", "low", "high"), wilson(1, 2)), n=2))
     assert found["position_flips"] == pytest.approx(1 / 3) and found["halo"] == pytest.approx(1.0)
     assert found["first_place"] == pytest.approx((2 / 3 + 2 / 3) / 2)  # shown first: chosen in order 0, the other in order 1
 

@@ -6,6 +6,9 @@ Core: names and errors that everything may import.
 # The linear layers of a Mistral block: where LoRA goes unless told otherwise.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+# How three scores become one (virtue/ensemble.py), here so that run_ppo.py --help needs no torch.
+AGGREGATORS = ("mean", "weighted", "min", "uwo", "median", "lsc")
+
 
 def printable(text: str) -> str:
     """`text` on one line for a terminal: control characters, bidi overrides among them, are shown, not sent."""

@@ -24,7 +24,7 @@ def columns(texts: dict[str, str], width: int) -> str:
 def chat(args):
     """The conversation of run_eval.py chat with its parsed flags, until /quit. VirtueError: an artefact that does not load."""
     from virtue import VirtueError
-    from virtue.checkpoint import load_artifact
+    from virtue.checkpoint import load_artifact, read_manifest
     from virtue.dialogue import Dialogue, Turn, encode_prompt, followup_ids
     from virtue.ensemble import standardize
     from virtue.ethics import FOLLOW_UPS, LENSES
@@ -36,12 +36,14 @@ def chat(args):
         import readline  # noqa: F401  importing it gives input() arrow keys and a history
 
     # Build
+    print("loading base, adapters and reward models ...", flush=True)
     base = open_base(args)
     model, tokenizer, known = base.model, base.tokenizer, dict(base=base.info, template=base.template)
     check_context(model, args.max_prompt_tokens, args.max_new_tokens)
     sft, parents = load_sft(args.sft, model, **known)
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
-    load_artifact(args.policy, model, "policy", stage="policy", **known)
+    parents |= {role: args.rm / lens for lens in LENSES if (role := f"rm/{lens}") in read_manifest(args.policy, "policy")["parents"]}
+    load_artifact(args.policy, model, "policy", stage="policy", parents=parents, **known)
     flatten(model, (*sft, "policy"), "rollout")  # one adapter is faster than two
     stacks, count = {"base": (), "tuned": ("rollout",)}, itertools.count()
     pad, eos, room = tokenizer.pad_token_id, tokenizer.eos_token_id, model.config.max_position_embeddings - args.max_new_tokens
@@ -59,7 +61,7 @@ def chat(args):
         return found
 
     def show(found, lens):
-        scores = standardize(score_dialogues(model, reward_models, [*found.values()], [0] * len(LENSES), pad, batch_size=args.batch_size), mean, std)
+        scores = standardize(score_dialogues(model, reward_models, [*found.values()], [0] * len(LENSES), pad, batch_size=len(found)), mean, std)
         texts = {}
         for (name, d), row in zip(found.items(), scores.T.tolist()):
             (start, end, truncated), = d.turns

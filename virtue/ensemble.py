@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AGGREGATORS = ("mean", "weighted", "min", "uwo", "median", "lsc")
+from virtue import AGGREGATORS
+
 ADDITIVE = ("mean", "weighted")  # each model's share can be paid where its own turn ends
 
 

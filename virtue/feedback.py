@@ -14,7 +14,7 @@ from torch import Tensor
 
 from virtue.ethics import LENSES, VIRTUES
 from virtue.judge import judge_pairs, pair_fits
-from virtue.stats import paired_bootstrap
+from virtue.stats import wilson
 
 
 def virtue_agreement(probs: Tensor) -> float | None:
@@ -70,39 +70,39 @@ def gold_agreement(records: list[dict], lens: str) -> float | None:
     return sum(clear) / len(clear) if clear else None
 
 
-def _share(right: np.ndarray, seed: int) -> dict:
-    """Mean of right (n,) with its bootstrap interval; None below two."""
-    if len(right) < 2:
-        return {"share": None, "low": None, "high": None, "n": len(right)}
-    return dict(zip(("share", "low", "high"), paired_bootstrap(np.zeros(len(right)), right.astype(float), resamples=2000, seed=seed)), n=len(right))
+def _share(right: np.ndarray) -> dict:
+    """Mean of right (n,), each in [0, 1], with Wilson's interval; None below two."""
+    found = wilson(float(right.sum()), len(right)) if len(right) > 1 else (None, None, None)
+    return dict(zip(("share", "low", "high"), found), n=len(right))
 
 
-def agreement(probs: Tensor, signs: dict[str, np.ndarray], seed: int = 0) -> dict:
+def agreement(probs: Tensor, signs: dict[str, np.ndarray]) -> dict:
     """How often the judge is right: probs (N, 2, 5) that the chosen is better; signs: what decides, > 0 chosen, 0 left out.
 
-    signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry 95 % bootstrap intervals.
+    signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry Wilson's 95 % intervals; "one_order" asks the mean of
+    the five virtues in one order, and is the mean over both.
     Returns "agreement": {"majority", "mean", "one_order", each virtue: {"share", "low", "high", "n"}}, "position_flips" and "first_place" (shares),
     "halo" (mean correlation between two virtues' answers, or None).
     """
     both = probs.double().mean(1).numpy()  # (N, 5)
-    found = {"majority": _share((((both > 0.5).sum(1) * 2 > len(VIRTUES)) == (signs["overall"] > 0))[signs["overall"] != 0], seed),
-             "mean": _share(((both.mean(1) > 0.5) == (signs["overall"] > 0))[signs["overall"] != 0], seed),
-             "one_order": _share(((probs.double().mean(2).numpy() > 0.5) == (signs["overall"] > 0)[:, None]).mean(1)[signs["overall"] != 0], seed)}
+    found = {"majority": _share((((both > 0.5).sum(1) * 2 > len(VIRTUES)) == (signs["overall"] > 0))[signs["overall"] != 0]),
+             "mean": _share(((both.mean(1) > 0.5) == (signs["overall"] > 0))[signs["overall"] != 0]),
+             "one_order": _share(((probs.double().mean(2).numpy() > 0.5) == (signs["overall"] > 0)[:, None]).mean(1)[signs["overall"] != 0])}
     for i, virtue in enumerate(VIRTUES):
         sign = signs.get(virtue, signs["overall"])
-        found[virtue] = _share(((both[:, i] > 0.5) == (sign > 0))[sign != 0], seed)
+        found[virtue] = _share(((both[:, i] > 0.5) == (sign > 0))[sign != 0])
     flips = (probs[:, 0] > 0.5) != (probs[:, 1] > 0.5)
     return {"agreement": found, "position_flips": flips.double().mean().item(),
             "first_place": ((probs[:, 0] > 0.5).double().mean().item() + (probs[:, 1] < 0.5).double().mean().item()) / 2,
             "halo": virtue_agreement(probs.mean(1))}
 
 
-def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]], lens: str, *, batch_size: int, seed: int,
+def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]], lens: str, *, batch_size: int,
               wording: str = "trained", keep: Path | None = None, gold: np.ndarray | None = None) -> dict | None:
     """The judge's comparison of two models' dialogues, prompt by prompt, both orders; None if no pair fits its context.
 
     Returns {"rate", "low", "high", "pairs", "questions"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
-    tie counts half), its bootstrap interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)}. With gold (n,), by how
+    tie counts half), Wilson's interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)}. With gold (n,), by how
     much ``after`` is better, also "gold": {"share", "low", "high", "n"}, the share of the n pairs with a difference on which the judge prefers the better.
     """
     asked = (*VIRTUES, "helpfulness") if lens == "action" else (*VIRTUES, "helpfulness", "sincerity")
@@ -113,10 +113,10 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     probs = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)[0].double().mean(1).numpy()
     margin = probs[:, :len(VIRTUES)].mean(1) - 0.5
     won = np.where(np.abs(margin) < 1e-6, 0.5, margin > 0)
-    rate = dict(zip(("rate", "low", "high"), paired_bootstrap(np.zeros(len(won)), won, resamples=2000, seed=seed)))
+    rate = dict(zip(("rate", "low", "high"), wilson(float(won.sum()), len(won))))
     if gold is not None:
         gold = gold[kept]
-        rate["gold"] = _share(((margin > 0) == (gold > 0))[gold != 0], seed)
+        rate["gold"] = _share(((margin > 0) == (gold > 0))[gold != 0])
     return {**rate, "pairs": len(pairs), "questions": dict(zip(asked, probs.mean(0).tolist()))}
 
 

@@ -122,7 +122,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 def add_lora_flags(parser: argparse.ArgumentParser, rank: int, alpha: float) -> None:
     """Flags of every stage that trains an adapter."""
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=positive_int, default=rank, help="rank r of the update B A")
+    add("--rank", type=positive_int, default=rank, help="rank r of the update B A (the study reports none)")
     add("--alpha", type=positive_float, default=alpha, help="the update is scaled by alpha / r")
     add("--whole", action="store_true", help="train the layers' whole matrices instead of B A, with a lower --lr; memory: an fp32 copy of them an adapter, three more of what is trained")
     add("--targets", nargs="+", default=TARGETS, metavar="NAME", help="linear layers that get an adapter")
@@ -153,7 +153,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: in
 
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=positive_float, default=lr, help=told("AdamW learning rate; Mistral-7B: 1e-4", "lr"))
-    add("--schedule", choices=("linear", "constant"), default="linear", help="linear: decay to a tenth of --lr")
+    add("--schedule", choices=("linear", "constant"), default="linear", help="linear: decay to a tenth of --lr" + (" (the study: constant)" if study else ""))
     add("--epochs", type=positive_int, default=epochs, help=told("passes over the data", "epochs"))
     add("--batch-size", type=positive_int, default=batch_size, help=told("records a forward pass", "batch_size"))
     add("--accumulation", type=positive_int, default=1, help=told("forward passes an optimiser step", "accumulation"))

@@ -31,7 +31,6 @@ Toy: the shell and the scripts may import it; of its truth only the evaluation r
 """
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -46,6 +45,7 @@ from virtue.dialogue import encode_conversation, right_pad
 from virtue.ethics import (CONSTITUTION, CRITIQUE, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS,
                            LENSES, REVISION, VIRTUES)
 from virtue.judge import encode_questions, judge_pairs, label_ids, pack, pair_text, questions
+from virtue.runtime import make_parser
 from virtue.toy import grammar
 
 SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]"]
@@ -254,7 +254,7 @@ def train(model, tokenizer, args, steps: int, fit: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Trains the tiny Mistral as the flags say, prints what its judge gets right, and writes it to --out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; copy it to virtue/toy/model to ship it")
     parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
     parser.add_argument("--fit-steps", type=int, default=0, help="steps of the second phase: pairs that share their action")
