@@ -150,9 +150,9 @@ def growth(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    me, peer = [sys.executable, str(HERE / "ppo_step.py"), "ours", "--steps", str(args.steps), "--reward-models"], [args.trl_python, str(HERE / "trl_peer.py"), "ppo",
+    me, peer = [sys.executable, str(HERE / "ppo_step.py"), "ours", "--steps", str(args.steps), "--micro", str(args.micro), "--reward-models"], [args.trl_python, str(HERE / "trl_peer.py"), "ppo",
                                                                                                                    "--steps", str(args.steps)]
-    found = alternate({"ours, 1 reward model": [*me, "1"], "TRL": peer, "ours, 3 reward models": [*me, "3"], "TRL, LoRA value": [*peer, "--value", "lora"]}, args.repeats)
+    found = alternate({"ours, 1 reward model": [*me, "1"], f"ours, {PROMPTS} rows a forward pass, as TRL": [*me, "1", "--micro", str(PROMPTS)], "TRL": peer, "ours, 3 reward models": [*me, "3"], "TRL, LoRA value": [*peer, "--value", "lora"]}, args.repeats)
     steps = {name: [run["step"] for run in runs] for name, runs in found.items()}
     print("| program | s a step | TRL / it | peak MiB above the imports | share of TRL's | parameters held, million |\n|---|---:|---:|---:|---:|---:|")
     for name, runs in found.items():
@@ -166,7 +166,7 @@ def main() -> None:
     for name in ("ours", "compare", "growth", "limit"):
         add = commands.add_parser(name).add_argument
         add("--steps", type=int, default=6, help="PPO steps a run; the first warms up (default: %(default)s)")
-        add("--micro", type=int, default=16, help="rows a forward pass (default: %(default)s)")
+        add("--micro", type=int, default=16, help="our rows a forward pass; TRL takes all 32 (default: %(default)s)")
         if name != "compare":
             for flag, default in (("--reward-models", 1), ("--rows", PROMPTS), ("--new-tokens", NEW_TOKENS), ("--rank", RANK)):
                 add(flag, type=int, default=default, help="(default: %(default)s)")
