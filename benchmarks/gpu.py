@@ -223,8 +223,8 @@ def decode(b: Bench) -> None:
     once = min(b.clocked(dequantise) for _ in range(4))  # the first warms up
     b.say(f"Memory is copied at {rate / 1e9:.0f} GB/s. A step reads " + " and ".join(f"{n / 1e9:.3g} GB ({name})" for name, n in floors.items())
           + f" of weights and adapters. Dequantising all {len(linears)} NF4 weights once takes {once:.4f} s.", "",
-          f"Prompts of {b.size['prompt']} tokens and up to a quarter less, {b.size['steps']} new ones, medians of 3. Own kernel: how many of the products bitsandbytes does from 4 bits; it dequantises "
-          "the weight first for the others. Busy: the GPU's own time in one step (profiler), and of it dequantising.", "",
+          f"Prompts of {b.size['prompt']} tokens and up to a quarter less, {b.size['steps']} new ones, medians of 3. Own kernel: how many of the products bitsandbytes does from 4 bits; it "
+          "dequantises the weight first for the others. Busy: the GPU's own time in one step (profiler), and of it dequantising.", "",
           "| rows | weights | s a step | over its floor | without LoRA | s a step, generate | generate / ours | own kernel | busy, s | dequantising, s | kernels |",
           "|---:|---|---:|---:|---:|---:|---:|---|---:|---:|---:|")
     found = {}

@@ -152,7 +152,8 @@ def growth(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     me, peer = [sys.executable, str(HERE / "ppo_step.py"), "ours", "--steps", str(args.steps), "--micro", str(args.micro), "--reward-models"], [args.trl_python, str(HERE / "trl_peer.py"), "ppo",
                                                                                                                    "--steps", str(args.steps)]
-    found = alternate({"ours, 1 reward model": [*me, "1"], f"ours, {PROMPTS} rows a forward pass, as TRL": [*me, "1", "--micro", str(PROMPTS)], "TRL": peer, "ours, 3 reward models": [*me, "3"], "TRL, LoRA value": [*peer, "--value", "lora"]}, args.repeats)
+    found = alternate({"ours, 1 reward model": [*me, "1"], f"ours, {PROMPTS} rows a forward pass, as TRL": [*me, "1", "--micro", str(PROMPTS)], "TRL": peer,
+                       "ours, 3 reward models": [*me, "3"], "TRL, LoRA value": [*peer, "--value", "lora"]}, args.repeats)
     steps = {name: [run["step"] for run in runs] for name, runs in found.items()}
     print("| program | s a step | TRL / it | peak MiB above the imports | share of TRL's | parameters held, million |\n|---|---:|---:|---:|---:|---:|")
     for name, runs in found.items():
