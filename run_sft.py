@@ -5,7 +5,8 @@
   python run_sft.py --data runs/demo/preferences --out runs/demo/chosen
 
 Bai et al. 2022 (arXiv 2212.08073), section 3.2: learn to answer the prompt with the revised answer at
-once. Model, precision and lengths are taken from the data's settings unless given here.
+once. Model, precision and lengths are taken from the data's settings unless given here. (The study had no SFT,
+which its report names as one likely cause of the stalemate.)
 
 With a folder of preferences it trains on the chosen dialogues instead, each lens's turn, upon the SFT
 adapter that sampled them: adapter `policy`, the baseline that PPO must beat. run_eval.py takes either.

@@ -80,7 +80,7 @@ def _lines(ax, metrics: Sequence[dict], series: Sequence[tuple], ylabel: str, xl
 
 
 def ppo_loss(metrics: Sequence[dict]) -> str:
-    """The study's first figure: the loss of PPO, its two parts one above the other."""
+    """The study's first figure, as SVG: the loss of PPO, its two parts one above the other ("policy/loss", "value/loss")."""
     def draw(axes):
         for ax, line, below in zip(axes, _LOSSES, ("", "iteration")):
             _lines(ax, metrics, [line], f"{line[1]} loss", below)
@@ -88,14 +88,14 @@ def ppo_loss(metrics: Sequence[dict]) -> str:
 
 
 def mean_reward(metrics: Sequence[dict]) -> str:
-    """The study's second figure: the mean reward, and each lens."""
+    """The study's second figure, as SVG: the mean reward, and each lens ("objective/aggregate/mean", "objective/score/<lens>")."""
     def draw(ax):
         _lines(ax, metrics, [("objective/aggregate/mean", "mean", INK, "-", 2.4), *_LENSES], "reward, standardised")
     return _svg("mean_reward", "Mean reward by iteration", draw)
 
 
 def kl_and_entropy(metrics: Sequence[dict]) -> str:
-    """How far the policy went from its reference, and how much it still varies."""
+    """SVG: how far the policy went from its reference, and how much it still varies ("objective/kl", "objective/kl_k3", "policy/entropy")."""
     def draw(axes):
         _lines(axes[0], metrics, _KLS, "nats a dialogue", "")
         _lines(axes[1], metrics, [("policy/entropy", "entropy", GREEN, "-", 1.8)], "entropy")
@@ -124,7 +124,7 @@ def overoptimisation(curve: Sequence[dict]) -> str:
 
 
 def training_curves(metrics: Sequence[dict]) -> str:
-    """What to watch while PPO runs, in four panels."""
+    """SVG: what to watch while PPO runs, in four panels, from rows of metrics.jsonl."""
     def draw(axes):
         (reward, kl), (loss, turns) = axes
         _lines(reward, metrics, _LENSES, "reward, standardised", "")

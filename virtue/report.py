@@ -36,7 +36,7 @@ ROWS = {
 
 
 def distinct_share(texts: Sequence[str]) -> float:
-    """Different texts over all texts: 1 = no two dialogues say the same, 1/n = one stock answer."""
+    """Different texts over all texts: 1 = no two dialogues say the same, 1/n = one stock answer. ZeroDivisionError: no text."""
     return len(set(texts)) / len(texts)
 
 
@@ -220,7 +220,7 @@ def warnings_of(columns: dict[str, dict], compared: dict[str, dict], wins: dict[
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
-    """Models side by side, as text."""
+    """Models side by side, as text: model -> column of `measure`; rows that the first model lacks, and names outside ROWS, are left out. KeyError: another lacks one."""
     names = list(columns)
     lines = [f"{'':38}" + "".join(f"{name:>10}" for name in names)]
     for key, title in ROWS.items():
