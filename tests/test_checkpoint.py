@@ -293,7 +293,7 @@ def test_the_readmes_way_from_peft_gives_an_sft_model(tmp_path, monkeypatch):
     (tmp_path / "PEFT").mkdir()
     save_file(adapter_state(base.model, "theirs"), tmp_path / "PEFT/adapter_model.safetensors")
     (tmp_path / "PEFT/adapter_config.json").write_text(json.dumps(adapter_config(base.model, "theirs", "toy")))
-    with pytest.raises(VirtueError, match="an adapter of PEFT's: README"):
+    with pytest.raises(VirtueError, match="that PEFT trained, README says"):
         read_manifest(tmp_path / "PEFT")
     block = (Path(__file__).parent.parent / "README.md").read_text().split("```python\n")[1].split("```")[0]
     for told, here in (("mistralai/Mistral-7B-Instruct-v0.2", "toy"), ('"nf4"', '"none"'), ('"bf16"', '"fp32"'), ('"auto"', '"cpu"')):

@@ -232,8 +232,8 @@ def read_manifest(folder: str | Path, stage: str | None = None, lens: str | None
     if not path.is_file():
         below = ", ".join(sorted(reprlib.repr(found.parent.name) for found in Path(folder).glob(f"*/{MANIFEST}"))[:9])
         raise VirtueError(f"{folder}: no artefact here (it has no {MANIFEST}): "
-                          + (f"give one of those in it, {below}" if below else "an adapter of PEFT's: README, With other libraries, says how to load it"
-                             if (Path(folder) / CONFIG).is_file() else "check the path, or run the stage that writes it to its end"))
+                          + (f"give one of those in it, {below}" if below else "check the path, or run the stage that writes it to its end"
+                             + ("; how to load an adapter that PEFT trained, README says (With other libraries)" if (Path(folder) / CONFIG).is_file() else "")))
     fields = ("stage", "base", "template", "parents", "sha256", "seed", "settings", "extra")
     manifest = _read_json(path, fields)
     if odd := _odd_field(manifest):
