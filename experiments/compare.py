@@ -95,6 +95,7 @@ def judge(old: dict[int, Run], new: dict[int, Run], sides: Sequence[str] = ("rev
     lines = [f"| seed | {what}, {sides[0]} | {what}, {sides[1]} | difference |", "|---|---|---|---|",
              *(f"| {s} | {x:.3f} | {y:.3f} | {d:+.3f} |" for s, x, y, d in zip(seeds, a, b, apart)), "",
              f"difference {cell(*found, sign='+')} (95 %: {how})"
+             + (f"; Student's t over seeds [{', '.join(f'{end:+.3f}' for end in t_interval(apart)[1:])}], the one to believe of so few" if golden and 1 < len(apart) < 6 else "")
              + (f"; effect size d_z {effect_size(a, b):.2f} over seeds; p {p:.3g}, all sign flips" if len(seeds) > 1 else ""),
              verdict(apart, p, what)]
     return "\n".join(lines)

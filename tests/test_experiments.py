@@ -283,6 +283,7 @@ def test_judge_pairs_by_seed_and_reads_gold_or_the_score(tmp_path):
     del old[1]
     text = compare.judge(old, new)
     assert "| 2 | 0.500 | 0.750 | +0.250 |" in text and "| 1 |" not in text and "difference +0.250 [+0.250, +0.250]" in text
+    assert "Student's t over seeds [+0.250, +0.250], the one to believe" in text
     assert "d_z inf" in text and text.endswith("with 2 seeds the smallest possible p is 0.5: take 6 or more.")
     without = [{s: r._replace(models={m: {k: v for k, v in c.items() if k != "gold"} for m, c in r.models.items()}) for s, r in side.items()}
                for side in (runs("a", 0.5, study_score_standardised=0.1), runs("b", 0.5, study_score_standardised=0.4))]
