@@ -359,7 +359,7 @@ def merged_state_dict(model: nn.Module, stack: tuple[str, ...], dtype: torch.dty
 def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A second model with the same weights, 4-bit ones dequantised, in ``dtype``, and the *same* adapters.
 
-    For rollouts: a 4-bit product of many rows (on an H100, 16) dequantises its whole weight each time, this copy never. What is
+    For rollouts: a 4-bit product of many rows (how many, depends on the card) dequantises its whole weight each time, this copy never. What is
     not quantised and of that type already is shared, not copied; a change to an adapter of either
     model shows in both, but each has its own active stack.
     """
