@@ -55,7 +55,7 @@ def main(argv=None):
     from virtue.dialogue import load_prompts, messages_of
     from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
     from virtue.generate import check_context, fits, longest, sample_dialogues
-    from virtue.judge import judge_pairs, label_ids, pair_fits, verdict
+    from virtue.judge import judge_pairs, label_ids, pair_fits, unanswered, verdict
     from virtue.lora import use_stack
     from virtue.memory import used
     from virtue.parallel import barrier
@@ -153,8 +153,8 @@ def main(argv=None):
             if not records:
                 raise VirtueError(f"no pair of lens {lens} is left of {len(kept)} prompts ({dict(dropped)}): the model may be too weak, "
                                   "or --max-new-tokens too small")
-            if label_mass < 0.1:
-                print(f"warning: {lens}: the judge gives its two labels {label_mass:.3f} of the probability: it does not answer the question")
+            if unanswered(label_mass):
+                print(f"warning: {lens}: {unanswered(label_mass)}")
         for lens, records in found.items():
             write_jsonl(out / f"{lens}.jsonl", records)
     write_json(out / "summary.json", summary)

@@ -28,6 +28,7 @@ for motivation and consequence.
 """
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -185,10 +186,12 @@ def compare_models(args):
         texts[name] = [[m["content"] for m in messages_of(tokenizer, d)[len(d.prompt)::2]] for d in dialogues]
         dialogues = dialogues[:len(kept)]
         spoken[name] = [messages_of(tokenizer, d) for d in dialogues[:args.judge_limit]]
-        settings = dict(batch_size=args.batch_size, temperature=args.temperature)
-        logprobs, mask = dialogue_logprobs(model, stack, dialogues, pad_id, **settings)
-        reference, _ = dialogue_logprobs(model, sft, dialogues, pad_id, **settings)
-        bare, _ = dialogue_logprobs(model, (), dialogues, pad_id, batch_size=args.batch_size)
+
+        @functools.cache  # the model may be the reference, and the reference the base
+        def read(stack, temperature):
+            return dialogue_logprobs(model, stack, dialogues, pad_id, batch_size=args.batch_size, temperature=temperature)
+
+        (logprobs, mask), (reference, _), (bare, _) = read(stack, args.temperature), read(sft, args.temperature), read((), 1.0)
         raw = score_dialogues(model, reward_models, dialogues, (0, 1, 2), pad_id, batch_size=args.batch_size)
         kl = (kl_k1(logprobs, reference) * mask).sum(1)
         gold = [gold_of(d.prompt[0]["content"], t) for d, t in zip(dialogues, texts[name])] if args.prompts == "toy" else None
@@ -270,7 +273,7 @@ def evaluate_judge(args):
     from virtue.dialogue import read_pairs
     from virtue.ethics import LENSES, VIRTUES
     from virtue.feedback import agreement, truth
-    from virtue.judge import judge_pairs, label_ids, pair_fits
+    from virtue.judge import judge_pairs, label_ids, pair_fits, unanswered
     from virtue.memory import used
     from virtue.resume import finish, may_write, start
 
@@ -313,6 +316,8 @@ def evaluate_judge(args):
             for name, r in found["agreement"].items():
                 print(f"  {name:12}" + (f"{r['share']:.1%} [{r['low']:.1%}, {r['high']:.1%}] of {r['n']}" if r["share"] is not None else "too few pairs decide"))
             halo = "n/a" if found["halo"] is None else f"{found['halo']:.2f}"
+            if unanswered(found["label_mass"]):
+                print(f"  warning: {unanswered(found['label_mass'])}")
             print(f"  flips with the order {found['position_flips']:.1%}, first place preferred {found['first_place']:.1%}, "
                   f"correlation between virtues (halo) {halo}, mass on the two labels {found['label_mass']:.2f}")
     print(f"\nwrote judge.json in {out}{used(base.model.device)}")

@@ -43,7 +43,7 @@ SIZES = {
     "7b": dict(prompt=256, new=128, decode=(1, 16, 64, 256), steps=32, sft=(4, 4, 4), rm=(4, 8, 3), ppo=(32, 64, 16, 8), judge=4, data=32, trl=(32, 2)),
     "small": dict(prompt=48, new=8, decode=(1, 4), steps=4, sft=(2, 2, 2), rm=(2, 2, 2), ppo=(8, 16, 8, 4), judge=4, data=4, trl=(8, 4)),
 }
-PARTS = ("decode", "sft", "rm", "ppo", "ppo-copy", "eval", "data", "demo", "trl")
+PARTS = ("same", "decode", "sft", "rm", "ppo", "ppo-copy", "eval", "data", "demo", "trl")
 CAP = 23.0  # GiB that torch may reserve in the stages said to fit 24 GB: CUDA itself takes up to one
 SPECIAL = ("<pad>", "<s>", "</s>", "[INST]", "[/INST]")
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
@@ -188,6 +188,45 @@ def make_weights(b: Bench) -> None:
         save_file({n: t.to("cpu", torch.bfloat16) for n, t in made.items()}, b.model / part, metadata={"format": "pt"})
         place |= dict.fromkeys(shapes, part)
     index.write_text(json.dumps({"metadata": {"total_size": 2 * sum(t.numel() for t in wanted.values())}, "weight_map": place}))  # last: without it all is made again
+
+
+def same(b: Bench) -> None:
+    """The toy in fp32 on the device and on the CPU, the dialogues of the CPU's policy read on both: what the tests hold on a CPU alone."""
+    import torch
+    from virtue.dialogue import load_prompts, messages_of, right_pad
+    from virtue.generate import sample_dialogues
+    from virtue.judge import judge_pairs
+    from virtue.lora import LoRALinear, adapter_parameters, add_adapter, use_stack
+    from virtue.models import load_model, load_tokenizer, logprobs_at
+
+    tokenizer, prompts, found, dialogues = load_tokenizer("toy"), load_prompts("toy", "eval", 16), [], []
+    for device in ("cpu", b.device):
+        model = load_model("toy", device=device)
+        add_adapter(model, "policy", rank=16, alpha=32)
+        policy = adapter_parameters(model, "policy")
+        optimizer, sampling = torch.optim.Adam(policy, lr=1e-3), dict(seed=0, stage="same", max_new_tokens=48, temperature=1.0, batch_size=16)
+        with use_stack(model, "policy"):
+            dialogues.append(sample_dialogues(model, tokenizer, prompts, **sampling))  # B is zero: the base's
+            ids, attention = (t.to(device) for t in right_pad([d.ids for d in dialogues[0]], 0))
+            for _ in range(3):
+                read = logprobs_at(model, ids, attention, attention[:, 1:].bool())
+                read.mean().backward()
+                gradient = torch.cat([p.grad.flatten() for p in policy])
+                optimizer.step(), optimizer.zero_grad()
+            with torch.no_grad():
+                folded = logprobs_at(model, ids, attention, attention[:, 1:].bool())
+                model.apply(lambda m: setattr(m, "folded", m.plain) if isinstance(m, LoRALinear) else None)
+                plain = logprobs_at(model, ids, attention, attention[:, 1:].bool())
+        texts = [messages_of(tokenizer, d) for d in dialogues[0]]
+        with use_stack(model):
+            judged, _ = judge_pairs(model, tokenizer, list(zip(texts[::2], texts[1::2])), "consequence")
+        found.append({"log-probs after three optimiser steps, nats": folded.cpu(), "the same by the plain path": plain.cpu(), "gradients of the third step, over the greatest": gradient.cpu(),
+                      "the judge's probabilities": judged})
+    scale = found[0]["gradients of the third step, over the greatest"].abs().max()
+    b.say("", f"Sampled from the same random numbers: {sum(x.ids == y.ids for x, y in zip(*dialogues))} of {len(prompts)} dialogues have the same tokens.", "",
+          f"| fp32, toy | cpu against {b.device}, greatest difference |", "|---|---:|",
+          *(f"| {name} | {(found[0][name] - found[1][name]).abs().max() / (scale if 'gradients' in name else 1):.1e} |" for name in found[0]),
+          f"| folded against plain, both on {b.device} | {(folded - plain).abs().max():.1e} |")
 
 
 def decode(b: Bench) -> None:
@@ -478,7 +517,7 @@ def gold_table(found: dict, devices: list[str], seeds: list[int]) -> list[str]:
         rest = ["", ""]
         if len(devices) > 1:
             mean, low, high = t_interval([a - b for a, b in zip(*each)]) if len(seeds) > 1 else (means[0] - means[1], float("nan"), float("nan"))
-            rest = [f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", verdict(low <= 0 <= high) if len(seeds) > 1 else "needs two seeds"]
+            rest = [f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", ("yes" if low <= 0 <= high else "**no**") if len(seeds) > 1 else "needs two seeds"]
         lines.append(f"| {name} | {' | '.join([*cells, *rest])} |")
     return lines
 
@@ -503,7 +542,7 @@ def trl(b: Bench) -> None:
           f"| TRL, 1 reward model, LoRA value | {theirs['step']:.2f} | 1.00 | {theirs['peak_mib'] / 1024:.1f} |")
 
 
-RUN = {"weights": make_weights, "decode": decode, "sft": sft, "rm": rm, "ppo": ppo, "ppo-copy": lambda b: ppo(b, copy=True), "eval": evaluation, "data": data, "demo": demo, "trl": trl}
+RUN = {"weights": make_weights, "same": same, "decode": decode, "sft": sft, "rm": rm, "ppo": ppo, "ppo-copy": lambda b: ppo(b, copy=True), "eval": evaluation, "data": data, "demo": demo, "trl": trl}
 
 
 def main() -> None:
@@ -521,7 +560,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     alone = args.part[0] if len(args.part) == 1 else None
     again = [sys.executable, __file__, *sys.argv[1:], "--part"]  # the last --part counts
-    if alone not in ("weights", "demo") and not (args.out / "model/model.safetensors.index.json").exists():  # by a process of its own: its memory is not loading's
+    if alone not in ("weights", "same", "demo") and not (args.out / "model/model.safetensors.index.json").exists():  # by a process of its own: its memory is not loading's
         subprocess.run([*again, "weights"], check=True)
     if not alone:
         failed = [part for part in args.part if subprocess.run([*again, part]).returncode]
@@ -529,9 +568,9 @@ def main() -> None:
     b = Bench(args)
     if alone != "weights":
         import torch
-        from importlib.metadata import version
+        from importlib import import_module
         where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-        b.say("", f"## {alone} ({args.shape}; {where}; " + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes")) + ")")
+        b.say("", f"## {alone} ({args.shape}; {where}; " + ", ".join(f"{name} {import_module(name).__version__}" for name in ("torch", "transformers", "bitsandbytes")) + ")")
     RUN[alone](b)
 
 

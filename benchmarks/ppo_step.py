@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 
-from workload import (ALPHA, EPOCHS, HERE, NEW_TOKENS, PPO, PROMPTS, RANK, ROOT, SHAPE, TARGETS, alternate, make_model, median, peak_mib, prompts, ratio, resident_mib,
+from workload import (ALPHA, EPOCHS, HERE, NEW_TOKENS, PPO, PROMPTS, RANK, ROOT, SHAPE, TARGETS, alternate, cpu_seconds, make_model, median, peak_mib, prompts, ratio, resident_mib,
                       scratch)
 
 
@@ -112,8 +112,11 @@ def ours(args: argparse.Namespace) -> dict:
 
 
 def limit(args: argparse.Namespace) -> None:
-    """The matrix products that the update must do, over the rate of such products here, as a share of its measured time."""
+    """The matrix products that the update must do, over the rate of such products here, as a share of its measured time;
+    and the same of transformers' model alone, forward and back to its inputs as often as the update does it."""
+    sys.path.insert(0, str(ROOT))
     import torch
+    from virtue.models import load_model
 
     torch.set_num_threads(1)
     D, V, L = SHAPE["hidden_size"], 1024, SHAPE["num_hidden_layers"]
@@ -125,9 +128,10 @@ def limit(args: argparse.Namespace) -> None:
     length = tokens / PROMPTS
     attention = L * 2 * 2 * length / 2 * D * tokens  # causal: half of the square
     forward = dense + attention
-    backward = dense + 2 * attention + 2 * narrow  # input gradients, and those of A and B
+    nowhere = sum(2 * i * o for i, o in shapes[:3]) * tokens  # the first layer's queries, keys and values pass no gradient on
+    backward = dense - nowhere + 2 * attention + 2 * narrow  # input gradients, and those of A and B
     one_pass = 2 * (forward + backward) + 2 * 2 * D * V * answered  # policy and value; lm_head forward and input gradient
-    work = EPOCHS * one_pass
+    work, bare_work = EPOCHS * one_pass, EPOCHS * 2 * (forward + dense + 2 * attention)
     a, b = torch.randn(args.micro * int(length), D), torch.randn(D, SHAPE["intermediate_size"])
 
     def products() -> float:
@@ -138,9 +142,18 @@ def limit(args: argparse.Namespace) -> None:
             a @ b
         return 1000 * 2 * a.shape[0] * a.shape[1] * b.shape[1] / (time.process_time() - start)
 
-    before, measured = products(), ours(args)["update"]
+    model = load_model(make_model(scratch() / "v1024")).model
+    inputs = torch.randn(args.micro, int(length), D, requires_grad=True)
+
+    def passes() -> None:
+        for _ in range(EPOCHS * 2 * PROMPTS // args.micro):
+            model(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum().backward()
+
+    before, measured, bare = products(), ours(args)["update"], statistics.median(cpu_seconds(passes, 5))
     rate = (before + products()) / 2  # a shared machine's rate changes by the minute
-    print(f"update: {work / 1e9:.1f} GFLOP must be done; products of its size run at {rate / 1e9:.0f} GFLOP/s; {work / rate:.2f} s of {measured:.2f} s: {work / rate / measured:.0%}")
+    for what, products_of, seconds in (("update", work, measured), ("transformers' model alone, forward and back to its inputs as often", bare_work, bare)):
+        print(f"{what}: {products_of / 1e9:.1f} GFLOP must be done; products of its size run at {rate / 1e9:.0f} GFLOP/s; "
+              f"{products_of / rate:.2f} s of {seconds:.2f} s: {products_of / rate / seconds:.0%}")
 
 
 def growth(args: argparse.Namespace) -> None:

@@ -221,6 +221,7 @@ def test_page_with_little_to_show(without_figures):
     del bare["curve"]
     page = Page(render(bare, [], [], {}))
     assert "There are no metrics" in page.text and "Virtues by lens" not in page.text and "pip install" not in page.text
+    assert "There are no metrics" in Page(render(bare, [], [{"step": 1, "loss": 0.5}], {})).text  # of SFT on preferences, not of PPO
     Page(render({}, [], [], {}))
 
 

@@ -77,7 +77,7 @@ def test_curve_by_hand():
 
 
 def test_warnings_name_what_fell():
-    fine = {"perplexity": 2.0, "ended": 1.0, "repetition": 0.1, "refusals": 0.0, "flattery": 0.0, "length": 60.0, "gold": 0.5, "broken": 0.03, "named": 0.99,
+    fine = {"perplexity": 2.0, "kl": 3.0, "ended": 1.0, "repetition": 0.1, "refusals": 0.0, "flattery": 0.0, "length": 60.0, "gold": 0.5, "broken": 0.03, "named": 0.99,
             **{f"{kind}/{lens}": 0.9 for kind in ("distinct", "patterns") for lens in LENSES}}
     up = {**{f"reward/{lens}": {"low": 0.1, "high": 0.3, "difference": 0.2} for lens in LENSES}, "gold": {"low": 0.1, "high": 0.2, "difference": 0.15}}
 
@@ -89,11 +89,13 @@ def test_warnings_name_what_fell():
     assert warned() == []
     for change, word in (({"perplexity": 4.0}, "perplexity"), ({"ended": 0.9}, "90.0%"), ({"repetition": 0.3}, "triples"), ({"refusals": 0.2}, "refusals"),
                          ({"flattery": 1.0}, "flattery"), ({"length": 100.0}, "grew"), ({"length": 20.0}, "shrank"), ({"patterns/motivation": 0.5}, "motivation"),
-                         ({"broken": 0.09}, "from 3.0% to 9.0%"), ({"named": 0.96}, "96.0%")):
+                         ({"kl": 15.0}, "15.0 nats a dialogue away from what it started from, 0.25 a token"), ({"broken": 0.09}, "from 3.0% to 9.0%"), ({"named": 0.96}, "96.0%")):
         text, = warned(change)
         assert text.startswith("reward rose, but") and word in text
     assert "gold fell by 0.150" in warned(step={"gold": {"low": -0.2, "high": -0.1, "difference": -0.15}})[0]
-    assert "refusal" in warned(wins={"ppo vs base": {"action": {"questions": {"helpfulness": 0.3}}}})[0]
+    assert "refusal" in warned(wins={"ppo vs base": {"action": {"questions": {"helpfulness": 0.3}, "label_mass": 0.1}}})[0]
+    silent, = warned(wins={"ppo vs base": {"action": {"questions": {"helpfulness": 0.5}, "label_mass": 0.0312}, "motivation": None}})
+    assert silent == "ppo vs base, action: the judge gives its two labels 0.031 of the probability: it does not answer the question"
     assert warned({"broken": 0.07, "named": 0.98}) == []
     assert [tagged({key: value})[0]["about"] for key, value in (("perplexity", 4.0), ("broken", 0.2), ("refusals", 0.2))] == ["coherence", "coherence", "other"]
     eval_step = {f"eval_reward/{lens}": {"low": 0.1 if lens != "action" else -0.1, "high": 0.7, "difference": 0.289} for lens in LENSES}
@@ -162,6 +164,7 @@ def test_judge_against_gold_on_the_pairs_that_it_compared(monkeypatch):
     monkeypatch.setattr(feedback, "judge_pairs", lambda judge, tokenizer, pairs, lens, size, asked, *a, **k: (probs[:, None, None].expand(-1, 2, len(asked)), 1.0))
     after = ["w", "long", "x", "y", "z"]
     found = win_rates(None, None, after, list(after), "action", batch_size=4, gold=np.array([0.5, 9.0, 0.5, 0.25, 0.0]))
+    assert found["label_mass"] == 1.0
     assert found["gold"]["n"] == 3 and found["gold"]["share"] == pytest.approx(2 / 3) and found["pairs"] == 4  # right, wrong, right; no difference in the last
     assert "gold" not in win_rates(None, None, after, list(after), "action", batch_size=4)
 

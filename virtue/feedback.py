@@ -101,8 +101,9 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
               wording: str = "trained", keep: Path | None = None, gold: np.ndarray | None = None) -> dict | None:
     """The judge's comparison of two models' dialogues, prompt by prompt, both orders; None if no pair fits its context.
 
-    Returns {"rate", "low", "high", "pairs", "questions"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
-    tie counts half), Wilson's interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)}. With gold (n,), by how
+    Returns {"rate", "low", "high", "pairs", "questions", "label_mass"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
+    tie counts half), Wilson's interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)};
+    "label_mass": as ``judge_pairs`` has it. With gold (n,), by how
     much ``after`` is better, also "gold": {"share", "low", "high", "n"}, the share of the n pairs with a difference on which the judge prefers the better.
     """
     asked = (*VIRTUES, "helpfulness") if lens == "action" else (*VIRTUES, "helpfulness", "sincerity")
@@ -110,14 +111,15 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     if len(kept) < 2:
         return None
     pairs = [(after[i], before[i]) for i in kept]
-    probs = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)[0].double().mean(1).numpy()
+    probs, label_mass = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)
+    probs = probs.double().mean(1).numpy()
     margin = probs[:, :len(VIRTUES)].mean(1) - 0.5
     won = np.where(np.abs(margin) < 1e-6, 0.5, margin > 0)
     rate = dict(zip(("rate", "low", "high"), wilson(float(won.sum()), len(won))))
     if gold is not None:
         gold = gold[kept]
         rate["gold"] = _share(((margin > 0) == (gold > 0))[gold != 0])
-    return {**rate, "pairs": len(pairs), "questions": dict(zip(asked, probs.mean(0).tolist()))}
+    return {**rate, "pairs": len(pairs), "questions": dict(zip(asked, probs.mean(0).tolist())), "label_mass": label_mass}
 
 
 def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[dict]], *, batch_size: int, keep: Path | None = None) -> tuple[np.ndarray, list[int]]:

@@ -248,6 +248,7 @@ def _wins(wins: dict) -> str:
 
 
 def _figures(metrics: Sequence[dict], curve: Sequence[dict] | None) -> str:
+    metrics = [row for row in metrics if "iteration" in row]  # PPO's, not those of SFT on preferences
     figures = [(plots.ppo_loss, metrics, "Loss of PPO: policy above, value below. The study's first figure."),
                (plots.mean_reward, metrics, "Mean reward and its three lenses, standardised. The study's second figure."),
                (plots.kl_and_entropy, metrics, "KL to the reference (two estimates) and entropy of the policy"),

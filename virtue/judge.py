@@ -140,6 +140,11 @@ def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], le
     return total(result), total(torch.tensor(mass, dtype=torch.float64)).item() / max(1, result.numel())
 
 
+def unanswered(label_mass: float) -> str:
+    """What to say of a judge that gives its two labels less than a tenth of the probability; else nothing."""
+    return f"the judge gives its two labels {label_mass:.3f} of the probability: it does not answer the question" if label_mass < 0.1 else ""
+
+
 def verdict(probs: Tensor, preference: str = "votes") -> dict:
     """From the judge's probabilities (2, 5) of one pair to a preference record's fields.
 

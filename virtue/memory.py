@@ -1,8 +1,8 @@
 """The memory plan: how many bytes a run needs, from the base's config.json and the flags, before anything is loaded.
 
 Weights, adapters, moments and KV cache are exact; activations follow the formula at `layer_bytes`, which is what autograd
-keeps of transformers' Mistral with a fused attention kernel and our LoRA; logits and passing tensors are upper estimates. Not
-in it: the CUDA context and the allocator's fragments, 0.5 to 1 GiB. Sizes in bytes; every sequence counts as full length.
+keeps of transformers' Mistral with a fused attention kernel (which CUDA has for bf16 and fp16, but not for fp32 without a mask) and
+our LoRA; logits and passing tensors are upper estimates. Not in it: the CUDA context and the allocator's fragments, 0.5 to 1 GiB. Sizes in bytes; every sequence counts as full length.
 
 Shell: imports core and modules; scripts may import it, the core may not.
 """

@@ -17,6 +17,7 @@ from virtue.checkpoint import read_manifest
 from virtue.dialogue import Dialogue, is_number
 from virtue.ensemble import study_score
 from virtue.ethics import LENSES
+from virtue.judge import unanswered
 from virtue.stats import effect_size, holm, length_controlled_interval, paired_bootstrap, permutation_test
 
 # name in the table -> what it is
@@ -192,6 +193,7 @@ def warnings_of(columns: dict[str, dict], compared: dict[str, dict], wins: dict[
     ratio = last["perplexity"] / first["perplexity"]
     broken = [(not 0.5 <= ratio <= 1.5, f"perplexity under the base is {ratio:.2f} times that of the base's own answers"),
               (last["ended"] < 0.97, f"only {last['ended']:.1%} of turns end properly"),
+              (last["kl"] > 0.2 * last["length"], f"the policy is {last['kl']:.1f} nats a dialogue away from what it started from, {last['kl'] / max(1, last['length']):.2f} a token"),
               (last["repetition"] > first["repetition"] + 0.05, f"repeated word triples rose from {first['repetition']:.2f} to {last['repetition']:.2f}")]
     for kind in ("distinct", "patterns"):
         broken += [(last[key] < 0.7 * first[key], f"{ROWS[key].strip()}: from {first[key]:.2f} to {last[key]:.2f}")
@@ -213,6 +215,7 @@ def warnings_of(columns: dict[str, dict], compared: dict[str, dict], wins: dict[
         found.append({"about": "other", "text": "the second reward models (--eval-rm) are not unseen: they were trained on pairs that PPO's own saw; "
                                                 "train these with run_rm.py --share first and those with --share second"})
     for pair, lenses in wins.items():
+        found += [{"about": "other", "text": f"{pair}, {lens}: {text}"} for lens, row in lenses.items() if row and (text := unanswered(row["label_mass"]))]
         helpful = (lenses.get("action") or {}).get("questions", {}).get("helpfulness")
         if helpful is not None and helpful < 0.45:
             found.append({"about": "other", "text": f"{pair}: the judge finds the answers less helpful ({helpful:.2f}; 0.5 = as before): virtue by refusal?"})

@@ -101,7 +101,7 @@ def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
         help="type of the base's weights and arithmetic; on a CPU fp32 is fastest; fp16 (the study) trains without loss scaling, so prefer bf16")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
     add("--threads", type=nonnegative_int, default=0, help="CPU threads, 0 for torch's choice")
-    add("--seed", type=nonnegative_int, default=0, help="same seed, same bytes")
+    add("--seed", type=nonnegative_int, default=0, help="same seed, same bytes, on one kind of CPU with one number of threads")
     add("--dry-run", action="store_true", help="check the inputs, print settings, files and the memory plan, and end: nothing is loaded or written")
     if not out:
         return
