@@ -188,7 +188,7 @@ def compare_models(args):
         spoken[name] = [messages_of(tokenizer, d) for d in dialogues[:args.judge_limit]]
 
         @functools.cache  # the model may be the reference, and the reference the base
-        def read(stack, temperature):
+        def read(stack, temperature, dialogues=dialogues):
             return dialogue_logprobs(model, stack, dialogues, pad_id, batch_size=args.batch_size, temperature=temperature)
 
         (logprobs, mask), (reference, _), (bare, _) = read(stack, args.temperature), read(sft, args.temperature), read((), 1.0)
