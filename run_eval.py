@@ -229,7 +229,7 @@ def compare_models(args):
                     wins[key][lens] = win_rates(judge_base.model, judge_base.tokenizer, *sides, lens, batch_size=args.judge_batch_size,
                                                 wording=wording, keep=state / f"{len(wins)}-{lens}.jsonl", gold=better)
     curve = curve_of(rollouts, gold_of if args.prompts == trained["settings"]["prompts"] == "toy" else None, metrics, kept_at)
-    warned = warnings_of(columns, compared, wins, any(m.get("seen") for m in facts))
+    warned = warnings_of(columns, compared, wins, facts)
 
     # Save and show
     samples = [{"id": p["id"], "prompt": p["prompt"], **{name: {

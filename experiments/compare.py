@@ -96,7 +96,7 @@ def judge(old: dict[int, Run], new: dict[int, Run], sides: Sequence[str] = ("rev
              *(f"| {s} | {x:.3f} | {y:.3f} | {d:+.3f} |" for s, x, y, d in zip(seeds, a, b, apart)), "",
              f"difference {cell(*found, sign='+')} (95 %: {how})"
              + (f"; Student's t over seeds [{', '.join(f'{end:+.3f}' for end in t_interval(apart)[1:])}], the one to believe of so few" if golden and 1 < len(apart) < 6 else "")
-             + (f"; effect size d_z {effect_size(a, b):.2f} over seeds; p {p:.3g}, all sign flips" if len(seeds) > 1 else ""),
+             + (f"; effect size d_z {effect_size(a, b):.2f} over seeds; p {p:.3g}, all sign flips of the seeds, on these prompts" if len(seeds) > 1 else ""),
              verdict(apart, p, what)]
     return "\n".join(lines)
 
@@ -163,11 +163,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not found["revision"].keys() & found["working tree"].keys():
         print("no seed was finished by both: nothing to compare")
         return 1
+    both = [s for s in seeds if all(s in found[side] for side in made)]
+    rulers = {json.loads((runs / made[side][s]["report"].folder / "run.json").read_text())["code"] for side in made for s in both}
+    if len(rulers) > 1:
+        print(f"note: reports of earlier calls were kept, so {len(rulers)} versions of the code evaluated these models ({', '.join(sorted(rulers))}): if what samples or evaluates "
+              "changed since, remove the report folders named below and run this again\n")
     text = judge(found["revision"], found["working tree"])
     print(text)
     if SCORE in text and args.start != "ppo":
         print("Caution: without gold each code is scored by its own reward models, and these two scales are not the same.")
-    both = [s for s in seeds if all(s in found[side] for side in made)]
     reports, policies = ([[runs / made[side][s][stage[side]].folder for s in both] for side in made] for stage in (dict.fromkeys(made, "report"), last))
     print("\n" + beside(list(made), reports, policies if args.chosen is None else None) + "\n")
     for s in seeds:

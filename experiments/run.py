@@ -70,6 +70,13 @@ def ppo(*variants: tuple[str, str], **shared: str) -> list[Arm]:
 
 DEFAULT = Arm("default")
 LR, VALUE_LR, RM_LR, SFT_LR = 2e-3, 4e-3, 2e-3, 1e-3  # the defaults of run_ppo.py, run_rm.py and run_sft.py (a test keeps them so)
+
+
+def study_steps(share: float) -> str:
+    """Six steps of PPO, at a share of the default learning rates."""
+    return f"--rollout-size 320 --minibatch-size 320 --iterations 3 --value-warmup 0 --ppo-epochs 2 --lr {share * LR:.2g} --value-lr {share * VALUE_LR:.2g}"
+
+
 UNCUT = "--max-new-tokens 64"  # at evaluation: what was learned is read off whole answers, however training cut them
 # How many answers the study's limits cut, it does not say. Of the SFT model's answers on the toy (median 31 tokens) a limit of
 # 16 cuts 99.9 %, 24 78 %, 30 53 %, 34 about 10 %: the first two stand for answers of hundreds of tokens, as a 7B chat model gives,
@@ -80,9 +87,10 @@ KEEP = "--truncated keep"  # the study speaks of no truncated answer that it dro
 # nothing of the consequence. On the toy the same takes 64 tokens where answers are whole, 50 where they are cut at 16.
 STUDY_RM = "--labels hard --epochs 2 --schedule constant --over-long cut"
 # 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2 passes, one step each.
-# 1.41e-5 is 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's defaults.
-STUDY_STEPS = f"--rollout-size 320 --minibatch-size 320 --iterations 3 --value-warmup 0 --ppo-epochs 2 --lr {0.14 * LR:.2g} --value-lr {0.14 * VALUE_LR:.2g}"
-STUDY_PPO = f"{STUDY_STEPS} --no-standardize --score-dtype fp16"
+# 1.41e-5 is 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's defaults. For PPO 1e-5 is usual too (README): by that
+# the study's is 1.4 times the usual one, hence the arms of six steps at 1 and 1.4 times the default.
+STUDY_RM_STEPS = f"--batch-size 20 --accumulation 16 --schedule constant --lr {0.14 * RM_LR:.2g}"
+STUDY_PPO = f"{study_steps(0.14)} --no-standardize --score-dtype fp16"
 STUDY = dict(base="--quantize nf4 --max-new-tokens 16", sft=None, preferences=f"{KEEP} --orders one --limit 768",
              rm=f"{STUDY_RM} --batch-size 20 --accumulation 16 --lr {0.14 * RM_LR:.2g} --max-tokens 50",
              policy=STUDY_PPO)
@@ -119,7 +127,10 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
     "study": ("Does the study's recipe give its stalemate?", [
         DEFAULT, Arm("translated", **STUDY), Arm("translated, whole answers at evaluation", **STUDY, report=UNCUT),
         Arm("literal values", **LITERAL), Arm("literal values, whole answers at evaluation", **LITERAL, report=UNCUT),
-        Arm("its small steps alone", policy=STUDY_STEPS), Arm("all but its small steps", **{**STUDY, "policy": "--no-standardize --score-dtype fp16"}, report=UNCUT)]),
+        Arm("its small steps alone", policy=study_steps(0.14)), Arm("all but its small steps", **{**STUDY, "policy": "--no-standardize --score-dtype fp16"}, report=UNCUT),
+        Arm("six steps at the full rate", policy=study_steps(1)), Arm("six steps at 1.4 times it", policy=study_steps(1.4)),
+        Arm("its reward models' steps alone", rm=f"{STUDY_RM_STEPS} --epochs 3"),  # three epochs of half the pairs are six steps too
+        Arm("all but small steps of any model", **{**STUDY, "rm": "--labels hard --over-long cut --max-tokens 50", "policy": "--no-standardize --score-dtype fp16"}, report=UNCUT)]),
     "causes": ("Which one cause, put into the default recipe, costs how much?", [
         DEFAULT, Arm("no SFT", sft=None), cut(16), cut(24), Arm("reward input cut at 64", rm="--max-tokens 64 --over-long cut"),
         Arm("scores not standardised", policy="--no-standardize"), slow_ppo(10), slow_rm(10),
@@ -331,6 +342,7 @@ class Run(NamedTuple):
     questions: dict[str, str]  # prompt id -> its question, names masked
     at_length: float  # gain of the last stage in gold at equal length; nan without gold
     wins: list[float]  # share of dialogues in which the judge prefers the final model to the start, by lens
+    accuracy: list[float]  # of PPO's reward models on held-out pairs, by lens
 
 
 def load(report: Path) -> Run:
@@ -342,7 +354,8 @@ def load(report: Path) -> Run:
     questions = {key: text.replace(person, "P").replace(thing, "T") for key, text in asked for person, thing in [slots(text)]}
     at_length = scores.get("differences", {}).get(f"{final} - {start}", {}).get("gold, at equal length", {}).get("difference", np.nan)
     wins = [found["rate"] if found else np.nan for found in scores.get("wins", {}).get(f"{final} vs {start}", {}).values()]  # none fits the judge's context
-    return Run(start, final, scores["models"], gold, [(c["kl"], c["gold"]) for c in scores.get("curve", []) if c["gold"] is not None], questions, at_length, wins)
+    accuracy = [np.nan if m["accuracy"] is None else m["accuracy"] for m in scores.get("reward_models", []) if m["of"] == "PPO"]
+    return Run(start, final, scores["models"], gold, [(c["kl"], c["gold"]) for c in scores.get("curve", []) if c["gold"] is not None], questions, at_length, wins, accuracy)
 
 
 def gold_at(curve: Sequence[tuple[float, float]], kl: float) -> float:
@@ -394,11 +407,15 @@ def rows_of(found: Sequence[Sequence[str]], head: str) -> str:
 def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str:
     """Two tables in markdown, from arm -> seed -> run; the first arm is what the others are compared with.
 
-    Equal KL: the smallest of the runs' largest KL, runs that never reach `least_kl` nats left out.
+    Equal KL: the smallest of the runs' largest KL, runs that never reach `least_kl` nats left out, and those that started from
+    another model than the first arm's: it would not be the same distance.
     """
-    reached = [kl for arm in found.values() for run in arm.values() if run.curve and (kl := max(x for x, _ in run.curve)) >= least_kl]
-    kl, first = min(reached, default=float("nan")), next(iter(found))
-    at = {arm: {seed: gold_at(run.curve, kl) for seed, run in runs.items()} for arm, runs in found.items()}
+    first = next(iter(found))
+    starts = {seed: run.gold[run.start] for seed, run in found[first].items()}
+    curves = {arm: {seed: run.curve if run.gold[run.start] == starts.get(seed) else [] for seed, run in runs.items()} for arm, runs in found.items()}
+    reached = [kl for arm in curves.values() for curve in arm.values() if curve and (kl := max(x for x, _ in curve)) >= least_kl]
+    kl = min(reached, default=float("nan"))
+    at = {arm: {seed: gold_at(curve, kl) for seed, curve in runs.items()} for arm, runs in curves.items()}
     means = {arm: {seed: float(np.mean([*run.gold[run.final].values()])) for seed, run in runs.items()} for arm, runs in found.items()}
     shared = {arm: sorted(runs.keys() & found[first].keys()) if arm != first else [] for arm, runs in found.items()}
     p = {arm: seed_test([means[first][s] for s in seeds], [means[arm][s] for s in seeds]) for arm, seeds in shared.items() if seeds}
@@ -419,6 +436,11 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
             values = [run.models[getattr(run, which)].get(key, np.nan) / (run.models[over][key] if over else 1) for run in each]
             return cell(float(np.mean(values)), digits=digits)
 
+        def moved(key: str) -> str:
+            apart = [run.models[run.final].get(key, np.nan) - run.models[run.start].get(key, np.nan) for run in each]
+            return f"{mean(key, 'start')} → {mean(key)}" + (f"; {cell(*over_seeds(apart), sign='+')}" if len(each) > 1 else "")
+
+        ends = [[float(np.mean([*run.gold[getattr(run, which)].values()])) for run in each] for which in ("start", "final")]
         low, high = (over_seeds([means[arm][s] - means[first][s] for s in seeds]) + (np.nan,) * 2)[1:3] if seeds else (np.nan,) * 2
         few = "" if np.isnan(low) or len(seeds) > 5 else f"; t [{low:+.3f}, {high:+.3f}]"  # a bootstrap of few seeds is too narrow
         both = [s for s in seeds if not np.isnan([at[arm][s], at[first][s]]).any()]
@@ -432,20 +454,21 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
             notes.append(f"{arm}: gain of the last stage in gold by held-out question: {by_question(each)}.")
         main.append([
             arm, " ".join(map(str, runs)), level("base"), level("sft") if each[0].start == "sft" else "–", level(each[0].final),
-            cell(*paired([run.gold[run.start] for run in each], [run.gold[run.final] for run in each]), sign="+"),
+            cell(*paired([run.gold[run.start] for run in each], [run.gold[run.final] for run in each]), sign="+") + (f"; p {seed_test(*ends):.3f}" if len(each) > 1 else ""),
             cell(*paired(*([found[x][s].gold[found[x][s].final] for s in seeds] for x in (first, arm))), sign="+") + few if seeds else "–",
             cell(p.get(arm, np.nan)), cell(adjusted.get(arm, np.nan)),
             f"{here}; {cell(*over_seeds(apart), sign='+')}" if apart else here])
         details.append([
             arm, " / ".join(mean(f"gold/{lens}", "start") for lens in LENSES), " / ".join(mean(f"gold/{lens}") for lens in LENSES),
             cell(*over_seeds([run.at_length for run in each]), sign="+"),
+            " / ".join(cell(x) for x in np.mean([run.accuracy for run in each], 0)) if all(run.accuracy for run in each) else "–",
             " / ".join(f"{x:.2f}" for x in np.mean([run.wins for run in each], 0)) if all(run.wins for run in each) else "–", mean("kl", digits=2), mean("perplexity", over="base"),
             " / ".join(mean(f"patterns/{lens}") for lens in LENSES), mean("broken"), mean("fits"), mean("ended"),
-            *(f"{mean(key, 'start')} → {mean(key)}" for key in ("study_score", "study_score_standardised")), mean("length", digits=1)])
+            moved("study_score"), moved("study_score_standardised"), mean("length", digits=1)])
     equal = "equal KL" if np.isnan(kl) else f"KL {kl:.2f}"
     text = rows_of(main, f"gold | seeds | base | SFT | final | gain of the last stage | final − {first}'s | p | p, Holm | at {equal}; − {first}'s")
-    text += "\n\n" + rows_of(details, "final model, mean over seeds | gold before the last stage, by lens | after | its gain at equal length | judge prefers after, by lens | "
-                                    "KL | perplexity / base's | distinct, names masked, by lens | broken | fits | ended | Score: start → final | standardised | tokens")
+    text += "\n\n" + rows_of(details, "final model, mean over seeds | gold before the last stage, by lens | after | its gain at equal length | reward models' accuracy, by lens | "
+                                    "judge prefers after, by lens | KL | perplexity / base's | distinct, names masked, by lens | broken | fits | ended | Score: start → final | standardised | tokens")
     return "\n\n".join([text, *notes])
 
 
@@ -478,8 +501,8 @@ def show(name: str, arms: Sequence[Arm], runs: Path, seeds: Sequence[int], scale
                            *([name, *(cell(*over_seeds(values)) for values in by_n.values())] for name, by_n in golds.items())],
                           "aggregator | " + " | ".join(f"n = {n}" for n in sizes)), end="\n\n")
     print("Gold of held-out prompts, 0 worst to 1 oracle; 95 % intervals: seeds and prompts resampled (one seed: prompts alone); of two to five seeds Student's t over them too, the one to believe; "
-          "p: all sign flips of "
-          "the seeds' differences. At equal KL: of PPO's own dialogues, a parabola in sqrt(KL) through the run; there, at equal length and of best-of-n "
+          "p: all sign flips of the seeds' differences, on these prompts; Holm: over the arms shown. At equal KL, for arms that start from the same model: of PPO's own dialogues, "
+          "a parabola in sqrt(KL) through the run (the arm that goes further is read where it has trained less); there, at equal length, of Scores and of best-of-n "
           "Student's t over seeds. By lens: action / motivation / consequence.")
     if len(codes) > 1:
         print(f"\n**Warning: {len(codes)} versions of the code made these stages ({', '.join(sorted(codes))}).**")

@@ -181,6 +181,7 @@ def report(folder: Path, golds: dict[str, list[float]], curve=(), **columns) -> 
                      **{f"gold/{lens}": 0.5 for lens in LENSES}, **{f"patterns/{lens}": 0.75 for lens in LENSES}, **columns} for name, g in golds.items()}
     *_, start, final = golds
     compared = {"differences": {f"{final} - {start}": {"gold, at equal length": {"difference": 0.125}}},
+                "reward_models": [{"of": "PPO", "lens": lens, "accuracy": right} for lens, right in zip(LENSES, (0.9, 0.8, 0.7))],
                 "wins": {f"{final} vs {start}": {lens: {"rate": rate} for lens, rate in zip(LENSES, (0.75, 0.5, 0.25))}}}
     (folder / "scores.json").write_text(json.dumps({**compared, "models": models, "curve": [{"iteration": i, "kl": x, "proxy": 0.0, "gold": y} for i, (x, y) in enumerate(curve, 1)]}))
     asked = ("Anna lost the letter yesterday. How do you act?", "Ben lost the letter yesterday. How do you act?", "Anna asks you about the letter. What do you do?")
@@ -201,15 +202,15 @@ def test_numbers_of_the_tables(tmp_path):
     head = main[0].removesuffix(" |").split(" | ")
     assert all(len(row) == len(head) for row in cells.values()) and head[-1] == "at KL 3.00; − default's"
     assert cells["default"][1] == "0 1 2" and cells["default"][2].startswith("0.375 [") and cells["default"][4].startswith("0.750 [")
-    assert cells["default"][5].startswith("+0.250 [") and cells["default"][6:9] == ["–"] * 3
+    assert cells["default"][5].startswith("+0.250 [") and cells["default"][5].endswith("]; p 0.250") and cells["default"][6:9] == ["–"] * 3
     assert cells["less"][6] == "-0.125 [-0.125, -0.125]; t [-0.125, -0.125]"  # the same for every prompt: no width
     assert cells["less"][7:9] == ["0.250", "0.250"]  # 2 / 2^3; the only test of the table
     assert cells["less"][9] == "0.750; -0.003 [-0.003, -0.003]"  # at KL 3: the default's parabola, through its three points, is at 0.753
     assert cells["SFT only"][3] == "–" and cells["SFT only"][6] == "+0.125 [+0.115, +0.135]" and cells["SFT only"][7:] == ["–"] * 3
     assert cells["none"][1] == "none"
     row = details[2].removesuffix(" |").split(" | ")
-    assert row[1:] == ["0.500 / 0.500 / 0.500"] * 2 + ["+0.125 [+0.125, +0.125]", "0.75 / 0.50 / 0.25", "1.00", "1.500", "0.750 / 0.750 / 0.750",
-                                                                   "0.000", "0.500", "1.000", "0.250 → 0.250", "-1.000 → -1.000", "60.0"]
+    assert row[1:] == ["0.500 / 0.500 / 0.500"] * 2 + ["+0.125 [+0.125, +0.125]", "0.900 / 0.800 / 0.700", "0.75 / 0.50 / 0.25", "1.00", "1.500", "0.750 / 0.750 / 0.750",
+                                                                   "0.000", "0.500", "1.000", "0.250 → 0.250; +0.000 [+0.000, +0.000]", "-1.000 → -1.000; +0.000 [+0.000, +0.000]", "60.0"]
 
 
 def test_p_values_are_corrected_over_the_table(tmp_path):
@@ -246,6 +247,15 @@ def test_the_common_kl_leaves_out_runs_that_never_moved(tmp_path):
     found = {arm: {0: run.load(report(tmp_path / arm, {"base": [0.5, 0.5], "sft": [0.5, 0.5], "ppo": [0.9, 0.9]}, curve))} for arm, curve in curves.items()}
     rows = [line.split(" | ") for line in run.tables(found).split("\n\n")[0].splitlines()]
     assert rows[0][-1].startswith("at KL 2.00") and [row[-1] for row in rows[2:]] == ["0.783 |", "0.900; +0.117 |", "– |", "– |"]
+
+
+def test_no_equal_kl_with_another_start(tmp_path):
+    """KL from another model is another distance, and another model's run must not set the common one."""
+    curve = [(0, 0.5), (4, 0.9)]
+    found = {arm: {0: run.load(report(tmp_path / arm, {"base": [0.5, 0.5], "sft": [sft, sft], "ppo": [0.9, 0.9]}, reach))}
+             for arm, sft, reach in (("a", 0.5, curve), ("other SFT", 0.4, [(0, 0.4), (1, 0.6)]), ("same", 0.5, curve))}
+    rows = [line.split(" | ") for line in run.tables(found).split("\n\n")[0].splitlines()]
+    assert rows[0][-1].startswith("at KL 4.00") and [row[-1] for row in rows[2:]] == ["0.900 |", "– |", "0.900; +0.000 |"]
 
 
 def test_tables_of_what_is_finished_and_why_the_rest_is_not(tmp_path, capsys, monkeypatch):

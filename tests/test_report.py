@@ -81,11 +81,11 @@ def test_warnings_name_what_fell():
             **{f"{kind}/{lens}": 0.9 for kind in ("distinct", "patterns") for lens in LENSES}}
     up = {**{f"reward/{lens}": {"low": 0.1, "high": 0.3, "difference": 0.2} for lens in LENSES}, "gold": {"low": 0.1, "high": 0.2, "difference": 0.15}}
 
-    def warned(last=(), wins=(), step=(), seen=False):
-        return [w["text"] for w in tagged(last, wins, step, seen)]
+    def warned(last=(), wins=(), step=(), facts=()):
+        return [w["text"] for w in tagged(last, wins, step, facts)]
 
-    def tagged(last=(), wins=(), step=(), seen=False):
-        return warnings_of({"base": fine, "ppo": fine | dict(last)}, {"ppo - base": up | dict(step)}, dict(wins), seen)
+    def tagged(last=(), wins=(), step=(), facts=()):
+        return warnings_of({"base": fine, "ppo": fine | dict(last)}, {"ppo - base": up | dict(step)}, dict(wins), facts)
     assert warned() == []
     for change, word in (({"perplexity": 4.0}, "perplexity"), ({"ended": 0.9}, "90.0%"), ({"repetition": 0.3}, "triples"), ({"refusals": 0.2}, "refusals"),
                          ({"flattery": 1.0}, "flattery"), ({"length": 100.0}, "grew"), ({"length": 20.0}, "shrank"), ({"patterns/motivation": 0.5}, "motivation"),
@@ -101,8 +101,11 @@ def test_warnings_name_what_fell():
     eval_step = {f"eval_reward/{lens}": {"low": 0.1 if lens != "action" else -0.1, "high": 0.7, "difference": 0.289} for lens in LENSES}
     unseen, = tagged({"eval_reward/action": 0.0}, step=eval_step)
     assert unseen == {"about": "other", "text": "reward rose, but the unseen reward model of lens action saw no reliable rise: +0.289 [-0.100, +0.700]"}
-    second, note = warned({"eval_reward/action": 0.0}, step=eval_step, seen=True)
+    second, note = warned({"eval_reward/action": 0.0}, step=eval_step, facts=[{"of": "second", "lens": "action", "accuracy": None, "pairs": None, "seen": True}])
     assert "unseen" not in second and "not unseen: they were trained on pairs that PPO's own saw" in note
+    right = [{"of": "PPO", "lens": lens, "accuracy": share, "pairs": 60} for lens, share in zip(LENSES, (0.8, 0.6, 0.64))]  # Wilson: from 0.682, 0.474, 0.514
+    coin, = warned(facts=right)
+    assert coin == "the reward model of lens motivation may be a coin: right on 60% of 60 held-out pairs (95%: from 47%), so its reward may say nothing"
 
 
 def manifest(folder: Path, stage: str, data: Path | None = None, extra=(), **settings) -> Path:
@@ -260,19 +263,36 @@ def test_later_stages_inherit_what_is_not_given(tmp_path, capsys):
 def test_summary_of_seeds_prints_what_it_reads(tmp_path):
     import subprocess
     import sys
-    root = Path(__file__).resolve().parent.parent
     column = {"gold": 0.5, "perplexity": 2.0, "named": 1.0, "fits": 0.5, "ended": 1.0, **{f"{key}/{lens}": 1.0 for lens in LENSES for key in ("distinct", "patterns")}}
-    for seed in (0, 1):
-        folder = tmp_path / str(seed) / "report"
+    root, script = Path(__file__).resolve().parent.parent, "experiments/summary.py"
+    for name, seed, last in (("0", 0, 0.8), ("1", 1, 0.8), ("less0", 0, 0.7), ("less1", 1, 0.6)):
+        folder = tmp_path / name / "report"
         folder.mkdir(parents=True)
-        models = {name: column | {"gold": g} for name, g in (("base", 0.4), ("sft", 0.5), ("ppo", 0.8))}
+        models = {name: column | {"gold": g} for name, g in (("base", 0.4), ("sft", 0.5), ("ppo", last))}
         (folder / "scores.json").write_text(json.dumps({"seed": seed, "prompts": 3, "models": models, "differences": {
             pair: dict.fromkeys(("gold", "gold, at equal length"), {"difference": 0.1, "low": 0.0, "high": 0.2}) for pair in ("sft - base", "ppo - sft")}}))
         (folder / "samples.jsonl").write_text("".join(json.dumps({"id": str(i), "prompt": [{"role": "user", "content": "Mia asks you about the map. What do you do?"}], **{
             name: {"gold": {"overall": m["gold"] + i}} for name, m in models.items()}}) + "\n" for i in range(3)))
-    result = subprocess.run([sys.executable, root / "experiments/summary.py", tmp_path / "0", tmp_path / "1"], capture_output=True, text=True)
+
+    def summary(*names):
+        return subprocess.run([sys.executable, root / script, *(name if name.startswith("--") else tmp_path / name for name in names)], capture_output=True, text=True)
+    result = summary("0", "1")
     assert "| ppo - sft | +0.100 [+0.000, +0.200], +0.100 [+0.000, +0.200] | +0.300 [+0.300, +0.300] | +0.300 [+0.300, +0.300] |" in result.stdout, result.stderr
     assert "closes (>= 0.5) | 0.600, 0.600 |" in result.stdout
+    turned = summary("0", "1", "--against", "less1", "less0").stdout  # by seed, in whatever order
+    assert "| 0 | 0.700 | 0.800 | +0.100 |" in turned and "| 1 | 0.600 | 0.800 | +0.200 |" in turned
+    assert "same seed (0, 0)" in summary("0", "less0").stderr and "give the same ones" in summary("0", "1", "--against", "less0").stderr
+    for name in ("0", "1"):  # a model of one's own has no gold
+        folder = tmp_path / name / "report"
+        scores = json.loads((folder / "scores.json").read_text().replace('"gold"', '"study_score_standardised"'))
+        for model in scores["models"].values():
+            for key in ("named", "fits", *(f"patterns/{lens}" for lens in LENSES)):
+                del model[key]
+        (folder / "scores.json").write_text(json.dumps(scores))
+        (folder / "samples.jsonl").write_text("".join(json.dumps({"id": str(i), "prompt": [], **{m: {} for m in scores["models"]}}) + "\n" for i in range(3)))
+    result = summary("0", "1")
+    assert "| ppo - sft | +0.100 [+0.000, +0.200], +0.100 [+0.000, +0.200] | – | +0.300 [+0.300, +0.300] |" in result.stdout, result.stderr
+    assert "named" not in result.stdout and "| turns that ended properly (>= 0.97) | 1.000, 1.000 |" in result.stdout
 
 
 def test_run_away_says_what_and_why():

@@ -18,7 +18,7 @@ from virtue.dialogue import Dialogue, is_number
 from virtue.ensemble import study_score
 from virtue.ethics import LENSES
 from virtue.judge import unanswered
-from virtue.stats import effect_size, holm, length_controlled_interval, paired_bootstrap, permutation_test
+from virtue.stats import effect_size, holm, length_controlled_interval, paired_bootstrap, permutation_test, wilson
 
 # name in the table -> what it is
 ROWS = {
@@ -182,11 +182,12 @@ def made_by(policy: Path, sft: Path | None, rm: Path, eval_rm: Path | None = Non
     return found
 
 
-def warnings_of(columns: dict[str, dict], compared: dict[str, dict], wins: dict[str, dict], seen: bool = False) -> list[dict]:
+def warnings_of(columns: dict[str, dict], compared: dict[str, dict], wins: dict[str, dict], facts: Sequence[dict] = ()) -> list[dict]:
     """What a sceptic would say, {"about": "coherence" or "other", "text"}: where reward rose and something else fell. Bounds are this project's.
 
-    The base is what coherence is measured by. seen: the second reward models were trained on pairs that PPO's own saw.
+    The base is what coherence is measured by. facts: of `reward_model_facts`, for models that are no better than a coin, and for second ones that are not unseen.
     """
+    seen = any(m.get("seen") for m in facts)
     names = list(columns)
     first, last, step = columns[names[0]], columns[names[-1]], compared[f"{names[-1]} - {names[-2]}"]
     rose = any(step[f"reward/{lens}"]["low"] > 0 for lens in LENSES)
@@ -211,6 +212,11 @@ def warnings_of(columns: dict[str, dict], compared: dict[str, dict], wins: dict[
                    "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found)) for lens in LENSES for found in [step[f"eval_reward/{lens}"]]]
     found = [{"about": about, "text": f"reward rose, but {text}" if rose else text}
              for about, checks in (("coherence", broken), ("other", other)) for bad, text in checks if bad]
+    for m in facts:
+        share, n = m["accuracy"], m["pairs"]
+        if share is not None and n and 0 <= share <= 1 <= n and (low := wilson(share * n, n)[1]) <= 0.5:
+            found.append({"about": "other", "text": f"the {'' if m['of'] == 'PPO' else 'second '}reward model of lens {m['lens']} may be a coin: "
+                                                    f"right on {share:.0%} of {n} held-out pairs (95%: from {low:.0%}), so its reward may say nothing"})
     if seen:
         found.append({"about": "other", "text": "the second reward models (--eval-rm) are not unseen: they were trained on pairs that PPO's own saw; "
                                                 "train these with run_rm.py --share first and those with --share second"})
