@@ -129,6 +129,7 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
         Arm("literal values", **LITERAL), Arm("literal values, whole answers at evaluation", **LITERAL, report=UNCUT),
         Arm("its small steps alone", policy=study_steps(0.14)), Arm("all but its small steps", **{**STUDY, "policy": "--no-standardize --score-dtype fp16"}, report=UNCUT),
         Arm("six steps at the full rate", policy=study_steps(1)), Arm("six steps at 1.4 times it", policy=study_steps(1.4)),
+        Arm("translated, six steps at 1.4 times the rate", **{**STUDY, "policy": f"{study_steps(1.4)} --no-standardize --score-dtype fp16"}, report=UNCUT),
         Arm("its reward models' steps alone", rm=f"{STUDY_RM_STEPS} --epochs 3"),  # three epochs of half the pairs are six steps too
         Arm("all but small steps of any model", **{**STUDY, "rm": "--labels hard --over-long cut --max-tokens 50", "policy": "--no-standardize --score-dtype fp16"}, report=UNCUT)]),
     "causes": ("Which one cause, put into the default recipe, costs how much?", [
