@@ -556,6 +556,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the toy demo")
     parser.add_argument("--trl-python", help="an interpreter that imports TRL")
     args = parser.parse_args()
+    if args.device == "cpu" and args.shape != "small" and set(args.part) - {"same", "demo"}:
+        parser.error("--device cpu wants --shape small: the 7B shape is for a GPU")
     sys.path.insert(0, str(ROOT))
     args.out.mkdir(parents=True, exist_ok=True)
     alone = args.part[0] if len(args.part) == 1 else None

@@ -70,13 +70,6 @@ def ppo(*variants: tuple[str, str], **shared: str) -> list[Arm]:
 
 DEFAULT = Arm("default")
 LR, VALUE_LR, RM_LR, SFT_LR = 2e-3, 4e-3, 2e-3, 1e-3  # the defaults of run_ppo.py, run_rm.py and run_sft.py (a test keeps them so)
-
-
-def study_steps(share: float) -> str:
-    """Six steps of PPO, at a share of the default learning rates."""
-    return f"--rollout-size 320 --minibatch-size 320 --iterations 3 --value-warmup 0 --ppo-epochs 2 --lr {share * LR:.2g} --value-lr {share * VALUE_LR:.2g}"
-
-
 UNCUT = "--max-new-tokens 64"  # at evaluation: what was learned is read off whole answers, however training cut them
 # How many answers the study's limits cut, it does not say. Of the SFT model's answers on the toy (median 31 tokens) a limit of
 # 16 cuts 99.9 %, 24 78 %, 30 53 %, 34 about 10 %: the first two stand for answers of hundreds of tokens, as a 7B chat model gives,
@@ -85,18 +78,24 @@ CUTS = {16: "32 of hundreds", 24: "90 of hundreds", 30: "32 of hh-rlhf", 34: "90
 KEEP = "--truncated keep"  # the study speaks of no truncated answer that it dropped
 # The study's reward models read 100 tokens: with turns of at most 32 that is the whole action, about half of the motivation and
 # nothing of the consequence. On the toy the same takes 64 tokens where answers are whole, 50 where they are cut at 16.
-STUDY_RM = "--labels hard --epochs 2 --schedule constant --over-long cut"
+STUDY_RM = "--labels hard --over-long cut"
+RAW = "--no-standardize --score-dtype fp16"
 # 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2 passes, one step each.
 # 1.41e-5 is 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's defaults. For PPO 1e-5 is usual too (README): by that
 # the study's is 1.4 times the usual one, hence the arms of six steps at 1 and 1.4 times the default.
-STUDY_RM_STEPS = f"--batch-size 20 --accumulation 16 --schedule constant --lr {0.14 * RM_LR:.2g}"
-STUDY_PPO = f"{study_steps(0.14)} --no-standardize --score-dtype fp16"
+STUDY_RM_STEPS, STUDY_PPO_STEPS = "--batch-size 20 --accumulation 16 --schedule constant", "--rollout-size 320 --minibatch-size 320 --iterations 3 --value-warmup 0 --ppo-epochs 2"
+STUDY_RM_LR = f"--lr {0.14 * RM_LR:.2g}"
+
+
+def study_ppo(share: float) -> str:
+    """PPO's six steps, at a share of the default learning rates."""
+    return f"{STUDY_PPO_STEPS} --lr {share * LR:.2g} --value-lr {share * VALUE_LR:.2g}"
+
+
 STUDY = dict(base="--quantize nf4 --max-new-tokens 16", sft=None, preferences=f"{KEEP} --orders one --limit 768",
-             rm=f"{STUDY_RM} --batch-size 20 --accumulation 16 --lr {0.14 * RM_LR:.2g} --max-tokens 50",
-             policy=STUDY_PPO)
-LITERAL = dict(STUDY, base="--quantize nf4 --max-new-tokens 32",
-               rm=f"{STUDY_RM} --batch-size 20 --accumulation 16 --lr 1.41e-5 --max-tokens 100",
-               policy=f"{STUDY_PPO} --lr 1.41e-5 --value-lr 1.41e-5")
+             rm=f"{STUDY_RM} {STUDY_RM_STEPS} --epochs 2 {STUDY_RM_LR} --max-tokens 50", policy=f"{study_ppo(0.14)} {RAW}")
+LITERAL = dict(STUDY, base="--quantize nf4 --max-new-tokens 32", rm=f"{STUDY_RM} {STUDY_RM_STEPS} --epochs 2 --lr 1.41e-5 --max-tokens 100",
+               policy=f"{STUDY_PPO_STEPS} --lr 1.41e-5 --value-lr 1.41e-5 {RAW}")
 AGGREGATORS = [("min", "--aggregate min"), ("uwo", "--aggregate uwo"), ("median", "--aggregate median"), ("lsc", "--aggregate lsc")]
 NOISE = dict(rm="--label-noise 0.25")
 
@@ -127,11 +126,10 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
     "study": ("Does the study's recipe give its stalemate?", [
         DEFAULT, Arm("translated", **STUDY), Arm("translated, whole answers at evaluation", **STUDY, report=UNCUT),
         Arm("literal values", **LITERAL), Arm("literal values, whole answers at evaluation", **LITERAL, report=UNCUT),
-        Arm("its small steps alone", policy=study_steps(0.14)), Arm("all but its small steps", **{**STUDY, "policy": "--no-standardize --score-dtype fp16"}, report=UNCUT),
-        Arm("six steps at the full rate", policy=study_steps(1)), Arm("six steps at 1.4 times it", policy=study_steps(1.4)),
-        Arm("translated, six steps at 1.4 times the rate", **{**STUDY, "policy": f"{study_steps(1.4)} --no-standardize --score-dtype fp16"}, report=UNCUT),
-        Arm("its reward models' steps alone", rm=f"{STUDY_RM_STEPS} --epochs 3"),  # three epochs of half the pairs are six steps too
-        Arm("all but small steps of any model", **{**STUDY, "rm": "--labels hard --over-long cut --max-tokens 50", "policy": "--no-standardize --score-dtype fp16"}, report=UNCUT)]),
+        Arm("its small steps alone", policy=study_ppo(0.14)), Arm("all but its small steps", **{**STUDY, "policy": RAW}, report=UNCUT),
+        Arm("six steps at the full rate", policy=study_ppo(1)), Arm("six steps at 1.4 times it", policy=study_ppo(1.4)),
+        Arm("translated, six steps at 1.4 times the rate", **{**STUDY, "policy": f"{study_ppo(1.4)} {RAW}"}, report=UNCUT),
+        Arm("its reward models' steps alone", rm=f"{STUDY_RM_STEPS} --epochs 3 {STUDY_RM_LR}")]),  # three epochs of half the pairs are six steps too
     "causes": ("Which one cause, put into the default recipe, costs how much?", [
         DEFAULT, Arm("no SFT", sft=None), cut(16), cut(24), Arm("reward input cut at 64", rm="--max-tokens 64 --over-long cut"),
         Arm("scores not standardised", policy="--no-standardize"), slow_ppo(10), slow_rm(10),
@@ -441,7 +439,7 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
             apart = [run.models[run.final].get(key, np.nan) - run.models[run.start].get(key, np.nan) for run in each]
             return f"{mean(key, 'start')} → {mean(key)}" + (f"; {cell(*over_seeds(apart), sign='+')}" if len(each) > 1 else "")
 
-        ends = [[float(np.mean([*run.gold[getattr(run, which)].values()])) for run in each] for which in ("start", "final")]
+        began = [float(np.mean([*run.gold[run.start].values()])) for run in each]
         low, high = (over_seeds([means[arm][s] - means[first][s] for s in seeds]) + (np.nan,) * 2)[1:3] if seeds else (np.nan,) * 2
         few = "" if np.isnan(low) or len(seeds) > 5 else f"; t [{low:+.3f}, {high:+.3f}]"  # a bootstrap of few seeds is too narrow
         both = [s for s in seeds if not np.isnan([at[arm][s], at[first][s]]).any()]
@@ -455,7 +453,7 @@ def tables(found: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str
             notes.append(f"{arm}: gain of the last stage in gold by held-out question: {by_question(each)}.")
         main.append([
             arm, " ".join(map(str, runs)), level("base"), level("sft") if each[0].start == "sft" else "–", level(each[0].final),
-            cell(*paired([run.gold[run.start] for run in each], [run.gold[run.final] for run in each]), sign="+") + (f"; p {seed_test(*ends):.3f}" if len(each) > 1 else ""),
+            cell(*paired([run.gold[run.start] for run in each], [run.gold[run.final] for run in each]), sign="+") + (f"; p {seed_test(began, [*means[arm].values()]):.3f}" if len(each) > 1 else ""),
             cell(*paired(*([found[x][s].gold[found[x][s].final] for s in seeds] for x in (first, arm))), sign="+") + few if seeds else "–",
             cell(p.get(arm, np.nan)), cell(adjusted.get(arm, np.nan)),
             f"{here}; {cell(*over_seeds(apart), sign='+')}" if apart else here])

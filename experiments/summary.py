@@ -30,6 +30,7 @@ def main() -> None:
     runs = args.runs
     if gone := [run for run in (*runs, *(args.against or ())) if not (run / "report/scores.json").is_file()]:
         parser.error(f"{gone[0]}: no report/scores.json in it: give folders in which make demo came to its end")
+
     def read(folders: list[Path]) -> list[dict]:
         found = [json.loads((run / "report/scores.json").read_text()) for run in folders]
         if len({s["seed"] for s in found}) < len(found):

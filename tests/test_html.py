@@ -124,7 +124,7 @@ def test_verdict(without_figures, found, direction, sentence):
 def test_verdict_without_gold_without_pairs_and_with_base_alone(without_figures):
     s = scores()
     del s["differences"]["ppo - sft"]["gold"]
-    assert html.verdict(s)[1] == "PPO raised the study&#x27;s Score, standardised (by the reward models that it was trained on), by +1.200 [+1.000, +1.400] over SFT."
+    assert html.verdict(s)[1] == "PPO raised the study&#x27;s Score, standardised (by its own reward models), by +1.200 [+1.000, +1.400] over SFT."
     assert html.verdict({"models": s["models"]}) == html.verdict({}) == ("", "No two models were compared.")
     Page(render({"models": {"base": column(0.0)}}))
 

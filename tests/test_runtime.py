@@ -93,9 +93,18 @@ def test_run_main(capsys, error, status, words):
     assert caught.value.code == status and capsys.readouterr().err == words
 
 
+@pytest.mark.parametrize("full", [lambda: torch.empty(10**15), lambda: np.empty(10**15), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
+                                  lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))])
+def test_out_of_memory_says_what_to_lower(capsys, full):
+    with pytest.raises(SystemExit) as caught:
+        runtime.run_main(full)
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory: of --batch-size, ")
+
+
 def test_a_programming_error_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        runtime.run_main(lambda: 1 / 0)
+    for error in (ZeroDivisionError(), RuntimeError("CUDA error: device-side assert triggered")):
+        with pytest.raises(type(error)):
+            runtime.run_main(lambda error=error: (_ for _ in ()).throw(error))
 
 
 def test_streams_are_keyed_by_name():

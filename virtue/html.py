@@ -105,7 +105,7 @@ def verdict(scores: dict) -> tuple[str, str]:
     key = _key_row(pairs.get(pair, {}))
     if not key:
         return "", "No two models were compared."
-    found, name = pairs[pair][key], "gold" if key == "gold" else f"the {_title(key)} (by the reward models that it was trained on),"
+    found, name = pairs[pair][key], "gold" if key == "gold" else f"the {_title(key)} (by its own reward models),"
     after, before, direction = _model(names[-1]), _model(names[-2]), _direction(found)
     if direction == "rose":
         return direction, f"{after} raised {name} by {_interval(found)} over {before}."

@@ -220,7 +220,8 @@ def run_main(main: Callable[[], object]) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             print(f"error: {error.filename or 'a file'}: {error.strerror}: make room or get permission, then the same command with --resume goes on", file=sys.stderr)
             sys.exit(2)
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+        # torch's own on CUDA (by name: torch is not imported here); its CPU allocator and cuBLAS only say so in words
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"))):
             raise
         print("error: out of memory: of --batch-size, --micro-batch-size and --judge-batch-size lower what this script has, or take --quantize nf4 or "
               "--gradient-checkpointing (--dry-run says what a run needs); with the last, or another --micro-batch-size, "
