@@ -178,7 +178,7 @@ def compare_models(args):
     columns, details, texts, spoken, virtues = {}, {}, {}, {}, {}
     for name, stack in stacks.items():
         if stack:
-            flatten(model, stack, "rollout")
+            flatten(model, stack, "rollout", model.dtype)
         with use_stack(model, *(("rollout",) if stack else ())):
             dialogues = sample_dialogues(model, tokenizer, kept + probes, seed=args.seed, stage="eval", max_new_tokens=args.max_new_tokens,
                                          temperature=args.temperature, batch_size=args.batch_size, desc=f"dialogues of {name}",
@@ -465,7 +465,7 @@ def best_of_n(args):
     if state is None:
         return
     if sft:
-        flatten(model, sft, "rollout")
+        flatten(model, sft, "rollout", model.dtype)
     scores, golds, spoken, judged = [], [], [], kept[:args.judge_limit]
     for copy in range(args.n + bool(judged)):  # the last: what the judge compares the others with
         with use_stack(model, *(("rollout",) if sft else ())):

@@ -136,7 +136,8 @@ def main(argv=None):
     value_head = ScalarHead(model.config.hidden_size, bias=True).to(device)
     policy_parameters = adapter_parameters(model, "policy")
     value_parameters = [*adapter_parameters(model, "value"), *value_head.parameters()]
-    optimizer = torch.optim.Adam([{"params": policy_parameters, "lr": args.lr}, {"params": value_parameters, "lr": args.value_lr}], eps=1e-5)
+    optimizer = torch.optim.Adam([{"params": policy_parameters, "lr": args.lr}, {"params": value_parameters, "lr": args.value_lr}], eps=1e-5,
+                                 fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, args.iterations)
 
     answer = args.reward_turns == "answer"
@@ -146,7 +147,7 @@ def main(argv=None):
     sampler = sampling_copy(model, DTYPES[args.rollout_dtype]) if args.rollout_dtype else model
 
     def sample(records, step):
-        flatten(model, (*sft, "policy"), "rollout")
+        flatten(model, (*sft, "policy"), "rollout", sampler.dtype)
         with use_stack(sampler, "rollout"):
             return sample_dialogues(sampler, tokenizer, records, seed=args.seed, stage="ppo", step=step, turns=1 if answer else 3,
                                     max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch_size=args.batch_size)

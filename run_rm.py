@@ -161,7 +161,7 @@ def main(argv=None):
 
         # 2. Train
         step_size = args.batch_size * args.accumulation
-        optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
         steps = args.epochs * -(-len(train) // step_size) if name == lens else 0
         end = 0.1 if args.schedule == "linear" else 1.0
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, steps)

@@ -95,7 +95,7 @@ def main(argv=None):
     if state is None:
         return
     step_size = args.batch_size * args.accumulation
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
     steps = args.epochs * -(-len(train) // step_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1 if args.schedule == "linear" else 1.0, steps)
     log = MetricsLog(out / "metrics.jsonl")

@@ -37,11 +37,11 @@ SHAPES = {
     "small": dict(vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
                   max_position_embeddings=4096),
 }
-# 7b: README's flags for 24 GB. decode: rows; data: how many prompts are sampled from; sft, rm: (rows a pass, passes a step, steps);
+# 7b: README's flags for 24 GB. decode: rows; steps: new tokens of ours and of what is launched one by one; data: how many prompts are sampled from; sft, rm: (rows a pass, passes a step, steps);
 # ppo: (batch, rollout, minibatch, micro-batch); trl: (rows, micro-batch)
 SIZES = {
-    "7b": dict(prompt=256, new=128, decode=(1, 16, 64, 256), steps=32, sft=(4, 4, 4), rm=(4, 8, 3), ppo=(32, 64, 16, 8), judge=4, data=32, trl=(32, 2)),
-    "small": dict(prompt=48, new=8, decode=(1, 4), steps=4, sft=(2, 2, 2), rm=(2, 2, 2), ppo=(8, 16, 8, 4), judge=4, data=4, trl=(8, 4)),
+    "7b": dict(prompt=256, new=128, decode=(1, 16, 64, 256), steps=(98, 18), sft=(4, 4, 4), rm=(4, 8, 3), ppo=(32, 64, 16, 8), judge=4, data=32, trl=(32, 2)),
+    "small": dict(prompt=48, new=8, decode=(1, 4), steps=(6, 4), sft=(2, 2, 2), rm=(2, 2, 2), ppo=(8, 16, 8, 4), judge=4, data=4, trl=(8, 4)),
 }
 PARTS = ("same", "decode", "sft", "rm", "ppo", "ppo-copy", "eval", "data", "demo", "trl")
 CAP = 23.0  # GiB that torch may reserve in the stages said to fit 24 GB: CUDA itself takes up to one
@@ -235,7 +235,7 @@ def decode(b: Bench) -> None:
     import transformers
     from virtue.dialogue import left_pad
     from virtue.generate import sample
-    from virtue.lora import add_adapter, flatten, sampling_copy, use_stack
+    from virtue.lora import adapter_parameters, add_adapter, flatten, sampling_copy, use_stack
     from virtue.models import DTYPES, load_model
 
     transformers.logging.set_verbosity_error()
@@ -247,12 +247,15 @@ def decode(b: Bench) -> None:
     model, = made
     held = f"on the device {torch.cuda.memory_allocated() / 2**30:.2f} GiB, at most {torch.cuda.max_memory_allocated() / 2**30:.2f}; " if b.device == "cuda" else ""
     b.say("", f"Loaded and quantised to NF4 in {seconds:.1f} s (files just written, so mostly from the page cache); {held}host memory at most {peak_mib() / 1024:.2f} GiB.")
+    torch.manual_seed(0)
     for seed, name in enumerate(("sft", "policy")):  # as PPO samples: both, flattened to rank 32
         add_adapter(model, name, rank=16, alpha=32, seed=seed)
-    flatten(model, ("sft", "policy"), "rollout")
+        for B in adapter_parameters(model, name)[1::2]:  # as trained ones: they must change the output
+            B.data.normal_(std=0.002)
+    flatten(model, ("sft", "policy"), "rollout", DTYPES[b.dtype])
     copy, config, rng = sampling_copy(model, DTYPES[b.dtype]), model.config, random.Random(0)
     rate, _ = b.rates()
-    floors = {"NF4": weights_read(model), f"{b.dtype} copy": weights_read(copy)}
+    floors = {"NF4": weights_read(model), (copied := f"{b.dtype} copy"): weights_read(copy)}
     linears = [m.weight for m in model.modules() if getattr(getattr(m, "weight", None), "quant_state", None) is not None]
     from bitsandbytes.functional import dequantize_4bit
 
@@ -262,41 +265,69 @@ def decode(b: Bench) -> None:
     once = min(b.clocked(dequantise) for _ in range(4))  # the first warms up
     b.say(f"Memory is copied at {rate / 1e9:.0f} GB/s. A step reads " + " and ".join(f"{n / 1e9:.3g} GB ({name})" for name, n in floors.items())
           + f" of weights and adapters. Dequantising all {len(linears)} NF4 weights once takes {once:.4f} s.", "",
-          f"Prompts of {b.size['prompt']} tokens and up to a quarter less, {b.size['steps']} new ones, medians of 3. Own kernel: how many of the products bitsandbytes does from 4 bits; it "
-          "dequantises the weight first for the others. Busy: the GPU's own time in one step (profiler), and of it dequantising.", "",
-          "| rows | weights | s a step | over its floor | without LoRA | s a step, generate | generate / ours | own kernel | busy, s | dequantising, s | kernels |",
-          "|---:|---|---:|---:|---:|---:|---:|---|---:|---:|---:|")
-    found = {}
+          f"Prompts of {b.size['prompt']} tokens and up to a quarter less; medians of 3. One by one: its kernels launched without the graph. Recorded in: what the graph costs each call. Own kernel: "
+          "how many of the products bitsandbytes does from 4 bits; it dequantises the weight first for the others. Busy: the GPU's own time in one step (profiler), and of it dequantising.", "",
+          "| rows | weights | s a step | over its floor | without LoRA | one by one | recorded in, s | generate, s a step | generate / ours | own kernel | busy, s | dequantising, s | kernels |",
+          "|---:|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|")
+    found, (many, few) = {}, b.size["steps"]
     for rows in b.size["decode"]:
         # unequal prompts, the first whole: of equal ones `generate` may leave out its mask, which dialogues never let it
         lengths = [b.size["prompt"] - 7 * i % (b.size["prompt"] // 4) for i in range(rows)]
         batch = [[rng.randrange(300, config.vocab_size) for _ in range(length)] for length in lengths]
         ids, mask = (t.to(b.device) for t in left_pad(batch, 0))
-        for name, which in (("NF4", model), (f"{b.dtype} copy", copy)):
-            def ours(n, stack=("rollout",), which=which, batch=batch):
+        for name, which in (("NF4", model), (copied, copy)):
+            def ours(n, stack=("rollout",), one_shape=True, which=which, batch=batch):
                 with use_stack(which, *stack):
-                    sample(which, batch, np.random.default_rng(0).random((len(batch), n)), eos_id=-1, pad_id=0)
+                    sample(which, batch, np.random.default_rng(0).random((len(batch), n)), eos_id=-1, pad_id=0, one_shape=one_shape)
 
             def theirs(n, which=which, ids=ids, mask=mask):
                 with use_stack(which, "rollout"), torch.no_grad():
                     which.generate(input_ids=ids, attention_mask=mask.long(), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=n, min_new_tokens=n, pad_token_id=0)
 
-            def step(run):  # the prompt's pass is in both runs
+            def step(run, n, repeats=3):  # both runs hold the prompt's pass, and the recording
                 run(2)
-                n = b.size["steps"]
-                return statistics.median((b.clocked(lambda: run(n)) - b.clocked(lambda: run(1))) / (n - 1) for _ in range(3))
+                return statistics.median((b.clocked(lambda: run(n)) - b.clocked(lambda: run(2))) / (n - 2) for _ in range(repeats))
 
-            each, bare, other = step(ours), step(lambda n, ours=ours: ours(n, ())), step(theirs)
-            cache = 2 * rows * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * (b.size["prompt"] + b.size["steps"] / 2) * DTYPES[b.dtype].itemsize
+            each, bare = step(ours, many), step(lambda n, ours=ours: ours(n, ()), many, 1)
+            recorded = statistics.median(b.clocked(lambda: ours(2)) - b.clocked(lambda: ours(1)) for _ in range(3)) - each
+            plain, other = (step(lambda n, ours=ours: ours(n, one_shape=False), few, 1), step(theirs, few)) if rows <= 64 else (float("nan"),) * 2
+            cache = 2 * rows * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * (b.size["prompt"] + many) * DTYPES[b.dtype].itemsize
             over = each / ((floors[name] + cache) / rate)
             with use_stack(which, "rollout"):
                 busy = profiled(which, ids, mask) if b.device == "cuda" else ("", "", "")
             found[rows, name] = over, other / each
-            b.say(f"| {rows} | {name} | {each:.4f} | {over:.2f} | {bare:.4f} | {other:.4f} | {other / each:.2f} | {own_kernel(linears, rows, DTYPES[b.dtype]) if name == 'NF4' else ''} | "
-                  f"{' | '.join(busy)} |")
-    if (64, copied := f"{b.dtype} copy") in found:
+            b.say(f"| {rows} | {name} | {each:.4f} | {over:.2f} | {bare:.4f} | {plain:.4f} | {recorded:.2f} | {other:.4f} | {other / each:.2f} | "
+                  f"{own_kernel(linears, rows, DTYPES[b.dtype]) if name == 'NF4' else ''} | {' | '.join(busy)} |")
+    if (64, copied) in found:
         b.say("", f"Targets: the {copied} at 64 rows at most 2 times its floor: {verdict(found[64, copied][0] <= 2)} ({found[64, copied][0]:.2f}); generate / ours at least 3 at 16 rows and "
               "below: " + ", ".join(f"{rows} {name} {verdict(ratio >= 3)} ({ratio:.2f})" for (rows, name), (_, ratio) in found.items() if rows <= 16) + ".")
+    b.say("", "Log-probs of 16 x 32 sampled tokens, read by the decode steps and by a plain forward pass of the two adapters in fp32, differ in nats by: "
+          + "; ".join(f"{name} mean {gap.mean():.4f}, at most {gap.max():.4f}" for name, which in (("NF4", model), (copied, copy)) for gap in [gaps(which, config.vocab_size)]) + ".")
+
+
+def gaps(model, vocab_size: int, rows: int = 16, width: int = 64, steps: int = 32):
+    """|log p of decode steps of one shape - log p of one plain forward pass|, (rows, steps), nats, of the same tokens after prompts of unequal length."""
+    import torch
+    from virtue.generate import cache_with_room, steps_of_one_shape
+    from virtue.lora import use_stack
+    from virtue.models import logprobs_at
+
+    device = model.model.embed_tokens.weight.device
+    ids = torch.randint(300, vocab_size, (rows, width + steps), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.arange(width + steps, device=device) >= torch.arange(rows, device=device)[:, None]  # padded on the left
+    position, column = (mask.cumsum(1) - 1).clamp(min=0), torch.tensor([width], device=device)
+    cache, found = cache_with_room(model.config, steps, column), []
+    with torch.no_grad(), use_stack(model, "rollout"):
+        logits = model(input_ids=ids[:, :width], attention_mask=mask[:, :width], position_ids=position[:, :width], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        step = steps_of_one_shape(model, cache, column, mask, position[:, width - 1:width])
+        for k in range(steps):
+            found.append(logits.float().log_softmax(-1).gather(1, ids[:, width + k, None]))
+            logits = step(ids[:, width + k])
+    sampled = torch.zeros(rows, width + steps - 1, dtype=torch.bool, device=device)
+    sampled[:, width - 1:] = True
+    with torch.no_grad(), use_stack(model, "sft", "policy"):
+        plain = logprobs_at(model, ids, mask, sampled)[:, width - 1:]
+    return (torch.cat(found, 1) - plain).abs().cpu()
 
 
 def verdict(met: bool) -> str:
@@ -331,19 +362,18 @@ def profiled(model, ids, mask) -> tuple[str, str, str]:
         import torch
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
-        from virtue.generate import cache_with_room
+        from virtue.generate import cache_with_room, steps_of_one_shape
 
-        cache = cache_with_room(model.config, 2)  # a step as `generate.sample` makes it
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            for width in (1, 2):  # the second is recorded
-                step = lambda width=width: model(input_ids=ids[:, -1:], attention_mask=torch.cat([mask, mask.new_ones(len(mask), width)], 1).bool()[:, None, None], past_key_values=cache,  # noqa: E731
-                                                 position_ids=torch.full((len(ids), 1), ids.shape[1] + width - 1, device=ids.device), use_cache=True, logits_to_keep=1)
-                if width == 1:
-                    step()
+        width, position = ids.shape[1], (mask.cumsum(1) - 1).clamp(min=0)
+        column = torch.tensor([width], device=ids.device)
+        cache, whole = cache_with_room(model.config, 2, column), torch.cat([mask, mask.new_ones(len(mask), 2)], 1).bool()
+        with torch.no_grad():  # as `generate.sample` does
+            model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            step = steps_of_one_shape(model, cache, column, whole, position[:, -1:])
+            step(ids[:, -1])
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
-                step()
+                step(ids[:, -1])
                 torch.cuda.synchronize()
         kernels = [e for e in record.key_averages() if e.device_type == DeviceType.CUDA]
         time_of = lambda events: sum(e.self_device_time_total for e in events) / 1e6  # noqa: E731 (microseconds)
@@ -491,7 +521,8 @@ def demo(b: Bench) -> None:
 
     def chain(device: str, seed: int) -> tuple[dict, float]:
         folder, start = b.out / f"demo-{device}-{seed}", time.perf_counter()
-        for words, flags, less in zip(DEMO, DEMO_FLAGS, small):
+        done = (folder / "report/scores.json").exists()  # an earlier call's, or another machine's
+        for words, flags, less in [] if done else zip(DEMO, DEMO_FLAGS, small):
             command = [sys.executable, str(ROOT / words[0]), *words[1:], *flags.format(folder, folder).split(), *less.split(), "--seed", str(seed), "--device", device, "--resume"]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads[device])})
             if done.returncode:

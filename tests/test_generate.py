@@ -228,3 +228,33 @@ def test_fits(tokenizer):
     length = len(encode_prompt(tokenizer, messages))
     assert generate.fits(tokenizer, messages, length)
     assert not generate.fits(tokenizer, messages, length - 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_steps_of_one_shape_give_the_same_tokens(model, rows, uniforms, temperature):
+    shapes = set()
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: shapes.add((*kwargs["input_ids"].shape, *kwargs["attention_mask"].shape)), with_kwargs=True)
+    found = generate.sample(model, rows, uniforms, eos_id=EOS, pad_id=PAD, temperature=temperature, one_shape=True)
+    hook.remove()
+    assert found == sample(model, rows, uniforms, temperature)
+    assert shapes == {(12, 20, 12, 20), (12, 1, 12, 1, 1, 44)}  # the prompts, then one shape for all steps
+    assert generate.sample(model, rows, uniforms[:, :1], eos_id=EOS, pad_id=PAD, one_shape=True) == sample(model, rows, uniforms[:, :1])
+
+
+def test_a_step_of_one_shape_sees_no_column_that_is_not_written(model, rows):
+    ids, mask = generate.left_pad(rows, PAD)
+    whole = torch.cat([mask, mask.new_ones(len(rows), 6)], 1).bool()
+    column, position = torch.tensor([20]), mask.sum(1, keepdim=True).long() - 1
+    cache = generate.cache_with_room(model.config, 6, column)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.room[:, :, :, 20:] = 1e4  # what an earlier owner of the memory left
+        step = generate.steps_of_one_shape(model, cache, column, whole, position)
+        for n in range(1, 4):
+            token = torch.full((len(rows),), 7 + n)
+            logits = step(token)
+            ids = torch.cat([ids, token[:, None]], 1)
+            expected = model(input_ids=ids, attention_mask=whole[:, : 20 + n], position_ids=(whole[:, : 20 + n].cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits[:, 0]
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert column.tolist() == [23]

@@ -44,7 +44,7 @@ def chat(args):
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
     parents |= {role: args.rm / lens for lens in LENSES if (role := f"rm/{lens}") in read_manifest(args.policy, "policy")["parents"]}
     load_artifact(args.policy, model, "policy", stage="policy", parents=parents, **known)
-    flatten(model, (*sft, "policy"), "rollout")  # one adapter is faster than two
+    flatten(model, (*sft, "policy"), "rollout", model.dtype)  # one adapter is faster than two
     stacks, count = {"base": (), "tuned": ("rollout",)}, itertools.count()
     pad, eos, room = tokenizer.pad_token_id, tokenizer.eos_token_id, model.config.max_position_embeddings - args.max_new_tokens
 

@@ -8,7 +8,7 @@ Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +57,10 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
 
 
-def cache_with_room(config, steps: int):
+def cache_with_room(config, steps: int, column: Tensor | None = None):
     """A KV cache with room for ``steps`` tokens after the first ones: each is written in its place,
-    where transformers' own copies the whole cache for every token."""
+    where transformers' own copies the whole cache for every token. With ``column (1,)``, an index on the
+    device, each later token is written to that column and the whole room is read: one shape for all steps."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -69,7 +70,9 @@ def cache_with_room(config, steps: int):
             if not self.is_initialized:
                 self.lazy_initialization(keys, values)
                 B, H, L, D = keys.shape
-                self.room = keys.new_empty(2, B, H, L + steps, D)
+                self.room = keys.new_zeros(2, B, H, L + steps, D)  # a column that the mask hides must be finite all the same
+            elif column is not None:
+                return self.room[0].index_copy_(2, column, keys), self.room[1].index_copy_(2, column, values)
             end = start + keys.shape[2]
             self.room[0, :, :, start:end], self.room[1, :, :, start:end] = keys, values
             self.keys, self.values = self.room[:, :, :, :end]
@@ -84,15 +87,53 @@ def cache_with_room(config, steps: int):
     return cache
 
 
+def steps_of_one_shape(model: nn.Module, cache, column: Tensor, mask: Tensor, position: Tensor) -> Callable[[Tensor], Tensor]:
+    """The decode steps after a prompt's pass as ``step(tokens (B,)) -> logits (B, V)``; each call takes the next column.
+
+    ``cache`` from ``cache_with_room`` with ``column (1,)``, the first one to be written; ``mask (B, L + steps)`` of all columns;
+    ``position (B, 1)`` of the token before. On a GPU the step is recorded as one CUDA graph: a host needs several times as long to
+    launch its 3,000 kernels one by one as the GPU to run them. The logits are overwritten by the next call.
+    """
+    ids, position, seen = torch.zeros_like(position), position.clone(), mask.clone()[:, None, None]
+    seen[..., column.item():] = False
+
+    def forward() -> Tensor:
+        return model(input_ids=ids, attention_mask=seen, use_cache=True, position_ids=position, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+
+    if ids.is_cuda:
+        side = torch.cuda.Stream()  # a first run outside the graph: libraries allocate and choose kernels in it
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            forward()  # writes to a column that the first step writes anew
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = forward()
+
+    def step(tokens: Tensor) -> Tensor:  # holds on to all that the graph reads
+        ids.copy_(tokens[:, None])
+        position.add_(1)
+        seen.index_fill_(3, column, True)
+        if not ids.is_cuda:
+            found = forward()
+        else:
+            graph.replay()
+            found = logits
+        column.add_(1)
+        return found
+    return step
+
+
 @torch.no_grad()
 def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos_id: int,
-           pad_id: int, temperature: float = 1.0) -> list[tuple[list[int], bool]]:
+           pad_id: int, temperature: float = 1.0, one_shape: bool | None = None) -> list[tuple[list[int], bool]]:
     """Continues each row of ids up to EOS, or up to ``uniforms.shape[1]`` new tokens.
 
     `model` is in eval mode, its stack of adapters set by the caller; `uniforms` are ``(n,
     max_new_tokens)`` numbers in [0, 1). Returns for each row its new ids, EOS included, and
-    whether they were truncated (no EOS came). ValueError: a negative temperature, or another number of
-    uniforms than of rows.
+    whether they were truncated (no EOS came). ``one_shape``, by default on a GPU: see ``steps_of_one_shape``;
+    finished rows then stay, as a step costs the same without them. ValueError: a negative temperature, or
+    another number of uniforms than of rows.
     """
     if temperature < 0 or len(uniforms) != len(rows):
         raise ValueError(f"temperature {temperature}, {len(rows)} rows, {len(uniforms)} uniforms")
@@ -104,21 +145,29 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
     alive = torch.arange(len(rows), device=device)  # rows still in the batch
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, : ids.shape[1]]
-    width, cache = ids.shape[1], cache_with_room(model.config, steps)
+    width, whole = ids.shape[1], not model.config.sliding_window  # a sliding window is in transformers' own mask only
+    one_shape = whole and (device.type == "cuda" if one_shape is None else one_shape)
+    column = torch.full((1,), width, device=device) if one_shape else None
+    cache = cache_with_room(model.config, steps, column)
     for step in range(steps):
-        seen = mask[:, : width + step]
-        if step and not model.config.sliding_window:
-            seen = seen[:, None, None]  # (B, 1, 1, L) is taken as it is; a mask (B, L) transformers looks through anew, for which a GPU must wait
-        logits = model(input_ids=ids, attention_mask=seen, use_cache=True,
-                       position_ids=position, past_key_values=cache, logits_to_keep=1).logits
-        token = draw(logits[:, -1], draws[alive, step], temperature)
+        if step == 1 and one_shape:
+            later = steps_of_one_shape(model, cache, column, mask, position - 1)
+        if step and one_shape:
+            logits = later(ids[:, 0])
+        else:
+            seen = mask[:, : width + step]
+            if step and whole:
+                seen = seen[:, None, None]  # (B, 1, 1, L) is taken as it is; a mask (B, L) transformers looks through anew, for which a GPU must wait
+            logits = model(input_ids=ids, attention_mask=seen, use_cache=True,
+                           position_ids=position, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        token = draw(logits, draws[alive, step], temperature)
         new[alive, step] = token
         done |= token == eos_id
         finished = int(done.sum())
         if finished == len(done):
             break
         ids, position = token[:, None], position[:, -1:] + 1
-        if finished * DROP >= len(done):
+        if finished * DROP >= len(done) and not one_shape:
             keep = (~done).nonzero().squeeze(1)
             cache.batch_select_indices(keep)
             ids, position, mask, alive, done = (t[keep] for t in (ids, position, mask, alive, done))

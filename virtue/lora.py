@@ -77,6 +77,8 @@ class LoRALinear(nn.Module):
         names, weight = [n for n in self.active if n in self.scaling], self.base.weight
         if not names:
             return self.base(x)
+        if len(names) == 1 and not torch.is_grad_enabled() and x.dtype == getattr(self.lora_A.get(names[0]), "dtype", None) != torch.float32:
+            return self.sampling(x, names[0])
         simple = type(self.base) is nn.Linear and not weight.requires_grad
         fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
         return self.folded(x, names) if simple and fp32 else self.plain(x, names)
@@ -84,11 +86,17 @@ class LoRALinear(nn.Module):
     def plain(self, x: Tensor, names: list[str]) -> Tensor:
         """base(x) + sum_n scaling_n B_n A_n x (Hu et al. 2021, arXiv:2106.09685, eq. 3). (..., in) -> (..., out), in the base's dtype."""
         output = self.base(x)
-        updates = [  # the scale meets the narrow side, (..., r)
-            F.linear(F.linear(x.float(), self.lora_A[n]) * self.scaling[n] if n in self.lora_A else x.float(), self.lora_B[n])
-            for n in names
-        ]
+        updates = []
+        for n in names:
+            x = x.to(self.lora_B[n].dtype)
+            h = F.linear(x, self.lora_A[n]) * self.scaling[n] if n in self.lora_A else x  # the scale meets the narrow side, (..., r)
+            updates.append(F.linear(h, self.lora_B[n]))
         return output + sum(updates[1:], updates[0]).to(output.dtype)
+
+    def sampling(self, x: Tensor, name: str) -> Tensor:
+        """``plain`` with one adapter of x's own type (``flatten``), without gradient: the second narrow product adds to the base's. (..., in) -> (..., out)."""
+        output, h = self.base(x), F.linear(x, self.lora_A[name])
+        return torch.addmm(output.flatten(0, -2), h.flatten(0, -2), self.lora_B[name].T, alpha=self.scaling[name]).view_as(output)
 
     def change(self, name: str) -> Tensor:
         """(out, in), fp32: what adapter ``name`` adds to the weight, scaling B A. KeyError if this layer lacks it."""
@@ -296,8 +304,9 @@ def load_adapter_state(model: nn.Module, name: str, state: State, config: dict) 
                     pair[name].requires_grad_(pair[name].requires_grad and not made)
 
 
-def flatten(model: nn.Module, stack: tuple[str, ...], name: str) -> None:
-    """Make the frozen adapter ``name`` equal to ``stack``, to rounding; again: refresh it.
+def flatten(model: nn.Module, stack: tuple[str, ...], name: str, dtype: torch.dtype = torch.float32) -> None:
+    """Make the frozen adapter ``name`` equal to ``stack``, to rounding; again: refresh it. In the base's ``dtype`` it samples
+    fastest, and rounding its output is all that is lost; what is trained on, scored by or saved is fp32.
 
     A stacked along the rank, s B side by side: [s1 B1, s2 B2] [A1; A2] = s1 B1 A1 + s2 B2 A2. Rank
     and alpha are the sum of ranks; zeros stand for an adapter that a layer lacks. With a whole matrix
@@ -313,7 +322,7 @@ def flatten(model: nn.Module, stack: tuple[str, ...], name: str) -> None:
         if layer.scaling.keys().isdisjoint(stack):
             continue
         if whole:
-            layer.put(name, None, sum(layer.change(part).detach() for part in stack if part in layer.scaling), 1.0, trainable=False)
+            layer.put(name, None, sum(layer.change(part).detach() for part in stack if part in layer.scaling).to(dtype), 1.0, trainable=False)
             continue
         base, start, total = layer.base, 0, sum(ranks.values())
         A = torch.zeros(total, base.in_features, device=base.weight.device)
@@ -323,7 +332,7 @@ def flatten(model: nn.Module, stack: tuple[str, ...], name: str) -> None:
                 A[start : start + rank] = layer.lora_A[part].detach()
                 B[:, start : start + rank] = layer.lora_B[part].detach() * layer.scaling[part]
             start += rank
-        layer.put(name, A, B, 1.0, trainable=False)
+        layer.put(name, A.to(dtype), B.to(dtype), 1.0, trainable=False)
 
 
 def _dense(parameter: nn.Parameter) -> Tensor:

@@ -68,7 +68,7 @@ def layer_bytes(config, dtype: str, rows: int, tokens: int, adapter: Adapter) ->
 def passing_bytes(config, quantize: str, dtype: str, rows: int, tokens: int) -> int:
     """What an MLP needs for a moment, forward or backward; NF4: also the widest weight in `dtype`, for its product."""
     c, F, D = BYTES[dtype], config.intermediate_size, config.hidden_size
-    return rows * tokens * (F * (4 * c + 4) + 8 * D) + (F * D * c if quantize == "nf4" else 0)
+    return rows * tokens * (F * (4 * c + 4) + (8 if c == 4 else 12) * D) + (F * D * c if quantize == "nf4" else 0)
 
 
 def mask_bytes(dtype: str, rows: int, tokens: int) -> int:
