@@ -4,7 +4,7 @@
     .venv-trl/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0 peft==0.21.2 datasets==5.2.0 accelerate==1.15.0
     python benchmarks/ppo_step.py compare --trl-python .venv-trl/bin/python          # alternating, 5 times: about 6 minutes
     python benchmarks/ppo_step.py ours --reward-models 3                             # one program alone
-    python benchmarks/ppo_step.py growth                                             # with batch, response length, reward models and rank: about 3 minutes
+    python benchmarks/ppo_step.py growth --steps 3                                   # with batch, response length, reward models and rank: about 10 minutes
     python benchmarks/ppo_step.py limit                                              # operations that the step must do over the measured rate
 
 Like for like: policy LoRA of rank 16 on all linears, one reward model, a value function (TRL: a whole model that it trains
@@ -157,13 +157,14 @@ def limit(args: argparse.Namespace) -> None:
 
 
 def growth(args: argparse.Namespace) -> None:
-    base = ours(args)
-    print(f"| changed | by | step | sample | score | update |\n|---|---:|---:|---:|---:|---:|\n| nothing | 1 | {base['step']:.2f} s | {base['sample']:.2f} s | "
-          f"{base['score']:.2f} s | {base['update']:.2f} s |")
+    """What grows with what: each change against a run without it just before, `--repeats` times."""
+    print("| changed | by | step | sample | score | update |\n|---|---:|---:|---:|---:|---:|")
     for name, factors in (("rows", (2, 4)), ("new_tokens", (2, 4)), ("reward_models", (2, 3)), ("rank", (2, 4))):
         for factor in factors:
-            found = ours(argparse.Namespace(**vars(args) | {name: getattr(args, name) * factor}))
-            print(f"| {name.replace('_', ' ')} | {factor} | " + " | ".join(f"{found[part] / base[part]:.2f}" for part in ("step", "sample", "score", "update")) + " |", flush=True)
+            changed = argparse.Namespace(**vars(args) | {name: getattr(args, name) * factor})
+            before, after = zip(*[(ours(args), ours(changed)) for _ in range(args.repeats)])
+            print(f"| {name.replace('_', ' ')} | {factor} | " + " | ".join(ratio([m[part] for m in after], [m[part] for m in before])
+                                                                        for part in ("step", "sample", "score", "update")) + " |", flush=True)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -188,8 +189,9 @@ def main() -> None:
         if name != "compare":
             for flag, default in (("--reward-models", 1), ("--rows", PROMPTS), ("--new-tokens", NEW_TOKENS), ("--rank", RANK)):
                 add(flag, type=int, default=default, help="(default: %(default)s)")
-        if name == "compare":
+        if name in ("compare", "growth"):
             add("--repeats", type=int, default=5)
+        if name == "compare":
             add("--trl-python", required=True, help="interpreter with TRL 1.12.0")
     args = parser.parse_args()
     if args.command == "ours":
