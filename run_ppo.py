@@ -136,8 +136,7 @@ def main(argv=None):
     value_head = ScalarHead(model.config.hidden_size, bias=True).to(device)
     policy_parameters = adapter_parameters(model, "policy")
     value_parameters = [*adapter_parameters(model, "value"), *value_head.parameters()]
-    optimizer = torch.optim.Adam([{"params": policy_parameters, "lr": args.lr}, {"params": value_parameters, "lr": args.value_lr}], eps=1e-5,
-                                 fused=device.type == "cuda")
+    optimizer = torch.optim.Adam([{"params": policy_parameters, "lr": args.lr}, {"params": value_parameters, "lr": args.value_lr}], eps=1e-5, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, args.iterations)
 
     answer = args.reward_turns == "answer"

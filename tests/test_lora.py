@@ -456,6 +456,33 @@ def unequal_stack(model):
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_the_sampling_path_equals_plain(folders, quantize, monkeypatch):
+    """A stack flattened in bf16: the shorter path's logits are as near to the fp32 adapters' as bf16 allows, and only sampling takes it."""
+    model, taken = load_model(folders[False], quantize=quantize, dtype="bf16"), []
+    stack, path = unequal_stack(model), LoRALinear.sampling
+    flatten(model, stack, "flat", torch.bfloat16)
+    monkeypatch.setattr(LoRALinear, "sampling", lambda layer, x, name: taken.append(name) or path(layer, x, name))
+    layer = next(m for m in model.modules() if isinstance(m, LoRALinear) and "flat" in m.lora_A)
+    x = torch.randn(2, 3, layer.base.in_features, dtype=torch.bfloat16)
+    layer.scaling["flat"] = 0.5  # flatten makes it 1: the scale must count all the same
+    with torch.no_grad():
+        found, want = path(layer, x, "flat"), layer.plain(x, ["flat"])
+    assert found.shape == want.shape and found.dtype == torch.bfloat16
+    assert (want - layer.base(x)).abs().max() > 0.1
+    torch.testing.assert_close(found, want, rtol=0.02, atol=0.02)
+    layer.scaling["flat"] = 1.0
+    with use_stack(model, "flat"):
+        logits(model)
+        assert not taken  # a gradient may be wanted
+        with torch.no_grad():
+            found = logits(model)
+    assert set(taken) == {"flat"}
+    with torch.no_grad(), use_stack(model, *stack):
+        want = logits(model)
+    assert (found - want).abs().mean() < 0.03 * want.abs().mean()
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_flatten_equals_the_stack(folders, quantize):
     model = load_model(folders[False], quantize=quantize)
     stack = unequal_stack(model)
