@@ -5,7 +5,7 @@
     python benchmarks/ppo_step.py compare --trl-python .venv-trl/bin/python          # alternating, 5 times: about 6 minutes
     python benchmarks/ppo_step.py ours --reward-models 3                             # one program alone
     python benchmarks/ppo_step.py growth --steps 3                                   # with batch, response length, reward models and rank: about 10 minutes
-    python benchmarks/ppo_step.py limit                                              # operations that the step must do over the measured rate
+    python benchmarks/ppo_step.py limit --steps 3                                    # operations that the step must do over the measured rate
 
 Like for like: policy LoRA of rank 16 on all linears, one reward model, a value function (TRL: a whole model that it trains
 whole, its default, or with LoRA), four epochs of one minibatch of 32 answers of 48 tokens. Ours is run_ppo.py's loop without
@@ -149,11 +149,14 @@ def limit(args: argparse.Namespace) -> None:
         for _ in range(EPOCHS * 2 * PROMPTS // args.micro):
             model(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum().backward()
 
-    before, measured, bare = products(), ours(args)["update"], statistics.median(cpu_seconds(passes, 5))
-    rate = (before + products()) / 2  # a shared machine's rate changes by the minute
-    for what, products_of, seconds in (("update", work, measured), ("transformers' model alone, forward and back to its inputs as often", bare_work, bare)):
-        print(f"{what}: {products_of / 1e9:.1f} GFLOP must be done; products of its size run at {rate / 1e9:.0f} GFLOP/s; "
-              f"{products_of / rate:.2f} s of {seconds:.2f} s: {products_of / rate / seconds:.0%}")
+    runs = []
+    for _ in range(args.repeats):
+        before, measured, bare = products(), ours(args)["update"], statistics.median(cpu_seconds(passes, 3))
+        runs.append(((before + products()) / 2, measured, bare))  # a shared machine's rate changes by the minute
+    rates, updates, bares = zip(*runs)
+    for what, work_of, seconds in (("update", work, updates), ("transformers' model alone, forward and back to its inputs as often", bare_work, bares)):
+        print(f"{what}: {work_of / 1e9:.1f} GFLOP must be done; products of its size run at {statistics.median(rates) / 1e9:.0f} GFLOP/s; it takes {statistics.median(seconds):.2f} s; "
+              f"share of the limit {ratio([work_of / rate for rate in rates], seconds)}")
 
 
 def growth(args: argparse.Namespace) -> None:
@@ -189,7 +192,7 @@ def main() -> None:
         if name != "compare":
             for flag, default in (("--reward-models", 1), ("--rows", PROMPTS), ("--new-tokens", NEW_TOKENS), ("--rank", RANK)):
                 add(flag, type=int, default=default, help="(default: %(default)s)")
-        if name in ("compare", "growth"):
+        if name in ("compare", "growth", "limit"):
             add("--repeats", type=int, default=5)
         if name == "compare":
             add("--trl-python", required=True, help="interpreter with TRL 1.12.0")
