@@ -23,14 +23,12 @@ def main() -> None:
     parser.add_argument("--value", choices=("full", "lora"), default="full", help="TRL's value model: trained whole, or by LoRA")
     parser.add_argument("--folder", type=Path, help="another model than the workload's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, on cuda bfloat16")
     parser.add_argument("--rows", type=int, default=PROMPTS, help="PPO: prompts a step")
     parser.add_argument("--micro", type=int, default=PROMPTS, help="PPO: rows a forward pass of the update; --rows are a multiple")
     parser.add_argument("--prompt-tokens", type=int, help="PPO: tokens of every prompt")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     args = parser.parse_args()
     cuda = args.device == "cuda"
-    bare = resident_mib()
     import datasets
     import peft
     import torch
@@ -58,7 +56,7 @@ def main() -> None:
         on_step_end = on_train_begin
 
     clock, folder = Clock(), args.folder or make_model(scratch() / "v1024")
-    dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
+    dtype = torch.bfloat16 if cuda else torch.float32
     lora = dict(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS))
     classifier = lambda: AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)  # noqa: E731
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -88,7 +86,7 @@ def main() -> None:
     held = {p.data_ptr(): p.numel() for o in gc.get_objects() if isinstance(o, torch.nn.Module) for p in o.parameters(recurse=False)}
     steps = [b - a for a, b in zip(clock.at, clock.at[1:])]
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_mib() - imports
-    print(json.dumps({"step": statistics.median(steps[1:]), "peak_mib": peak, "imports_mib": imports - bare, "parameters": sum(held.values())}))
+    print(json.dumps({"step": statistics.median(steps[1:]), "peak_mib": peak, "parameters": sum(held.values())}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ PPO = dict(kl_coef=0.05, clip_range=0.2, value_clip_range=0.2, vf_coef=0.1, gamm
 PAIRS, PAIR_BATCH, PAIR_TOKENS, PAIR_LR = 256, 16, 64, 1e-4
 
 
-def make_model(folder: Path, vocab_size: int = 1024, **shape) -> Path:
+def make_model(folder: Path, vocab_size: int = 1024) -> Path:
     """A random fp32 Mistral and a byte-level tokenizer, saved in HF's format, unless they are there -> the folder."""
     if (folder / "tokenizer.json").exists():
         return folder
@@ -35,7 +35,7 @@ def make_model(folder: Path, vocab_size: int = 1024, **shape) -> Path:
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    MistralForCausalLM(MistralConfig(vocab_size=vocab_size, **{**SHAPE, **shape})).save_pretrained(folder)
+    MistralForCausalLM(MistralConfig(vocab_size=vocab_size, **SHAPE)).save_pretrained(folder)
     tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -51,11 +51,11 @@ def prompts(n: int, vocab_size: int = 1024) -> list[list[int]]:
     return [[rng.randrange(3, vocab_size) for _ in range(PROMPT_TOKENS if i % 8 == 0 else rng.randrange(12, PROMPT_TOKENS + 1))] for i in range(n)]
 
 
-def pairs(n: int = PAIRS, vocab_size: int = 1024) -> list[dict[str, list[int]]]:
+def pairs() -> list[dict[str, list[int]]]:
     """Preference pairs of ids: the chosen one holds more of the lower half of the vocabulary."""
-    rng, half = random.Random(0), vocab_size // 2
+    rng, vocab_size, half = random.Random(0), 1024, 512
     draw = lambda low, high, k: [rng.randrange(low, high) if rng.random() < 0.7 else rng.randrange(3, vocab_size) for _ in range(k)]  # noqa: E731
-    lengths = [PAIR_TOKENS - rng.randrange(0, 16) for _ in range(n)]
+    lengths = [PAIR_TOKENS - rng.randrange(0, 16) for _ in range(PAIRS)]
     return [{"chosen_ids": draw(3, half, k), "rejected_ids": draw(half, vocab_size, k)} for k in lengths]
 
 
