@@ -4,7 +4,7 @@
     .venv-trl/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0 peft==0.21.2 datasets==5.2.0 accelerate==1.15.0
     python benchmarks/ppo_step.py compare --trl-python .venv-trl/bin/python          # alternating, 5 times: about 6 minutes
     python benchmarks/ppo_step.py ours --reward-models 3                             # one program alone
-    python benchmarks/ppo_step.py growth --steps 3                                   # with batch, response length, reward models and rank: about 10 minutes
+    python benchmarks/ppo_step.py growth --steps 2                                   # with batch, response length, reward models and rank: about 10 minutes
     python benchmarks/ppo_step.py limit --steps 3                                    # operations that the step must do over the measured rate
 
 Like for like: policy LoRA of rank 16 on all linears, one reward model, a value function (TRL: a whole model that it trains

@@ -92,7 +92,7 @@ def steps_of_one_shape(model: nn.Module, cache, column: Tensor, mask: Tensor, po
 
     ``cache`` from ``cache_with_room`` with ``column (1,)``, the first one to be written; ``mask (B, L + steps)`` of all columns;
     ``position (B, 1)`` of the token before. On a GPU the step is recorded as one CUDA graph: a host needs several times as long to
-    launch its 3,000 kernels one by one as the GPU to run them. The logits are overwritten by the next call.
+    launch its 2,000 kernels one by one as the GPU to run them. The logits are overwritten by the next call.
     """
     ids, position, seen = torch.zeros_like(position), position.clone(), mask.clone()[:, None, None]
     seen[..., column.item():] = False
@@ -132,7 +132,7 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
     `model` is in eval mode, its stack of adapters set by the caller; `uniforms` are ``(n,
     max_new_tokens)`` numbers in [0, 1). Returns for each row its new ids, EOS included, and
     whether they were truncated (no EOS came). ``one_shape``, by default on a GPU: see ``steps_of_one_shape``;
-    finished rows then stay, as a step costs the same without them. ValueError: a negative temperature, or
+    finished rows then stay: the weights, which all rows share, are most of what a step reads. ValueError: a negative temperature, or
     another number of uniforms than of rows.
     """
     if temperature < 0 or len(uniforms) != len(rows):

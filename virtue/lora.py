@@ -5,7 +5,8 @@
 (Hu et al. 2021, arXiv:2106.09685, eq. 3.) ``W`` is frozen and may be 4-bit (QLoRA, Dettmers et al.
 2023, arXiv:2305.14314, eq. 5). Departures: the adapters of a stack add up, so that one base plays
 every role, reference ("sft",), policy ("sft", "policy") and so on; adapter arithmetic is fp32
-whatever the base's type, as bf16 loses the small updates of RL; and there is no dropout.
+whatever the base's type, as bf16 loses the small updates of RL (but for the flattened copy that
+samples: `flatten`); and there is no dropout.
 
 Modules: import the core; the shell and the scripts may import them.
 """
@@ -88,8 +89,9 @@ class LoRALinear(nn.Module):
         output = self.base(x)
         updates = []
         for n in names:
-            x = x.to(self.lora_B[n].dtype)
-            h = F.linear(x, self.lora_A[n]) * self.scaling[n] if n in self.lora_A else x  # the scale meets the narrow side, (..., r)
+            h = x.to(self.lora_B[n].dtype)
+            if n in self.lora_A:
+                h = F.linear(h, self.lora_A[n]) * self.scaling[n]  # the scale meets the narrow side, (..., r)
             updates.append(F.linear(h, self.lora_B[n]))
         return output + sum(updates[1:], updates[0]).to(output.dtype)
 

@@ -43,7 +43,7 @@ def check_targets(config, targets: Sequence[str]) -> None:
 
 
 def adapter_bytes(config, adapter: Adapter) -> int:
-    """An adapter, always fp32."""
+    """An adapter in fp32; the flattened one that samples is smaller in bf16."""
     (rank, targets), known = adapter, linears(config)
     return 4 * sum((i * o if rank is None else rank * (i + o)) * n for i, o, n in (known[name] for name in targets))
 
@@ -66,7 +66,8 @@ def layer_bytes(config, dtype: str, rows: int, tokens: int, adapter: Adapter) ->
 
 
 def passing_bytes(config, quantize: str, dtype: str, rows: int, tokens: int) -> int:
-    """What an MLP needs for a moment, forward or backward; NF4: also the widest weight in `dtype`, for its product."""
+    """What an MLP needs for a moment, forward or backward; NF4: also the widest weight in `dtype`, for its product.
+    Where c < 4 a norm on a CPU makes one more fp32 copy of its input, 4 D."""
     c, F, D = BYTES[dtype], config.intermediate_size, config.hidden_size
     return rows * tokens * (F * (4 * c + 4) + (8 if c == 4 else 12) * D) + (F * D * c if quantize == "nf4" else 0)
 
