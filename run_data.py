@@ -52,7 +52,8 @@ def main(argv=None):
     args = parse(argv)
     from virtue import VirtueError
     from virtue.checkpoint import data_hash, prompts_hash, write_json, write_jsonl, write_manifest
-    from virtue.dialogue import load_prompts, messages_of
+    from virtue.dialogue import messages_of
+    from virtue.records import load_prompts
     from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.judge import judge_pairs, label_ids, pair_fits, unanswered, verdict

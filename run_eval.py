@@ -110,7 +110,8 @@ def compare_models(args):
     from virtue import VirtueError, html, plots
     from virtue.checkpoint import (MANIFEST, file_hash, load_artifact, prompts_hash, read_manifest, write_atomic, write_json, write_jsonl,
                                    write_manifest)
-    from virtue.dialogue import encode_prompt, load_prompts, messages_of, prompt_record, read_jsonl, read_metrics, read_rollouts, right_pad
+    from virtue.dialogue import encode_prompt, messages_of, right_pad
+    from virtue.records import load_prompts, prompt_record, read_jsonl, read_metrics, read_rollouts
     from virtue.ensemble import standardize
     from virtue.ethics import LENSES, PROBES, VIRTUES
     from virtue.feedback import points, win_rates
@@ -270,7 +271,7 @@ def evaluate_judge(args):
     import numpy as np
     from virtue import VirtueError
     from virtue.checkpoint import sha256_file, write_json
-    from virtue.dialogue import read_pairs
+    from virtue.records import read_pairs
     from virtue.ethics import LENSES, VIRTUES
     from virtue.feedback import agreement, truth
     from virtue.judge import judge_pairs, label_ids, pair_fits, unanswered
@@ -328,7 +329,8 @@ def evaluate_rewards(args):
     import torch
     from virtue import VirtueError
     from virtue.checkpoint import check_made_by, data_hash, file_hash, read_manifest, sha256_file, write_json
-    from virtue.dialogue import check_ids, encode_conversation, messages_of, read_dialogues, read_pairs, read_preferences, right_pad
+    from virtue.dialogue import encode_conversation, messages_of, right_pad
+    from virtue.records import check_ids, read_dialogues, read_pairs, read_preferences
     from virtue.ethics import LENSES
     from virtue.lora import use_stack
     from virtue.memory import used
@@ -431,7 +433,8 @@ def best_of_n(args):
     import torch
     from virtue import AGGREGATORS, VirtueError, plots
     from virtue.checkpoint import file_hash, prompts_hash, write_atomic, write_json
-    from virtue.dialogue import load_prompts, messages_of
+    from virtue.dialogue import messages_of
+    from virtue.records import load_prompts
     from virtue.ensemble import aggregate, standardize
     from virtue.ethics import LENSES
     from virtue.feedback import versus

@@ -81,7 +81,8 @@ def main(argv=None):
     import torch
     from virtue import AGGREGATORS, VirtueError, plots
     from virtue.checkpoint import file_hash, prepare_output, prompts_hash, save_artifact, write_atomic
-    from virtue.dialogue import load_prompts, messages_of, read_jsonl, right_pad
+    from virtue.dialogue import messages_of, right_pad
+    from virtue.records import load_prompts, read_jsonl
     from virtue.ensemble import aggregate, standardize
     from virtue.ethics import LENSES
     from virtue.generate import check_context, fits, longest, sample_dialogues

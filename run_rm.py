@@ -51,7 +51,8 @@ def main(argv=None):
     import torch
     from virtue import VirtueError
     from virtue.checkpoint import check_made_by, data_hash, load_artifact, save_artifact, sha256_file
-    from virtue.dialogue import buckets, check_ids, encode_conversation, prompt_record, read_dialogues, read_pairs, read_preferences, right_pad
+    from virtue.dialogue import buckets, encode_conversation, right_pad
+    from virtue.records import check_ids, prompt_record, read_dialogues, read_pairs, read_preferences
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.memory import used

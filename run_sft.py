@@ -38,7 +38,8 @@ def main(argv=None):
     import torch
     from virtue import VirtueError
     from virtue.checkpoint import check_made_by, data_hash, read_manifest, save_artifact
-    from virtue.dialogue import buckets, encode_conversation, read_preferences, read_revisions, right_pad
+    from virtue.dialogue import buckets, encode_conversation, right_pad
+    from virtue.records import read_preferences, read_revisions
     from virtue.ethics import LENSES
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.memory import used

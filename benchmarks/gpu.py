@@ -193,7 +193,8 @@ def make_weights(b: Bench) -> None:
 def same(b: Bench) -> None:
     """The toy in fp32 on the device and on the CPU, the dialogues of the CPU's policy read on both: what the tests hold on a CPU alone."""
     import torch
-    from virtue.dialogue import load_prompts, messages_of, right_pad
+    from virtue.dialogue import messages_of, right_pad
+    from virtue.records import load_prompts
     from virtue.generate import sample_dialogues
     from virtue.judge import judge_pairs
     from virtue.lora import LoRALinear, adapter_parameters, add_adapter, use_stack
@@ -390,7 +391,7 @@ def text(rng: random.Random, tokens: int, vocab_size: int) -> str:
 
 def made_prompts(b: Bench) -> Path:
     """A file of prompts of full length, enough in every split that is sampled from."""
-    from virtue.dialogue import prompt_record, split
+    from virtue.records import prompt_record, split
     from virtue.checkpoint import write_jsonl
 
     rng, path, want, found = random.Random(1), b.out / "prompts.jsonl", {"rm": b.size["data"], "ppo": b.size["ppo"][1], "eval": b.size["data"]}, []
@@ -411,7 +412,8 @@ def common(b: Bench) -> list:
 def made_data(b: Bench, stage: str, n: int) -> Path:
     """A folder of revisions or preferences as run_data.py leaves it, n records of full length (a lens)."""
     from virtue.checkpoint import data_hash, write_jsonl, write_manifest
-    from virtue.dialogue import QUESTIONS, encode_conversation, prompt_record
+    from virtue.dialogue import QUESTIONS, encode_conversation
+    from virtue.records import prompt_record
     from virtue.ethics import LENSES, VIRTUES
     from virtue.models import base_fingerprint, load_tokenizer, template_fingerprint
 

@@ -21,7 +21,8 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     import torch
-    from virtue.dialogue import encode_prompt, load_prompts, messages_of, right_pad
+    from virtue.dialogue import encode_prompt, messages_of, right_pad
+    from virtue.records import load_prompts
     from virtue.ethics import VIRTUES
     from virtue.generate import sample_dialogues
     from virtue.judge import encode_questions, judge_pairs, label_ids, questions

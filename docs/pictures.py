@@ -22,7 +22,8 @@ def tokens_of(run: Path, record: int, base: str | None = None) -> dict:
     """One dialogue of a run: a list for each quantity, one number a sampled token; `words`, and `ends`, the turns' last tokens."""
     import torch
     from virtue.checkpoint import load_artifact, read_manifest
-    from virtue.dialogue import Dialogue, Turn, encode_conversation, read_jsonl, right_pad
+    from virtue.dialogue import Dialogue, Turn, encode_conversation, right_pad
+    from virtue.records import read_jsonl
     from virtue.ensemble import standardize
     from virtue.ethics import FOLLOW_UPS, LENSES
     from virtue.logprobs import kl_k1

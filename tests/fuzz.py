@@ -42,7 +42,7 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
 from tiny import make_tiny_model  # noqa: E402
-from virtue import VirtueError, checkpoint, dialogue, models, resume, runtime  # noqa: E402
+from virtue import VirtueError, checkpoint, dialogue, models, records, resume, runtime  # noqa: E402
 from virtue.ethics import LENSES, VIRTUES  # noqa: E402
 from virtue.lora import active_stack, adapter_names, adapter_parameters, add_adapter, remove_adapter, use_stack  # noqa: E402
 from virtue.report import curve_of  # noqa: E402
@@ -76,7 +76,7 @@ class Kit:
             "model": str(self.seeds / "base"), "quantize": "none", "dtype": "fp32", "prompts": "toy", "max_prompt_tokens": 400,
             "max_new_tokens": 4, "temperature": 1.0, "seed": 0, "held_out": 0.3, "sft": None})
         # prompts, revisions, preferences, dialogues, pairs of each kind
-        prompts = [dialogue.prompt_record(chat(f"What should I do about the letter {i}?")) for i in range(16)]
+        prompts = [records.prompt_record(chat(f"What should I do about the letter {i}?")) for i in range(16)]
         talk = "\n\nHuman: Why {0}?\n\nAssistant: Yes.\n\nHuman: Now {0}?\n\nAssistant: "
         hh = [{"chosen": talk.format(i) + "No.", "rejected": talk.format(i) + "Go."} for i in range(6)]
         self.put("text/prompts.jsonl", [{"prompt": p["prompt"][0]["content"]} for p in prompts])
@@ -147,7 +147,7 @@ def sound(messages: list[dict], last: str) -> None:
 
 
 def prompts(kit: Kit, path: Path) -> None:
-    for record in dialogue.read_prompts(path):
+    for record in records.read_prompts(path):
         assert re.fullmatch("[0-9a-f]{16}", record["id"]) and record.keys() == {"id", "prompt"}
         sound(record["prompt"], "user")
         ids = dialogue.encode_prompt(kit.tokenizer, record["prompt"])
@@ -155,20 +155,20 @@ def prompts(kit: Kit, path: Path) -> None:
 
 
 def revisions(kit: Kit, path: Path) -> None:
-    for r in dialogue.read_revisions(path):
+    for r in records.read_revisions(path):
         sound([*r["prompt"], {"role": "assistant", "content": r["revision"]}], "assistant")
         assert r["virtue"] in VIRTUES and r["truncated"] in (True, False) and r["critique"].encode() is not None and int(r["id"], 16) >= 0
 
 
 def preferences(kit: Kit, path: Path) -> None:
-    for r in dialogue.read_preferences(path, path.stem):
+    for r in records.read_preferences(path, path.stem):
         sound(r["chosen"], "assistant"), sound(r["rejected"], "assistant")
         assert r["virtues"].keys() == set(VIRTUES) and all(0.0 <= float(p) <= 1.0 for p in (r["label"], *r["virtues"].values()))
         assert r["votes"] in range(6) and r["position_flips"] in range(6) and r["lens"] == path.stem and int(r["id"], 16) >= 0
 
 
 def dialogues(kit: Kit, path: Path) -> None:
-    found = dialogue.read_dialogues(path)
+    found = records.read_dialogues(path)
     dialogue.right_pad([d.ids for d in found], 0), runtime.held_out_ids([d.id for d in found], 0, 0.5)
     for d in found:
         sound(d.prompt, "user")
@@ -178,7 +178,7 @@ def dialogues(kit: Kit, path: Path) -> None:
 
 
 def pairs(kit: Kit, path: Path) -> None:
-    for r in dialogue.read_pairs(path)[0]:
+    for r in records.read_pairs(path)[0]:
         sound(r["chosen"], "assistant"), sound(r["rejected"], "assistant")
         assert r["lens"] in LENSES and r["chosen"] != r["rejected"]
 
@@ -244,9 +244,9 @@ def state(kit: Kit, path: Path) -> None:
 def logs(kit: Kit, path: Path) -> None:
     """As run_eval.py's report reads what a training wrote."""
     if path.name == "rollouts.jsonl":
-        assert all(math.isfinite(row["kl"]) and math.isfinite(row["proxy"]) for row in curve_of(dialogue.read_rollouts(path)))
+        assert all(math.isfinite(row["kl"]) and math.isfinite(row["proxy"]) for row in curve_of(records.read_rollouts(path)))
     else:
-        assert all(value is None or math.isfinite(value) for row in dialogue.read_metrics(path) for value in row.values())
+        assert all(value is None or math.isfinite(value) for row in records.read_metrics(path) for value in row.values())
 
 
 READERS = {  # reader -> (share of the cases, files to damage)

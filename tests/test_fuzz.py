@@ -10,7 +10,7 @@ import pytest
 
 import fuzz
 from test_html import render, sample
-from virtue import VirtueError, dialogue, html, printable, runtime
+from virtue import VirtueError, html, printable, records, runtime
 from virtue.models import load_tokenizer
 from virtue.report import side_by_side
 
@@ -137,11 +137,11 @@ def test_no_code_of_a_model_runs_and_nobody_is_asked(kit, tmp_path, monkeypatch)
 
 
 def test_a_small_file_that_unpacks_to_a_huge_line_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(dialogue, "LONGEST", 1 << 20)
+    monkeypatch.setattr(records, "LONGEST", 1 << 20)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "a"}\n' + b'"' + b"x" * (40 << 20)))
     with pytest.raises(VirtueError, match="line 2: .*longer than 1 MiB"):
-        dialogue.read_prompts(path)
+        records.read_prompts(path)
 
 
 # ---- nothing is unpickled, no text is run as code

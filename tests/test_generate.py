@@ -7,7 +7,8 @@ import torch
 from tiny import make_tiny_model
 
 from virtue import generate
-from virtue.dialogue import encode_prompt, followup_ids, prompt_record
+from virtue.dialogue import encode_prompt, followup_ids
+from virtue.records import prompt_record
 from virtue.ethics import FOLLOW_UPS
 from virtue.runtime import stream
 

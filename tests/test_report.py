@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from virtue import VirtueError, feedback, html
-from virtue.dialogue import Dialogue, Turn, read_dialogues
+from virtue.dialogue import Dialogue, Turn
+from virtue.records import read_dialogues
 from virtue.ethics import LENSES, VIRTUES
 from virtue.feedback import agreement, gold_agreement, points, summarize, truth, virtue_agreement, win_rates
 from virtue.stats import wilson

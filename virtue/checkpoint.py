@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from virtue import VirtueError
-from virtue.dialogue import is_number
+from virtue.records import is_number
 from virtue.lora import adapter_config, adapter_state, load_adapter_state
 from virtue.models import DTYPES, QUANTIZE, ScalarHead, is_sound
 from virtue.runtime import main_rank

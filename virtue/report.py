@@ -14,7 +14,8 @@ import numpy as np
 
 from virtue import VirtueError, textstats
 from virtue.checkpoint import read_manifest
-from virtue.dialogue import Dialogue, is_number
+from virtue.dialogue import Dialogue
+from virtue.records import is_number
 from virtue.ensemble import study_score
 from virtue.ethics import LENSES
 from virtue.judge import unanswered

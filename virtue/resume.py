@@ -29,7 +29,7 @@ from torch import Tensor
 from virtue import VirtueError, printable
 from virtue.checkpoint import MANIFEST, check_output, file_hash, prepare_output, write_atomic, write_json
 from virtue.parallel import rank, size, total
-from virtue.dialogue import is_number
+from virtue.records import is_number
 from virtue.models import is_sound
 from virtue.runtime import main_rank
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from virtue.dialogue import prompt_record, split
+from virtue.records import prompt_record, split
 from virtue.ethics import CONSTITUTION, CRITIQUE, FOLLOW_UPS, LENSES, REVISION, VIRTUES
 
 PERSONS = "Anna Ben Clara David Emma Felix Grace Hugo Ida Jonas Karl Lena Mia Noah Olga Paul".split()
@@ -181,7 +181,7 @@ def prompts(held_out: bool | None = None) -> list[dict]:
 
 
 def split_prompts(name: str) -> list[dict]:
-    """Toy prompts of one split of `dialogue.split`; held-out questions all belong to ``eval``, and an unknown name has none."""
+    """Toy prompts of one split of `records.split`; held-out questions all belong to ``eval``, and an unknown name has none."""
     seen = [r for r in prompts(held_out=False) if split(r["id"]) == name]
     return sorted(seen + prompts(held_out=True), key=lambda r: r["id"]) if name == "eval" else seen
 

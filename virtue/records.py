@@ -1,0 +1,325 @@
+"""Data files: prompts, revisions, preferences and dialogues as JSON Lines, ours and other people's.
+
+Errors name file, line and remedy. The splits of prompts by stage are here, too.
+
+Shell: imports core and modules; scripts may import it, the core may not.
+"""
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import reprlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from virtue import VirtueError
+from virtue.dialogue import Dialogue, Messages, Turn
+from virtue.ethics import LENSES, VIRTUES
+
+SPLITS = (("sft", 0.25), ("rm", 0.60), ("ppo", 0.90), ("eval", 1.00))  # cumulative shares
+LONGEST = 64 << 20  # bytes of a line: a small .gz can hold one that fills the memory
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a JSON file is a number that arithmetic can take: no bool, NaN, infinity."""
+    return type(value) in (int, float) and abs(value) < 1e18
+
+
+def _need(ok: object, problem: str) -> None:
+    if not ok:
+        raise ValueError(problem)
+
+
+def _need_text(value: object, what: str) -> None:
+    _need(isinstance(value, str), f"{what} must be a text")
+    _need(not re.search("[\ud800-\udfff]", value), f"{what} must have no half of a surrogate pair")
+
+
+def _need_id(value: object) -> None:
+    _need(isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value), '"id" must be 16 hex digits')
+
+
+_SYSTEM = '; leave system messages out: [m for m in messages if m["role"] != "system"]'
+
+
+def _is_system(message: object) -> bool:
+    return isinstance(message, dict) and message.get("role") == "system"
+
+
+def check_messages(messages: object, name: str, last: str) -> None:
+    """ValueError unless `messages` are turns of user and assistant, the last of role `last`, whose
+    contents hold more than white space and can be UTF-8."""
+    _need(isinstance(messages, list) and messages, f'"{name}" must be a non-empty list of messages')
+    for i, message in enumerate(messages):
+        role, where = ("user", "assistant")[i % 2], f'"{name}" message {i + 1}'
+        _need(isinstance(message, dict) and message.get("role") == role,
+              f"{where} must have the role {role!r} (user and assistant alternate)" + _SYSTEM * _is_system(message))
+        content = message.get("content")
+        _need(isinstance(content, str) and content.strip(), f"{where} must have a non-empty text as content")
+        _need_text(content, where)
+    _need(messages[-1]["role"] == last, f'"{name}" must end with a message of the {last}')
+
+
+def prompt_record(messages: Messages) -> dict:
+    """``{"id", "prompt"}``: the id is 16 hex digits of the sha256 of the messages' JSON."""
+    prompt = [{"role": m["role"], "content": m["content"]} for m in messages]
+    canonical = json.dumps(prompt, sort_keys=True, separators=(",", ":"))
+    return {"id": hashlib.sha256(canonical.encode()).hexdigest()[:16], "prompt": prompt}
+
+
+def split(prompt_id: str) -> str:
+    """The stage that may use a prompt: sft 25 %, rm 35 %, ppo 30 %, eval 10 %, by its id."""
+    share = int(prompt_id, 16) / 16 ** len(prompt_id)
+    return next((name for name, bound in SPLITS if share < bound), "eval")
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yields (line number from 1, object) of a JSON Lines file, UTF-8, gzip if named ``.gz``.
+
+    Blank lines are passed over. VirtueError that names file, line and remedy: a file missing,
+    unreadable or empty, a line that is not one JSON object in UTF-8.
+    """
+    path, number, found = Path(path), 0, False
+    try:
+        if path.is_fifo():
+            raise OSError(0, "a pipe, which waits for its other end and can be read only once")
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            for number, raw in enumerate(iter(lambda: lines.readline(LONGEST + 1), b""), 1):  # of bytes: only \n ends a line
+                _need(len(raw) <= LONGEST, f"longer than {LONGEST >> 20} MiB")
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    record, found = json.loads(text), True
+                    _need(isinstance(record, dict), "a bare value")
+                    yield number, record
+    except FileNotFoundError:
+        hub = not path.suffix and len(path.parts) == 2  # owner/name
+        problem = ": no such file: check the path, or run the stage that writes it" + (
+            f'; a data set of the hub becomes a file by datasets: load_dataset("{path}", split="train").to_json("pairs.jsonl")' if hub else "")
+    except UnicodeDecodeError:
+        problem = f", line {number}: not UTF-8: convert the file to UTF-8"
+    except (ValueError, RecursionError) as e:  # the second: brackets nested a thousand deep
+        problem = (f", line {number}: not a JSON object ({str(e).split(':')[0]}): write one "
+                   '{"field": value, ...} a line, or remove the line')
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        problem = (f", after line {number}: damaged gzip: fetch the file again, or take .gz off "
+                   "its name if it is not compressed")
+    except OSError as e:
+        problem = f": cannot be read ({e.strerror}): give a readable file"
+    else:
+        problem = "" if found else ": empty: give a file with one JSON object a line"
+    if problem:
+        raise VirtueError(f"{path}{problem}")
+
+
+def parse_hh(text: str) -> Messages:
+    """An hh-rlhf transcript as messages, by its ``\\n\\nHuman:`` and ``\\n\\nAssistant:`` markers.
+
+    The data holds empty turns, left out here, and two of one role in a row, joined by a blank
+    line. ValueError: it does not start with a Human turn.
+    """
+    parts = re.split(r"\n\n(Human|Assistant):(?: |$)", text)
+    _need(not parts[0].strip() and parts[1:2] == ["Human"],
+          "a transcript must start with '\\n\\nHuman: '")
+    messages: Messages = []
+    for marker, content in zip(parts[1::2], parts[2::2], strict=True):
+        role, content = {"Human": "user", "Assistant": "assistant"}[marker], content.strip()
+        if content and messages and messages[-1]["role"] == role:
+            content = f"{messages.pop()['content']}\n\n{content}"
+        if content:
+            messages.append({"role": role, "content": content})
+    return messages
+
+
+def prompt_of(record: dict) -> Messages:
+    """The prompt of a record: ``{"prompt": text or messages}``, or ``{"chosen"}``, hh-rlhf's transcript or
+    TRL's messages, read up to and with its last user turn. ValueError: says what is wrong."""
+    name = "prompt" if "prompt" in record else "chosen"
+    _need(name in record, 'has neither "prompt" (a text or messages) nor "chosen" (hh-rlhf)')
+    value = record[name]
+    if isinstance(value, str) and (name == "chosen" or value.startswith("\n\nHuman:")):
+        value = parse_hh(value)
+        if value and value[-1]["role"] == "assistant":
+            value.pop()
+    elif isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    elif name == "chosen" and isinstance(value, list):
+        check_messages(value, name, "assistant")
+        value = value[:-1]
+    check_messages(value, name, "user")
+    return value
+
+
+def _records(path: str | Path, convert: Callable[[dict], dict], remedy: str) -> Iterator[dict]:
+    for number, record in read_jsonl(path):
+        try:
+            yield convert(record)
+        except (ValueError, RecursionError) as e:
+            raise VirtueError(f"{path}, line {number}: {e}: {remedy}") from None
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[dict]:
+    """The file's first `limit` (None: all) different prompts, as records ``{"id", "prompt"}``.
+    VirtueError, here as in all that reads a file of records: it names file, line and what to mend."""
+    found: dict[str, dict] = {}
+    for record in _records(path, lambda r: prompt_record(prompt_of(r)), "correct or remove it"):
+        found.setdefault(record["id"], record)
+        if len(found) == limit:
+            break
+    return list(found.values())
+
+
+def _stage_record(record: dict, fields: Sequence[str]) -> None:
+    missing = [name for name in ("id", *fields, "truncated") if name not in record]
+    _need(not missing, f"lacks {', '.join(missing)}")
+    _need_id(record["id"])
+    _need(isinstance(record["truncated"], bool), '"truncated" must be true or false')
+
+
+def _revision(record: dict) -> dict:
+    _stage_record(record, ("prompt", "initial", "critique", "revision", "virtue"))
+    check_messages(record["prompt"], "prompt", "user")
+    for name in ("initial", "critique", "revision"):
+        _need_text(record[name], f'"{name}"')
+    _need(record["revision"].strip(), '"revision" is empty')
+    _need(record["virtue"] in VIRTUES,
+          f"unknown virtue {reprlib.repr(record['virtue'])}, known are {', '.join(VIRTUES)}")
+    return record
+
+
+def _preference(record: dict, lens: str) -> dict:
+    _stage_record(record, ("lens", "chosen", "rejected", "virtues", "label", "votes",
+                           "position_flips"))
+    _need(record["lens"] == lens, f"lens {reprlib.repr(record['lens'])} where {lens!r} is asked for, give the "
+                                  "file of that lens")
+    chosen, rejected, virtues = record["chosen"], record["rejected"], record["virtues"]
+    check_messages(chosen, "chosen", "assistant")
+    check_messages(rejected, "rejected", "assistant")
+    shared = len(chosen) - 1 - 2 * LENSES.index(lens)  # the prompt's messages
+    _need(shared > 0 and len(chosen) == len(rejected) and chosen[:shared] == rejected[:shared],
+          f'"chosen" and "rejected" must be one prompt, each continued up to the {lens}')
+    _need(isinstance(virtues, dict), '"virtues" must map each virtue to a probability')
+    odd = ", ".join(reprlib.repr(name)[1:-1] for name in sorted(set(virtues) ^ set(VIRTUES))[:9])
+    _need(not odd, f'"virtues" with unknown or missing {odd}, it must have {", ".join(VIRTUES)}')
+    for name, value in [*virtues.items(), ("label", record["label"])]:
+        _need(type(value) in (int, float) and 0 <= value <= 1,  # nan is not, True is no number
+              f'"{name}" must be a probability, not {reprlib.repr(value)}')
+    for name in ("votes", "position_flips"):
+        _need(type(record[name]) is int and 0 <= record[name] <= len(VIRTUES),
+              f'"{name}" must be a whole number from 0 to {len(VIRTUES)}')
+    return record
+
+
+def read_revisions(path: str | Path) -> list[dict]:
+    """Records {id, prompt (messages), initial, critique, revision, virtue, truncated (bool)}.
+    VirtueError, here and in all readers of this file: unreadable, or a bad record, named by file and line."""
+    return list(_records(path, _revision, "correct it, or run run_data.py revisions again"))
+
+
+def read_preferences(path: str | Path, lens: str) -> list[dict]:
+    """Records {id, lens, chosen, rejected, virtues, label, votes, position_flips, truncated}.
+
+    `chosen` and `rejected` share their prompt and end with the lens's turn; `virtues` maps each
+    virtue to P(chosen better); `label` is a probability too, votes and flips count virtues.
+    """
+    remedy = "correct it, or run run_data.py preferences again"
+    return list(_records(path, lambda record: _preference(record, lens), remedy))
+
+
+def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], int]:
+    """Any preference file as records {"chosen", "rejected": messages, "lens"}; and how many were passed over.
+
+    Takes hh-rlhf's transcripts, this project's own files, and {"prompt", "chosen", "rejected"} with texts or
+    messages, as TRL writes; system messages are refused. `lens` is "action" where the file does not say. Passed over and counted: pairs that
+    do not end with the assistant, hold an empty text, or are identical (hh-rlhf has some of each).
+    """
+    def side(record: dict, name: str) -> list:
+        _need(name in record, 'lacks "chosen" or "rejected"')
+        value = record[name]
+        if isinstance(value, str):
+            if "prompt" not in record:
+                return parse_hh(value)
+            value = [{"role": "assistant", "content": value}]
+        _need(isinstance(value, list), f'"{name}" must be a text or messages')
+        _need(not any(map(_is_system, value)), f'"{name}" holds a system message, which has no place in the template{_SYSTEM}')
+        return [*prompt_of({"prompt": record["prompt"]}), *value] if "prompt" in record else value
+
+    def convert(record: dict) -> dict:
+        lens = record.get("lens", "action")
+        _need(lens in LENSES, f"unknown lens {reprlib.repr(lens)}, known are {', '.join(LENSES)}")
+        return {"chosen": side(record, "chosen"), "rejected": side(record, "rejected"), "lens": lens}
+
+    found, skipped = [], 0
+    for pair in _records(path, convert, "correct or remove it"):
+        try:
+            for name in ("chosen", "rejected"):
+                check_messages(pair[name], name, "assistant")
+            _need([m["content"] for m in pair["chosen"]] != [m["content"] for m in pair["rejected"]], "identical")
+            found.append(pair)
+        except ValueError:
+            skipped += 1
+        if len(found) == limit:
+            break
+    return found, skipped
+
+
+def load_prompts(name: str, part: str, limit: int | None = None) -> list[dict]:
+    """The first `limit` prompts of a split: of the toy world ("toy") or of a file. VirtueError: as `read_prompts`; none falls into the split."""
+    if name == "toy":
+        from virtue.toy.grammar import split_prompts
+        found = split_prompts(part)
+    else:
+        found = [record for record in read_prompts(name) if split(record["id"]) == part]
+    if not found:
+        raise VirtueError(f"{name}: no prompt falls into the split {part}: give more prompts")
+    return found[:limit]
+
+
+def read_dialogues(path: str | Path) -> list[Dialogue]:
+    """Dialogues as run_data.py samples them: {id, prompt, ids, turns [[start, end, truncated]]}. VirtueError: see `read_revisions`."""
+    def convert(record: dict) -> dict:
+        missing = [name for name in ("id", "prompt", "ids", "turns") if name not in record]
+        _need(not missing, f"lacks {', '.join(missing)}")
+        check_messages(record["prompt"], "prompt", "user")
+        _need_id(record["id"])
+        ids, turns = record["ids"], record["turns"]
+        _need(isinstance(ids, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in ids), '"ids" must be token ids')
+        _need(isinstance(turns, list) and len(turns) == len(LENSES) and all(
+            isinstance(t, list) and len(t) == 3 and all(type(x) is int for x in t[:2]) and type(t[2]) is bool
+            and 0 < t[0] < t[1] <= len(ids) - t[2] for t in turns) and all(a[1] <= b[0] for a, b in zip(turns, turns[1:])),
+            f'"turns" must be {len(LENSES)} spans [start, end, truncated] within the ids, one after the other')
+        return record
+    return [Dialogue(r["id"], r["prompt"], r["ids"], tuple(Turn(*t) for t in r["turns"]))
+            for r in _records(path, convert, "run run_data.py preferences again")]
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Lines of a MetricsLog that holds numbers only, as a training's metrics.jsonl: numbers, or None for nan. VirtueError: see `read_revisions`."""
+    def convert(record: dict) -> dict:
+        for name, value in record.items():
+            _need(value is None or is_number(value), f"{reprlib.repr(name)} must be a number or null, not {reprlib.repr(value)}")
+        return record
+    return list(_records(path, convert, "correct or remove it"))
+
+
+def check_ids(dialogues: Sequence[Dialogue], vocab_size: int, folder: Path) -> None:
+    """VirtueError where a token id lies beyond the model's vocabulary."""
+    for d in dialogues:
+        if max(d.ids) >= vocab_size:
+            raise VirtueError(f"{folder / 'dialogues.jsonl'}: record {d.id} has the token id {max(d.ids)}, but the model knows {vocab_size}: "
+                              "give the --model that sampled it, or sample again")
+
+
+def read_rollouts(path: str | Path) -> list[dict]:
+    """Lines of run_ppo.py's rollouts.jsonl: {iteration, id, prompt (text), kl, scores (one a lens), turns {lens: text}}. VirtueError: see `read_revisions`."""
+    def convert(record: dict) -> dict:
+        scores, turns = record.get("scores"), record.get("turns")
+        _need(type(record.get("iteration")) is int and is_number(record.get("kl")), '"iteration" and "kl" must be numbers')
+        _need(isinstance(scores, list) and len(scores) == len(LENSES) and all(map(is_number, scores)), f'"scores" must be {len(LENSES)} numbers')
+        _need(isinstance(turns, dict) and set(turns) <= set(LENSES), '"turns" must map lenses to texts')
+        for text in (record.get("prompt"), *turns.values()):
+            _need_text(text, '"prompt" and each of "turns"')
+        return record
+    return list(_records(path, convert, "correct or remove it"))
