@@ -41,6 +41,7 @@ assert a.grad.tolist() == [[5, 5], [5, 5]] and b.grad.tolist() == [1, 1, 1] and 
 parallel.barrier()
 parallel.leave()
 sys.stdout.write(f"rank {rank} well\\n")  # in one piece, since the other writes too
+os._exit = sys.exit  # run_main ends the process, but here another script follows
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # that one keeps the addresses of a group which is no more
 for name, command in commands.items():  # each script as torchrun would run it: it joins and leaves a group of its own
     sys.argv, os.environ["MASTER_PORT"] = command, next(ports)
@@ -143,3 +144,58 @@ def test_ppo_by_two(runs):
 
 def test_a_rank_that_dies_ends_the_others(runs):
     assert "rank 0 after ppo" in runs[2].stdout and runs[2].returncode != 0 and "never" not in runs[2].stdout
+
+
+LAST = """
+import atexit, importlib, sys, torch
+from virtue import VirtueError, parallel
+from virtue.runtime import run_main
+
+def main():
+    parallel.join(torch.device("cpu"))
+    importlib.import_module("torch.distributed.nn.functional")  # it holds the group: leave does not end the threads
+    atexit.register(print, "atexit")
+    for _ in range(3):
+        parallel.total(torch.ones(3))
+    sys.setswitchinterval(1000)  # a thread that frees a tensor waits until the interpreter ends
+    print("said")
+
+run_main(main)
+"""
+
+
+def test_a_process_of_several_ends_without_the_end_of_the_interpreter():
+    """It aborted in most of such runs while run_main ended by sys.exit."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [subprocess.Popen([sys.executable, "-c", LAST], cwd=ROOT, env={**group, "RANK": str(rank)}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+    for said, process in zip(("said\natexit\n", ""), both):
+        out, err = process.communicate(timeout=300)
+        assert (process.returncode, out) == (0, said), err
+
+
+@pytest.mark.parametrize(("failure", "status", "words"), [
+    ("VirtueError('no')", 2, "error: no\n"), ("KeyboardInterrupt()", 130, "interrupted: "),
+    ("ZeroDivisionError()", 1, "Traceback ")])
+def test_a_failure_of_one_of_several_passes_its_status_and_words(failure, status, words):
+    code = f"""
+from virtue import VirtueError
+from virtue.runtime import run_main
+
+class Never:  # the end of the interpreter would call __del__
+    def __del__(self):
+        print("never")
+
+held = Never()
+
+def main():
+    print("said")
+    raise {failure}
+
+run_main(main)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False,
+                          env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
+    assert (done.returncode, done.stdout) == (status, "said\n") and done.stderr.startswith(words), done.stderr

@@ -16,6 +16,7 @@ import json
 import re
 import reprlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from . import VirtueError
 from .logprobs import gather_logprobs, logprobs_and_entropy, scatter, select_next
 from .lora import active_stack, adapter_names, use_stack
 from .memory import LOGITS_AT_ONCE
-from .runtime import progress
+from .runtime import main_rank, progress
 
 if TYPE_CHECKING:
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
@@ -247,6 +248,26 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype, dev
     setattr(module, leaf, new)
 
 
+def _tie(model: MistralForCausalLM, folder: Path, missing: set[str]) -> set[str]:
+    """Makes lm_head and the embeddings one tensor, since config.json says so -> what is missing after that.
+
+    As in transformers the one of the two that the files hold serves for both. Where they hold both and the
+    two differ, both stay, with a warning, and ``model.config``, which an export writes, says untied.
+    """
+    head, embeddings = model.lm_head, model.model.embed_tokens
+    absent = missing & {"lm_head.weight", "model.embed_tokens.weight"}
+    if len(absent) == 2:
+        return missing - {"lm_head.weight"}
+    if not absent and not torch.equal(head.weight, embeddings.weight):
+        model.config.tie_word_embeddings = False
+        if main_rank():
+            print(f"warning: {folder}: config.json ties lm_head to the embeddings, but the weights hold another lm_head: "
+                  "it is kept, as transformers does; set tie_word_embeddings to false in config.json", file=sys.stderr)
+        return missing
+    head.weight = embeddings.weight = head.weight if "model.embed_tokens.weight" in absent else embeddings.weight
+    return missing - absent
+
+
 def load_model(
     name: str | Path, *, quantize: str = "none", dtype: str = "fp32", device: str = "cpu"
 ) -> MistralForCausalLM:
@@ -265,13 +286,12 @@ def load_model(
         raise
     except Exception as error:  # an activation or a kind of rope that transformers does not know
         raise VirtueError(f"{folder / 'config.json'}: no model can be made of it ({_said(error)}); fetch it again") from error
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    shapes = {key: value.shape for key, value in model.state_dict().items() if key not in tied}
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
     seen: set[str] = set()
     with progress(None, f"loading {folder.name}", len(shapes), unit="tensor", leave=False) as bar:
         for path, key, tensor in _tensors(files):
-            if key in tied or key.endswith("rotary_emb.inv_freq"):
-                continue  # computed, or tied, below
+            if key.endswith("rotary_emb.inv_freq"):
+                continue  # computed below
             if shapes.get(key) != tensor.shape:
                 want = tuple(shapes[key]) if key in shapes else "no such tensor"
                 raise VirtueError(f"{path}: {key[:200]} is {tuple(tensor.shape)}, config.json has {want}; fetch both again")
@@ -281,10 +301,11 @@ def load_model(
             _place(model.get_submodule(module), leaf, tensor, DTYPES[dtype], device)
             seen.add(key)
             bar.update()
-    if missing := sorted(shapes.keys() - seen):
-        raise VirtueError(f"{folder}: {len(missing)} tensors are missing, e.g. {missing[0]}; fetch the weights again")
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    missing = shapes.keys() - seen
+    if config.tie_word_embeddings:
+        missing = _tie(model, folder, missing)
+    if missing:
+        raise VirtueError(f"{folder}: {len(missing)} tensors are missing, e.g. {min(missing)}; fetch the weights again")
     # inv_freq is in no file and still on meta: compute it again, and in fp32 whatever the dtype.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -345,6 +366,7 @@ def hidden_states(
 
     ``attention_mask`` (B, L), True or 1 = real token, or (B, 1, L, L) True = attends, which needs
     ``position_ids`` (B, L); by default a token's position is the number of real ones before it.
+    Where config.json has a sliding window of W, a token sees itself and the W - 1 positions before it.
     What stands at padding means nothing. ValueError: a mask of another shape, or of four dimensions without ``position_ids``.
     """
     if position_ids is None:
@@ -356,6 +378,8 @@ def hidden_states(
             attention_mask = None
         else:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    elif attention_mask.ndim == 4 and model.config.sliding_window:  # transformers takes such a mask as it is
+        attention_mask = attention_mask & (position_ids[:, None, None] > position_ids[:, None, :, None] - model.config.sliding_window)
     return model.model(
         input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state

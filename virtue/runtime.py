@@ -7,6 +7,7 @@ Shell: imports core and modules; scripts may import it, the core may not.
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import errno
 import hashlib
@@ -16,9 +17,10 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 if missing := [name for name in ("numpy", "torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]:
     print(f"error: {', '.join(missing)}: not installed for {sys.executable}: make demo and make test install what it takes into .venv; "
@@ -204,7 +206,32 @@ def main_rank() -> bool:
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Runs a script's `main` and exits: 0; 2 after a VirtueError's one line; 130 on Ctrl-C."""
+    """Runs a script's `main` and exits: 0; 2 after a VirtueError's one line; 130 on Ctrl-C.
+
+    As one of several processes it leaves out the end of the interpreter. What is imported after
+    ``parallel.join`` may hold the group (torch.distributed.nn does, which transformers imports), so its
+    threads outlive ``parallel.leave``; and before Python 3.14 a thread that wants to free a tensor while
+    the interpreter ends is ended in the midst of C++, which aborts the process with SIGABRT.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        _run(main)
+    status = 1
+    try:
+        _run(main)
+    except SystemExit as end:
+        status = end.code
+    except Exception:
+        traceback.print_exc()
+    atexit._run_exitfuncs()  # temporary folders of the libraries
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # nobody reads any more
+        status = status or 1
+    os._exit(status)
+
+
+def _run(main: Callable[[], object]) -> NoReturn:
     if not main_rank():
         sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
