@@ -147,55 +147,47 @@ def test_a_rank_that_dies_ends_the_others(runs):
 
 
 LAST = """
-import atexit, importlib, sys, torch
-from virtue import VirtueError, parallel
+import atexit, importlib, sys
+from virtue import VirtueError
 from virtue.runtime import run_main
 
-def main():
+class Never:
+    def __del__(self):  # the end of the interpreter would call it
+        print("never")
+
+held = Never()
+atexit.register(print, "atexit")
+
+def group():
+    import torch
+    from virtue import parallel
     parallel.join(torch.device("cpu"))
     importlib.import_module("torch.distributed.nn.functional")  # it holds the group: leave does not end the threads
-    atexit.register(print, "atexit")
     for _ in range(3):
         parallel.total(torch.ones(3))
-    sys.setswitchinterval(1000)  # a thread that frees a tensor waits until the interpreter ends
+    sys.setswitchinterval(1000)  # a thread that frees a tensor waits: in an end of the interpreter it may abort the process
+
+def fails(error):
+    raise error
+
+def main():
     print("said")
+    {}
 
 run_main(main)
 """
 
 
-def test_a_process_of_several_ends_without_the_end_of_the_interpreter():
-    """It aborted in most of such runs while run_main ended by sys.exit."""
+@pytest.mark.parametrize(("does", "status", "words"), [
+    ("group()", 0, ""), ("fails(VirtueError('no'))", 2, "error: no\n"),
+    ("fails(KeyboardInterrupt())", 130, "interrupted: "), ("fails(ZeroDivisionError())", 1, "Traceback ")])
+def test_one_of_several_ends_without_the_end_of_the_interpreter(does, status, words):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    both = [subprocess.Popen([sys.executable, "-c", LAST], cwd=ROOT, env={**group, "RANK": str(rank)}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
-    for said, process in zip(("said\natexit\n", ""), both):
+    processes = [subprocess.Popen([sys.executable, "-c", LAST.format(does)], cwd=ROOT, env={**group, "RANK": str(rank)}, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+    for said, process in zip(("said\natexit\n", ""), processes):
         out, err = process.communicate(timeout=300)
-        assert (process.returncode, out) == (0, said), err
-
-
-@pytest.mark.parametrize(("failure", "status", "words"), [
-    ("VirtueError('no')", 2, "error: no\n"), ("KeyboardInterrupt()", 130, "interrupted: "),
-    ("ZeroDivisionError()", 1, "Traceback ")])
-def test_a_failure_of_one_of_several_passes_its_status_and_words(failure, status, words):
-    code = f"""
-from virtue import VirtueError
-from virtue.runtime import run_main
-
-class Never:  # the end of the interpreter would call __del__
-    def __del__(self):
-        print("never")
-
-held = Never()
-
-def main():
-    print("said")
-    raise {failure}
-
-run_main(main)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False,
-                          env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
-    assert (done.returncode, done.stdout) == (status, "said\n") and done.stderr.startswith(words), done.stderr
+        assert (process.returncode, out) == (status, said) and err.startswith(words), err
