@@ -76,6 +76,16 @@ def test_sampling_equals_a_plain_loop(model, rows, uniforms, temperature):
     assert rows == before
 
 
+@pytest.mark.parametrize("window", [1, 6])
+def test_sampling_with_a_sliding_window_equals_a_plain_loop(tmp_path, rows, uniforms, window):
+    from transformers import MistralForCausalLM
+
+    narrow = MistralForCausalLM.from_pretrained(make_tiny_model(tmp_path, sliding_window=window, tokenizer=False)).eval()
+    expected = [plainly(narrow, r, u, 1.0) for r, u in zip(rows, uniforms, strict=True)]
+    for one_shape in (None, True):  # of one shape it cannot be: it must do without
+        assert generate.sample(narrow, rows, uniforms, eos_id=EOS, pad_id=PAD, one_shape=one_shape) == expected
+
+
 def test_greedy_equals_transformers_generate(model, rows, uniforms):
     for row, (new, truncated) in zip(rows, sample(model, rows, uniforms, 0.0), strict=True):
         whole = model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row)),

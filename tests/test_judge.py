@@ -50,6 +50,25 @@ def test_packed_questions_equal_ten_separate_prompts(tiny):
         assert mass == pytest.approx(sum(masses) / len(masses), abs=1e-6)
 
 
+def test_a_sliding_window_is_that_of_transformers_question_by_question(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_model(tmp_path, max_position_embeddings=4096, sliding_window=32)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    plain, labels = AutoModelForCausalLM.from_pretrained(folder).eval(), list(label_ids(tokenizer))
+    pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."), pair("x", "yes yes", turns=2)]
+    prefix, endings = encode_questions(tokenizer, *pairs[0], "action")
+    assert 32 < len(prefix) and min(map(len, endings)) < 32 < sum(map(len, endings))  # it reaches into the prefix
+    probs, _ = judge_pairs(model, tokenizer, pairs, "action", batch_size=3)
+    for i, (first, second) in enumerate(pairs):
+        for order, shown in enumerate([(first, second), (second, first)]):
+            for v, text in enumerate(questions(*shown, "action")):
+                with torch.no_grad():
+                    logits = plain(torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": text}])])).logits[0, -1]
+                p = logits[labels].softmax(0)[0]
+                assert probs[i, order, v].item() == pytest.approx((p if order == 0 else 1 - p).item(), abs=1e-5)
+
+
 def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):
     first, second = pair("good", "bad")
     prefix, endings = encode_questions(tiny[1], first, second, "action")

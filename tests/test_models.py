@@ -20,7 +20,7 @@ from torch import nn
 
 from virtue import VirtueError, models
 from virtue.models import (
-    ScalarHead, base_fingerprint, hidden_states, load_model, load_tokenizer, logprobs_at, resolve,
+    ScalarHead, base_fingerprint, checkpoint_layers, hidden_states, load_model, load_tokenizer, logprobs_at, resolve,
     score_at, template_fingerprint,
 )
 
@@ -104,6 +104,33 @@ def test_logits_equal_from_pretrained_bitwise(folders, dtype, tied, shards):
     assert mine.model.rotary_emb.inv_freq.dtype == torch.float32
     assert not mine.training and not any(p.requires_grad for p in mine.parameters())
     assert type(mine) is MistralForCausalLM
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("tied, has", [(True, "another"), (True, "equal"), (True, "head"), (False, "equal")])
+def test_a_head_in_the_file_is_kept_or_tied_as_in_transformers(tmp_path, capsys, folder, tied, has, quantize):
+    from transformers import AutoModelForCausalLM
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    edit(copy / "config.json", tie_word_embeddings=tied)
+    head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
+    if has == "equal":
+        save(copy, lambda t: t.update({head: t[embeddings].clone()}))
+    elif has == "head":
+        save(copy, lambda t: t.pop(embeddings))
+    mine, one = load_model(copy, quantize=quantize), tied and has != "another"
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {copy}: config.json ties lm_head") if has == "another" else not said
+    theirs = AutoModelForCausalLM.from_pretrained(copy).eval()
+    for model in (mine, theirs):
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == one
+    assert torch.equal(mine.lm_head.weight, theirs.lm_head.weight)
+    assert torch.equal(mine.model.embed_tokens.weight, theirs.model.embed_tokens.weight)
+    if quantize == "none":
+        ids = torch.tensor([ROWS[0]])
+        with torch.no_grad():
+            assert torch.equal(mine(ids).logits, theirs(ids).logits)
+    assert mine.config.tie_word_embeddings == one
 
 
 def test_weights_do_not_live_in_the_file(copy):
@@ -199,7 +226,11 @@ NORM = "model.layers.1.input_layernorm.weight"
     (lambda f: (f / "config.json").write_text("{"), "config.json"),
     (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     (lambda f: (f / "config.json").unlink(), "config.json"),
+    (lambda f: edit(f / "config.json", sliding_window=0), "config.json.*sliding_window"),
     (lambda f: save(f, lambda t: t.pop(NORM)), f"1 tensors are missing.*{NORM}"),
+    (lambda f: save(f, lambda t: t.pop("lm_head.weight")), "1 tensors are missing.*lm_head"),
+    (lambda f: (edit(f / "config.json", tie_word_embeddings=True), save(f, lambda t: [t.pop("lm_head.weight"), t.pop("model.embed_tokens.weight")])),
+     "1 tensors are missing.*embed_tokens"),
     (lambda f: save(f, lambda t: t.update(bias=t[NORM].clone())), "bias.*no such tensor"),
     (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
     (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged"),
@@ -233,6 +264,9 @@ def test_a_missing_shard_is_named(folders, tmp_path):
 
 def test_resolve(folder, tmp_path, monkeypatch):
     import huggingface_hub
+
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "inner")  # relative names then name nothing
 
     asked = []
 
@@ -519,6 +553,49 @@ def test_4d_mask_lets_two_continuations_share_a_prefix(model, plain):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="position_ids"):
         hidden_states(model, ids, attends[None, None])
+
+
+@pytest.mark.parametrize("window", [1, 4, 8])
+def test_a_sliding_window_is_that_of_transformers_on_every_way_through(tmp_path, window):
+    """Rows of 9, 5 and 7 tokens alone in transformers' forward, against batches padded on both sides and a shared prefix."""
+    from transformers import MistralForCausalLM
+
+    folder = make_tiny_model(tmp_path, sliding_window=window, tokenizer=False)
+    model, plain = load_model(folder), MistralForCausalLM.from_pretrained(folder).eval()
+    model.model.embed_tokens.weight.requires_grad_()
+    for parameter in plain.parameters():
+        parameter.requires_grad_(parameter is plain.model.embed_tokens.weight)
+    want = [plain.model(torch.tensor([row])).last_hidden_state[0] for row in ROWS]
+    loss = sum(plain.lm_head(h)[:-1].log_softmax(-1)[torch.arange(len(row) - 1), row[1:]].sum() for h, row in zip(want, ROWS))
+    loss.backward()
+    head = ScalarHead(64, seed=3)
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_layers(model)
+        for side, extra in (("right", 0), ("right", 5), ("left", 2)):
+            ids, attention = batch(ROWS, side, extra)
+            hidden = hidden_states(model, ids, attention)
+            starts = torch.tensor([0 if side == "right" else ids.shape[1] - len(row) for row in ROWS])
+            for i, row in enumerate(ROWS):
+                torch.testing.assert_close(hidden[i, starts[i]:starts[i] + len(row)], want[i], rtol=1e-4, atol=1e-5)
+            last = starts + torch.tensor([len(row) - 1 for row in ROWS])
+            scores = score_at(model, head, ids, attention, last[:, None])[:, 0]
+            torch.testing.assert_close(scores, torch.stack([head(h[-1]) for h in want]), rtol=1e-4, atol=1e-4)
+            model.zero_grad()
+            found = logprobs_at(model, ids, attention, attention[:, 1:] & attention[:, :-1]).sum()
+            found.backward()
+            torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-3)
+            torch.testing.assert_close(model.model.embed_tokens.weight.grad[5:], plain.model.embed_tokens.weight.grad[5:], rtol=1e-3, atol=1e-3)
+    prefix, first, second = ROWS[0][:5], ROWS[0][5:], ROWS[1][1:]
+    p, f = len(prefix), len(first)
+    length = p + f + len(second)
+    attends = torch.ones(length, length, dtype=bool).tril()
+    attends[p + f:, p:p + f] = False
+    positions = torch.tensor([[*range(p + f), *range(p, p + len(second))]])
+    with torch.no_grad():
+        hidden = hidden_states(model, torch.tensor([prefix + first + second]), attends[None, None], positions)[0]
+        torch.testing.assert_close(hidden[p + f:], plain.model(torch.tensor([prefix + second])).last_hidden_state[0, p:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(hidden[:p + f], want[0], rtol=1e-4, atol=1e-5)
 
 
 # ---- scores

@@ -43,7 +43,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZE = ("none", "nf4")
 _INDEX = "model.safetensors.index.json"
 _SIZES = {"num_hidden_layers": 1000, **dict.fromkeys((  # the largest values believed of a config.json
-    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"), 1 << 30)}
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+    "sliding_window"), 1 << 30)}
 _HUB_FILES = (  # no pickles, no duplicate "consolidated" weights, no sentencepiece
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "model*.safetensors", _INDEX,
