@@ -1,8 +1,8 @@
 # make demo   the whole method on the toy model, into runs/demo/ (7 minutes on 2 cores)
-# make test   the test suite (no network, no GPU)
+# make test   the test suite (no network, no GPU; 3 minutes on 2 cores)
 # make check  ruff, which it installs, and the tests
 # make interop  the tests against PEFT, TRL and datasets, which it installs; make test skips those where they are absent
-# make oldest, make newest  the test suite with the lowest and the newest versions that pyproject.toml admits (several GB each)
+# make oldest, make newest  the tests in EDGES with the lowest and the newest versions that pyproject.toml admits (several GB each)
 # make compare REV=HEAD   did a change to the code help? SEEDS="0 1" for fewer than six; FLAGS for more, e.g. FLAGS='--jobs 2 --scale small'
 # Each installs what it needs into .venv first. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to
 # pip (README: how to get torch's small CPU build), SEED, OUT, PROCESSES (cores to use) and DEVICE go to the demo: PROCESSES=1 DEVICE=cuda for one GPU.
@@ -18,6 +18,11 @@ DEVICE    ?= cpu
 RUN        = .venv/bin/python
 # One process a core, of one thread each: a fifth faster than one process of two threads. They talk on this machine only.
 STAGE      = GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES)
+TESTS      = -m pytest -q -n $(PROCESSES) --dist loadgroup
+# The tests that meet other packages where versions of them differ: transformers and its tokenizers, bitsandbytes, torch's kernels,
+# autograd and processes, numpy's statistics, matplotlib; and the whole method once. What the others test is our own text, files and flags.
+EDGES      = $(patsubst %,tests/test_%.py,chat checkpoint dialogue generate html judge logprobs lora memory models parallel ppo rollout stats) \
+             tests/interop/test_transformers.py tests/test_scripts.py::test_chain_on_nf4
 COMMON     = --seed $(SEED) --device $(DEVICE) --overwrite
 
 .PHONY: demo test check interop oldest newest compare clean
@@ -42,19 +47,19 @@ demo: .venv/installed
 	$(STAGE) run_eval.py models      $(COMMON) --policy $(OUT)/policy --out $(OUT)/report
 
 test: .venv/installed
-	$(RUN) -m pytest -q
+	$(RUN) $(TESTS)
 
 check: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-dev.txt
 	.venv/bin/python -m ruff check
-	$(RUN) -m pytest -q
+	$(RUN) $(TESTS)
 
 interop: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-interop.txt
-	$(RUN) -m pytest -q tests/interop
+	$(RUN) $(TESTS) tests/interop
 
 oldest newest: %: .venv-%/installed
-	.venv-$*/bin/python -m pytest -q
+	.venv-$*/bin/python $(TESTS) $(EDGES)
 
 compare: .venv/installed
 	$(RUN) experiments/compare.py $(REV) --seeds $(SEEDS) $(FLAGS)
