@@ -18,7 +18,8 @@ DEVICE    ?= cpu
 RUN        = .venv/bin/python
 # One process a core, of one thread each: a fifth faster than one process of two threads. They talk on this machine only.
 STAGE      = GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES)
-TESTS      = -m pytest -q -n $(PROCESSES) --dist loadgroup
+# A file's tests stay in one process, which makes once what they share.
+TESTS      = -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 # The tests that meet other packages where versions of them differ: transformers and its tokenizers, bitsandbytes, torch's kernels,
 # autograd and processes, numpy's statistics, matplotlib; and the whole method once. What the others test is our own text, files and flags.
 EDGES      = $(patsubst %,tests/test_%.py,chat checkpoint dialogue generate html judge logprobs lora memory models parallel ppo rollout stats) \
@@ -35,7 +36,7 @@ COMMON     = --seed $(SEED) --device $(DEVICE) --overwrite
 
 .venv-%/installed: requirements-%.txt
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r $<
+	.venv-$*/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_FLAGS) -r $<
 	touch $@
 
 demo: .venv/installed

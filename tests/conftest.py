@@ -10,12 +10,12 @@ import torch
 torch.set_num_threads(1)
 
 
+LONG = ("test_scripts", "test_wiring", "test_resume", "test_parallel")
+
+
 def pytest_collection_modifyitems(items):
-    """For pytest-xdist's ``--dist loadgroup``: a file's tests that share what is made once for the module stay in one
-    process; each other test runs where there is room."""
-    for item in items:
-        if any(made.scope == "module" for found in item._fixtureinfo.name2fixturedefs.values() for made in found):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    """The longest files first: under pytest-xdist no process begins one when the others are done."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.path.name.startswith(name)), len(LONG)))
 
 
 @pytest.fixture(autouse=True)
