@@ -1,5 +1,5 @@
 # make demo   the whole method on the toy model, into runs/demo/ (7 minutes on 2 cores)
-# make test   the test suite (no network, no GPU; 3 minutes on 2 cores)
+# make test   the test suite (no network, no GPU)
 # make check  ruff, which it installs, and the tests
 # make interop  the tests against PEFT, TRL and datasets, which it installs; make test skips those where they are absent
 # make oldest, make newest  the tests in EDGES with the lowest and the newest versions that pyproject.toml admits (several GB each)
