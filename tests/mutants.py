@@ -1,0 +1,56 @@
+"""Mutation testing: how many small faults of the code do the tests see?
+
+  python tests/mutants.py tests/mutants/run_ppo.txt -- tests/test_wiring_ppo.py
+
+Applies each edit of the list alone in a copy of the working tree, runs pytest -x with what follows
+``--``, and names the edits with which every test passes. A list has blocks of lines, parted by empty
+lines: the file's path where it changes, lines that begin with "- " for the text that goes (it must
+stand once in the file), lines that begin with "+ " for the text that comes, and "# " for remarks.
+"""
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read(path: Path) -> list[tuple[str, str, str]]:
+    """The list's edits as (file, old, new). ValueError: an old text that does not stand once in its file."""
+    edits, name = [], None
+    for block in path.read_text().split("\n\n"):
+        lines = block.strip("\n").splitlines()
+        name = next((line for line in lines if line[0] not in "-+#"), name)
+        old, new = ("\n".join(line[2:] for line in lines if line[:1] == sign) for sign in "-+")
+        if not old:
+            continue
+        if (count := (ROOT / name).read_text().count(old)) != 1:
+            raise ValueError(f"{path}: {old!r} stands {count} times in {name}, not once")
+        edits.append((name, old, new))
+    return edits
+
+
+def main(argv: list[str]) -> None:
+    lists, command = argv[:argv.index("--")], [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *argv[argv.index("--") + 1:]]
+    edits, alive = [edit for path in lists for edit in read(Path(path))], 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs"))
+        for name, old, new in [(None, "", ""), *edits]:  # first the code as it is: the tests must pass
+            if name:
+                (copy / name).write_text((ROOT / name).read_text().replace(old, new))
+            found = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+            if name is None and found.returncode:
+                sys.exit(f"the tests fail without any edit:\n{found.stdout}{found.stderr}")
+            if name:
+                (copy / name).write_text((ROOT / name).read_text())
+                alive += found.returncode == 0
+                print("alive" if found.returncode == 0 else "killed", f"{name}: {old!r} -> {new!r}", flush=True)
+    print(f"{alive} of {len(edits)} mutants live")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
