@@ -3,17 +3,20 @@
   python tests/mutants.py tests/mutants/run_ppo.txt -- tests/test_wiring_ppo.py
 
 Applies each edit of the list alone in a copy of the working tree, runs pytest -x with what follows
-``--``, and names the edits with which every test passes. A list has blocks of lines, parted by empty
+``--`` in a fork of this process, which has imported torch and transformers for all of them, and names the edits with which every test passes. A list has blocks of lines, parted by empty
 lines: the file's path where it changes, lines that begin with "- " for the text that goes (it must
 stand once in the file), lines that begin with "+ " for the text that comes, and "# " for remarks.
 """
 from __future__ import annotations
 
+import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
+import transformers.models.mistral.modeling_mistral  # noqa: F401 (each fork would take seconds for it)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,22 +36,36 @@ def read(path: Path) -> list[tuple[str, str, str]]:
     return edits
 
 
+def run(folder: Path, arguments: list[str], log: Path) -> int:
+    """pytest's exit status, in a process of its own; what it prints goes to the log."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 3
+    try:
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.chdir(folder)
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])
+    finally:
+        os._exit(status)
+
+
 def main(argv: list[str]) -> None:
-    lists, command = argv[:argv.index("--")], [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *argv[argv.index("--") + 1:]]
+    lists, arguments = argv[:argv.index("--")], argv[argv.index("--") + 1:]
     edits, alive = [edit for path in lists for edit in read(Path(path))], 0
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
+        copy, log = Path(folder) / "copy", Path(folder) / "log"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs"))
         for name, old, new in [(None, "", ""), *edits]:  # first the code as it is: the tests must pass
             if name:
                 (copy / name).write_text((ROOT / name).read_text().replace(old, new))
-            found = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-            if name is None and found.returncode:
-                sys.exit(f"the tests fail without any edit:\n{found.stdout}{found.stderr}")
+            failed = run(copy, arguments, log) != 0
+            if name is None and failed:
+                sys.exit(f"the tests fail without any edit:\n{log.read_text()}")
             if name:
                 (copy / name).write_text((ROOT / name).read_text())
-                alive += found.returncode == 0
-                print("alive" if found.returncode == 0 else "killed", f"{name}: {old!r} -> {new!r}", flush=True)
+                alive += not failed
+                print("killed" if failed else "alive", f"{name}: {old!r} -> {new!r}", flush=True)
     print(f"{alive} of {len(edits)} mutants live")
 
 

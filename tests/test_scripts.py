@@ -141,14 +141,16 @@ def test_the_policy_waits_for_the_value_function(fp32, tmp_path):
 
 
 def test_the_best_policy_is_kept(fp32, tmp_path):
-    """best/ is what sampled the iteration with the greatest score less penalty: at iteration 1 the untrained adapter."""
+    """best/ is what sampled the iteration with the greatest score less penalties: at iteration 1 the untrained adapter."""
     from safetensors.torch import load_file
     metrics = lines(fp32 / "policy/metrics.jsonl")
     for m in metrics:
-        assert m["objective/rlhf_reward"] == pytest.approx(m["objective/score"] - m["objective/kl_coef"] * m["objective/kl"])
+        placed = m["objective/score"] - 3 * (1 - m["tokens/eos_rate"])  # a penalty of 1 for each turn that was cut
+        assert m["objective/rlhf_reward"] == pytest.approx(placed - m["objective/kl_coef"] * m["objective/kl"], abs=1e-5)
+        assert m["objective/selection"] == pytest.approx(placed - 0.06 * m["objective/kl"], abs=1e-5)  # the coefficient of --kl-coef, in all iterations
     call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 3, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 12,
          "--ppo-epochs", 1, "--lr", 1e-7, "--kl-coef", 0.0, "--save-every", 1)
-    found = [m["objective/rlhf_reward"] for m in lines(tmp_path / "p/metrics.jsonl")]
+    found = [m["objective/selection"] for m in lines(tmp_path / "p/metrics.jsonl")]
     manifest = json.loads((tmp_path / "p/best/virtue.json").read_text())
     assert manifest["stage"] == "policy" and manifest["extra"]["iterations"] == found.index(max(found))
     call("run_ppo", "--rm", fp32 / "rm", "--out", tmp_path / "q", "--iterations", 2, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 8,
