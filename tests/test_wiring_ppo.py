@@ -351,15 +351,15 @@ PPO = ["--rollout-size", 7, "--minibatch-size", 3, "--micro-batch-size", 2, "--p
        "--eos-penalty", 0.2, "--kl-coef", 0.3, "--uwo-coef", 0.8, "--lsc-reference", 0.4]
 
 
-def test_weighted_paid_at_the_turns_with_warm_up_and_an_adaptive_coefficient(world, tmp_path, monkeypatch, capsys):
-    flags = [*PPO, "--sft", world.at / "sft", "--rm", world.at / "rm", "--seed", 13, "--iterations", 4, "--value-warmup", 1, "--aggregate", "weighted", "--weights", 0.2, 0.7, 0.4,
-             "--kl-target", 0.2, "--kl-horizon", 8, "--uwo-variance"]
-    oracle, wrote = compare(world, tmp_path / "out", *run(world, tmp_path / "out", monkeypatch, flags))
-    # the settings leave no fault unseen: cut and ended turns, clipped scores and gradients, a KL whose two estimates lie on two sides of the target, a best policy that is not the last
-    assert 0 < wrote[-1]["tokens/eos_rate"] < 1 and 0 < oracle.clipped_share < 1 and wrote[-1]["policy/grad_norm"] > 0.06 < wrote[0]["value/grad_norm"]
-    assert wrote[2]["objective/kl"] < 0.2 < wrote[2]["objective/kl_k3"] and oracle.best_iteration == 3 and wrote[1]["policy/ratio"] != 1
-    score, first, best = (float(x) for x in re.search(r"score (\S+) -> .*penalties \((\S+), before iteration (\d)", capsys.readouterr().out, re.DOTALL).groups())
-    assert (score, first, best) == pytest.approx((wrote[0]["objective/score"], oracle.best, 3), abs=1e-3)
+def test_mean_paid_at_the_end_without_sft(world, tmp_path, monkeypatch):
+    flags = [*PPO, "--rm", world.at / "bare", "--seed", 7, "--iterations", 2, "--value-warmup", 0, "--pay-at", "end", "--rollout-size", 4]
+    compare(world, tmp_path / "out", *run(world, tmp_path / "out", monkeypatch, flags))
+
+
+def test_answers_alone_standardised_anew_in_fp16(world, tmp_path, monkeypatch):
+    flags = [*PPO, "--sft", world.at / "sft", "--rm", world.at / "rm", "--seed", 6, "--iterations", 2, "--value-warmup", 0, "--aggregate", "uwo", "--reward-turns", "answer",
+             "--score-dtype", "fp16", "--rollout-size", 4]
+    compare(world, tmp_path / "out", *run(world, tmp_path / "out", monkeypatch, flags))
 
 
 def test_min_of_raw_scores_for_the_action_killed_resumed_and_stopped(world, tmp_path, monkeypatch):
@@ -369,13 +369,12 @@ def test_min_of_raw_scores_for_the_action_killed_resumed_and_stopped(world, tmp_
     assert wrote[2]["objective/kl_k3"] < 1.05 < wrote[2]["objective/kl"] and len(wrote) == 3 and oracle.best_iteration == 2  # best/ was kept over the interruption
 
 
-def test_answers_alone_standardised_anew_in_fp16(world, tmp_path, monkeypatch):
-    flags = [*PPO, "--sft", world.at / "sft", "--rm", world.at / "rm", "--seed", 6, "--iterations", 2, "--value-warmup", 0, "--aggregate", "uwo", "--reward-turns", "answer",
-             "--score-dtype", "fp16", "--rollout-size", 4]
-    compare(world, tmp_path / "out", *run(world, tmp_path / "out", monkeypatch, flags))
-
-
-def test_mean_paid_at_the_end_without_sft(world, tmp_path, monkeypatch):
-    flags = [*PPO, "--rm", world.at / "bare", "--seed", 7, "--iterations", 2, "--value-warmup", 0, "--pay-at", "end", "--rollout-size", 4]
-    compare(world, tmp_path / "out", *run(world, tmp_path / "out", monkeypatch, flags))
-
+def test_weighted_paid_at_the_turns_with_warm_up_and_an_adaptive_coefficient(world, tmp_path, monkeypatch, capsys):
+    flags = [*PPO, "--sft", world.at / "sft", "--rm", world.at / "rm", "--seed", 13, "--iterations", 4, "--value-warmup", 1, "--aggregate", "weighted", "--weights", 0.2, 0.7, 0.4,
+             "--kl-target", 0.2, "--kl-horizon", 8, "--uwo-variance"]
+    oracle, wrote = compare(world, tmp_path / "out", *run(world, tmp_path / "out", monkeypatch, flags))
+    # the settings leave no fault unseen: cut and ended turns, clipped scores and gradients, a KL whose two estimates lie on two sides of the target, a best policy that is not the last
+    assert 0 < wrote[-1]["tokens/eos_rate"] < 1 and 0 < oracle.clipped_share < 1 and wrote[-1]["policy/grad_norm"] > 0.06 < wrote[0]["value/grad_norm"]
+    assert wrote[2]["objective/kl"] < 0.2 < wrote[2]["objective/kl_k3"] and oracle.best_iteration == 3 and wrote[1]["policy/ratio"] != 1
+    score, first, best = (float(x) for x in re.search(r"score (\S+) -> .*penalties \((\S+), before iteration (\d)", capsys.readouterr().out, re.DOTALL).groups())
+    assert (score, first, best) == pytest.approx((wrote[0]["objective/score"], oracle.best, 3), abs=1e-3)
