@@ -3,7 +3,8 @@
   python tests/mutants.py tests/mutants/run_ppo.txt -- tests/test_wiring_ppo.py
 
 Applies each edit of the list alone in a copy of the working tree, runs pytest -x with what follows
-``--`` in a fork of this process, which has imported torch and transformers for all of them, and names the edits with which every test passes. A list has blocks of lines, parted by empty
+``--``, and names the edits with which every test passes. Each run is a fork of this process, which
+has imported torch and transformers for all of them. A list has blocks of lines, parted by empty
 lines: the file's path where it changes, lines that begin with "- " for the text that goes (it must
 stand once in the file), lines that begin with "+ " for the text that comes, and "# " for remarks.
 """
@@ -16,13 +17,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import transformers.models.mistral.modeling_mistral  # noqa: F401 (each fork would take seconds for it)
+import transformers.models.mistral.modeling_mistral  # noqa: F401 (seconds, for each fork)
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def read(path: Path) -> list[tuple[str, str, str]]:
-    """The list's edits as (file, old, new). ValueError: an old text that does not stand once in its file."""
+    """The list's edits (file, old, new). ValueError: an old text that is not once in its file."""
     edits, name = [], None
     for block in path.read_text().split("\n\n"):
         lines = block.strip("\n").splitlines()
@@ -55,8 +56,9 @@ def main(argv: list[str]) -> None:
     edits, alive = [edit for path in lists for edit in read(Path(path))], 0
     with tempfile.TemporaryDirectory() as folder:
         copy, log = Path(folder) / "copy", Path(folder) / "log"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs"))
-        for name, old, new in [(None, "", ""), *edits]:  # first the code as it is: the tests must pass
+        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        for name, old, new in [(None, "", ""), *edits]:  # first the code as it is: it must pass
             if name:
                 (copy / name).write_text((ROOT / name).read_text().replace(old, new))
             failed = run(copy, arguments, log) != 0

@@ -166,9 +166,9 @@ def test_draws_follow_the_distribution():
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_every_token_can_be_drawn_with_its_own_probability(temperature):
-    """What is drawn is constant between two edges: found by bisection of the uniforms, their distances are the probabilities."""
+    """Bisection finds the uniforms at which the drawn token changes: their distances are p."""
     V = 400
-    logits = 2 * torch.randn(V) - 12 * (torch.arange(V) % 2)  # every second token is rarer than 6e-8, fp32's step below 1
+    logits = 2 * torch.randn(V) - 12 * (torch.arange(V) % 2)  # half are rarer than fp32's step below 1
     want = torch.log_softmax(logits.double() / temperature, 0).exp()
     assert (want < 6e-8).sum() > 100
     low, high = torch.zeros(V, dtype=torch.float64), torch.ones(V, dtype=torch.float64)
@@ -181,14 +181,11 @@ def test_every_token_can_be_drawn_with_its_own_probability(temperature):
     torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-15)
 
 
-def test_sampling_takes_its_uniforms_as_they_are(model, rows):
+def test_sampling_takes_its_uniforms_as_they_are(model, rows, monkeypatch):
     """A number of 53 bits is not rounded on its way to the draw."""
     seen, real = [], generate.draw
-    generate.draw = lambda logits, uniforms, temperature: seen.append(uniforms) or real(logits, uniforms, temperature)
-    try:
-        sample(model, rows[:1], np.array([[1 - 2.0**-40]]))
-    finally:
-        generate.draw = real
+    monkeypatch.setattr(generate, "draw", lambda *a: seen.append(a[1]) or real(*a))
+    sample(model, rows[:1], np.array([[1 - 2.0**-40]]))
     assert seen[0].tolist() == [1 - 2.0**-40]
 
 

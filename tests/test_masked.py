@@ -75,7 +75,7 @@ def test_whiten_constant_is_zero_not_nan():
     assert whiten(x, MASK, center=False).tolist() == [[5.0, 5.0, 0.0], [5.0, 0.0, 0.0]]
 
 
-@pytest.mark.parametrize("constant", [0.1, 1 / 3, 1000.1, -1e6 / 7])  # numbers whose mean in fp32 is another
+@pytest.mark.parametrize("constant", [0.1, 1 / 3, 1000.1, -1e6 / 7])  # fp32 means differ
 def test_whiten_of_what_is_constant_to_rounding(constant):
     mask = torch.rand(100, 100) < 0.8
     x = torch.full((100, 100), constant)
