@@ -531,6 +531,7 @@ def lines(path):
 
 def compare(world, out, o, taken):
     """All that the script wrote against the oracle -> (the oracle at the end, its metrics)."""
+    assert (-1 in taken) == (o.reward_turns == "answer")  # then it standardises anew
     oracle = Oracle(world, o, taken.get(-1))
     if -1 in taken:
         oracle.check_samples(oracle.prompts[: 4 * o.rollout_size], taken[-1], -1)
