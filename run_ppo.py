@@ -10,7 +10,8 @@ One base in memory; stacks of adapters play every role: reference (sft), policy 
      the turn that it was trained on, and mean and weighted pay it there (--reward-turns answer: all
      three read the answer alone);
   2. scores are standardised on dialogues of the starting policy before they are aggregated;
-  3. k1 per token is the KL penalty in the reward, k3 is only reported;
+  3. k1 per token is the KL penalty in the reward, and its sum the KL of --kl-target, --stop-kl and
+     the reports, where it may fall below 0; k3 stands beside it in metrics.jsonl;
   4. advantages are whitened under the mask over the whole batch; returns stay raw;
   5. losses are normalised by the number of tokens in the optimiser step, whatever the micro-batch.
 """
@@ -51,9 +52,14 @@ def parse(argv):
     reward("--eos-penalty", type=nonnegative_float, default=1.0, help="subtracted at the end of a turn that did not stop")
     reward("--merge-rm", action="store_true", help="score with reward models merged into the 4-bit base and quantised again, as the study published its own: shows what rounding erases")
     kl = parser.add_argument_group("KL penalty").add_argument
-    kl("--kl-coef", type=nonnegative_float, default=0.06, help="coefficient of k1 per token in the reward (the study reports none)")
-    kl("--kl-target", type=positive_float, help="adapt the coefficient towards this KL per dialogue, in nats (default: fixed)")
-    kl("--stop-kl", type=positive_float, help="end the run when KL per dialogue exceeds this, in nats; best/ holds the best policy until then")
+    kl("--kl-coef", type=nonnegative_float, default=0.06,
+       help="coefficient of k1 per token in the reward, and of the KL where best/ is chosen "
+            "(the study reports none)")
+    kl("--kl-target", type=positive_float,
+       help="adapt the coefficient towards this KL per dialogue (k1), in nats (default: fixed)")
+    kl("--stop-kl", type=positive_float,
+       help="end the run when KL per dialogue (k1) exceeds this, in nats; "
+            "best/ holds the best policy until then")
     kl("--kl-horizon", type=positive_int, default=2000, help="dialogues in which the coefficient adapts")
     ppo = parser.add_argument_group("PPO").add_argument
     ppo("--iterations", type=positive_int, default=24, help="rollout batches (this and the three below: the study reports none)")
@@ -61,8 +67,13 @@ def parse(argv):
     ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
     ppo("--minibatch-size", type=positive_int, default=32, help="dialogues an optimiser step")
     ppo("--micro-batch-size", type=positive_int, default=8, help="dialogues a forward pass; changes memory, not the update")
-    ppo("--lr", type=positive_float, default=2e-3, help="Adam learning rate of the policy adapter, linear decay to a tenth (Mistral-7B: 1e-5; the study: 1.41e-5)")
-    ppo("--value-lr", type=positive_float, default=4e-3, help="Adam learning rate of value adapter and head (Mistral-7B: 1e-4)")
+    ppo("--lr", type=positive_float, default=2e-3,
+        help="Adam learning rate of the policy adapter in the first iteration; it falls linearly "
+             "to a tenth in the last, and the iterations of --value-warmup count "
+             "(Mistral-7B: 1e-5; the study reports none)")
+    ppo("--value-lr", type=positive_float, default=4e-3,
+        help="Adam learning rate of value adapter and head in the first iteration, "
+             "which falls in the same way (Mistral-7B: 1e-4)")
     ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss (the study reports none)")
     ppo("--value-clip-range", type=positive_float, default=0.5, help="epsilon of the clipped value loss")
     ppo("--value-warmup", type=nonnegative_int, default=2, help="first iterations, in which only the value function learns: advantages against an untrained one are noise")
@@ -138,7 +149,7 @@ def main(argv=None):
     policy_parameters = adapter_parameters(model, "policy")
     value_parameters = [*adapter_parameters(model, "value"), *value_head.parameters()]
     optimizer = torch.optim.Adam([{"params": policy_parameters, "lr": args.lr}, {"params": value_parameters, "lr": args.value_lr}], eps=1e-5, fused=device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, args.iterations)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, max(1, args.iterations - 1))
 
     answer = args.reward_turns == "answer"
     read_at = (0, 0, 0) if answer else (0, 1, 2)  # the turn at whose end each reward model is read
@@ -269,9 +280,13 @@ def main(argv=None):
         k3 = kl_k3(old_logprobs, ref_logprobs)[spoken].sum().item() / len(dialogues)
         metrics = {"iteration": iteration, "objective/kl": k1, "objective/kl_k3": k3, "objective/kl_coef": kl_coef,
                    "objective/score": aggregate(scores, args.aggregate, **ensemble).mean().item()}
-        metrics["objective/rlhf_reward"] = metrics["objective/score"] - kl_coef * k1  # what PPO maximises
-        if metrics["objective/rlhf_reward"] > best:
-            best, best_iteration = metrics["objective/rlhf_reward"], iteration
+        # What PPO maximises, penalties for KL and for turns that did not end included; and the same
+        # with one KL coefficient for all iterations, by which best/ is chosen.
+        metrics["objective/rlhf_reward"] = rewards.sum().item() / len(dialogues)
+        by_one_ruler = token_rewards(placed, old_logprobs, ref_logprobs, mask, args.kl_coef)
+        metrics["objective/selection"] = selection = by_one_ruler.sum().item() / len(dialogues)
+        if selection > best:
+            best, best_iteration = selection, iteration
             flatten(model, ("sampled",), "best")
         if args.kl_target:
             kl_coef = update_kl_coef(kl_coef, k1, args.kl_target, len(dialogues), args.kl_horizon)
@@ -313,7 +328,7 @@ def main(argv=None):
 
     print(f"ppo: {metrics['iteration']} iterations of {args.rollout_size} dialogues; score {before:.3f} -> {metrics['objective/score']:.3f}, "
           f"KL {metrics['objective/kl']:.2f} nats a dialogue, {metrics['tokens/eos_rate']:.1%} of turns ended")
-    print(f"wrote adapter policy in {out}, the one with the greatest score less penalty ({best:.3f}, before iteration {best_iteration}) in {out / 'best'}, "
+    print(f"wrote adapter policy in {out}, the one with the greatest score less penalties ({best:.3f}, before iteration {best_iteration}) in {out / 'best'}, "
           f"value function in {out / 'value'}, metrics.jsonl, every dialogue in rollouts.jsonl"
           f"{', curves.svg' if plots.available() else ''}{used(device)}")
 

@@ -165,7 +165,7 @@ def main(argv=None):
         optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
         steps = args.epochs * -(-len(train) // step_size) if name == lens else 0
         end = 0.1 if args.schedule == "linear" else 1.0
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, steps)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, max(1, steps - 1))
         log = MetricsLog(folder / "metrics.jsonl")
         done = load_checkpoint(state, parameters if name == lens else [], optimizer, schedule, [log.path])
         if not done:

@@ -64,16 +64,16 @@ def main(argv=None):
     base = open_base(args)
     model, tokenizer = base.model, base.tokenizer
     device = model.device
-    name, stack, parents = "sft", ("sft",), {}
+    name, key, stack, parents = "sft", "sft", ("sft",), {}
     if chosen:
         check_made_by(args.data, base.info, base.template, args.sft)
         below, parents = load_sft(args.sft, model, base=base.info, template=base.template)
-        name, stack = "policy", (*below, "policy")
-    add_adapter(model, name, **lora_settings(args), seed=torch_seed(args.seed, "sft"))
+        name, key, stack = "policy", "chosen", (*below, "policy")  # random numbers other than those of the SFT below
+    add_adapter(model, name, **lora_settings(args), seed=torch_seed(args.seed, key))
     parameters = adapter_parameters(model, name)
     rows = [(*encode_conversation(tokenizer, c), record) for c, record in conversations]
     rows = [(ids, spans[-1:], record) for ids, spans, record in rows if len(ids) <= args.max_tokens]  # the last assistant turn is the new one
-    held_out, train = hold_out(rows, [prompt for *_, (prompt, *_) in rows], args.held_out, args.seed, "sft", "split")
+    held_out, train = hold_out(rows, [prompt for *_, (prompt, *_) in rows], args.held_out, args.seed, key, "split")
     if not held_out or not train:
         raise VirtueError(f"{args.data}: {len(rows)} conversations of at most --max-tokens {args.max_tokens} cannot be split by "
                           f"--held-out {args.held_out}: make more data, or change these flags")
@@ -98,7 +98,7 @@ def main(argv=None):
     step_size = args.batch_size * args.accumulation
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
     steps = args.epochs * -(-len(train) // step_size)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1 if args.schedule == "linear" else 1.0, steps)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1 if args.schedule == "linear" else 1.0, max(1, steps - 1))
     log = MetricsLog(out / "metrics.jsonl")
     done = load_checkpoint(state, parameters, optimizer, schedule, [log.path], ["before"])
     before = done["before"] if done else evaluate()
@@ -107,7 +107,7 @@ def main(argv=None):
     step, resumed = 0, done["step"] if done else 0
     with progress(None, "sft", total=steps) as bar:
         for epoch in range(args.epochs):
-            order = stream(args.seed, "sft", epoch).permutation(len(train)).tolist()
+            order = stream(args.seed, key, epoch).permutation(len(train)).tolist()
             for batch in buckets(order, [len(ids) for ids, *_ in train], step_size):
                 step += 1
                 bar.update()

@@ -174,6 +174,31 @@ def test_draws_follow_the_distribution():
     assert generate.draw(logits[None].bfloat16(), u[:1], 0.0).tolist() == [2]
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_every_token_can_be_drawn_with_its_own_probability(temperature):
+    """Bisection finds the uniforms at which the drawn token changes: their distances are p."""
+    V = 400
+    logits = 2 * torch.randn(V) - 12 * (torch.arange(V) % 2)  # half are rarer than fp32's step below 1
+    want = torch.log_softmax(logits.double() / temperature, 0).exp()
+    assert (want < 6e-8).sum() > 100
+    low, high = torch.zeros(V, dtype=torch.float64), torch.ones(V, dtype=torch.float64)
+    for _ in range(54):
+        middle = (low + high) / 2
+        after = generate.draw(logits.expand(V, -1), middle, temperature) > torch.arange(V)
+        low, high = torch.where(after, low, middle), torch.where(after, middle, high)
+    found = torch.cat([high[:1], high.diff()])
+    assert (found > 0).all() and (found - want).abs().sum() / 2 < 1e-6
+    torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-15)
+
+
+def test_sampling_takes_its_uniforms_as_they_are(model, rows, monkeypatch):
+    """A number of 53 bits is not rounded on its way to the draw."""
+    seen, real = [], generate.draw
+    monkeypatch.setattr(generate, "draw", lambda *a: seen.append(a[1]) or real(*a))
+    sample(model, rows[:1], np.array([[1 - 2.0**-40]]))
+    assert seen[0].tolist() == [1 - 2.0**-40]
+
+
 def test_wrong_arguments(model, rows, uniforms):
     with pytest.raises(ValueError, match="temperature"):
         sample(model, rows, uniforms, -1.0)

@@ -75,6 +75,18 @@ def test_whiten_constant_is_zero_not_nan():
     assert whiten(x, MASK, center=False).tolist() == [[5.0, 5.0, 0.0], [5.0, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("constant", [0.1, 1 / 3, 1000.1, -1e6 / 7])  # fp32 means differ
+def test_whiten_of_what_is_constant_to_rounding(constant):
+    mask = torch.rand(100, 100) < 0.8
+    x = torch.full((100, 100), constant)
+    assert (whiten(x, mask) == 0).all()
+    torch.testing.assert_close(whiten(x, mask, center=False)[mask], x[mask])
+    spread = x * (1 + 1e-4 * torch.randn(100, 100))  # little, but no rounding
+    kept = spread[mask].double()
+    expected = (kept - kept.mean()) / (kept.var(correction=0) + 1e-8).sqrt()
+    torch.testing.assert_close(whiten(spread, mask)[mask].double(), expected, rtol=0.01, atol=0.01)
+
+
 def test_inputs_unchanged():
     x, mask = X.clone(), MASK.clone()
     masked_mean(x, mask), masked_var(x, mask, True), whiten(x, mask), whiten(x, mask, False)

@@ -401,6 +401,18 @@ def test_explained_variance():
     assert explained_variance(values, flat, MASK) == 0 and explained_variance(flat, flat, MASK) == 1
 
 
+@pytest.mark.parametrize("constant", [0.1, 1 / 3, 1000.1, 1e-6, -1e6 / 7])
+def test_explained_variance_of_returns_that_are_constant_to_rounding(constant):
+    torch.manual_seed(0)
+    values, mask = 5 * torch.randn(100, 100), torch.rand(100, 100) < 0.8
+    flat = torch.full_like(values, constant)
+    assert explained_variance(values * constant, flat, mask) == 0
+    assert explained_variance(flat + 2 * constant, flat, mask) == 1
+    values *= constant
+    rounded = (flat - values) + values  # as gae takes values off and adds them again
+    assert (rounded[mask] != flat[mask]).any() and explained_variance(values, rounded, mask) == 0
+
+
 @pytest.mark.parametrize("kl, expected", [
     (6.0, 0.1),                       # on target
     (6.6, 0.1 * (1 + 0.1 * 0.05)),    # 10 % above, n / horizon = 64 / 1280 = .05

@@ -61,7 +61,8 @@ def aggregate(scores: Tensor, method: str, weights: Tensor | None = None, coef: 
         lsc       sum_k log sigmoid(s_k - ref_k)  soft AND: Wang et al. 2024 (arXiv:2402.00742)
 
     For `uwo` the spread is conflict of values, not epistemic uncertainty: see the top of this file.
-    `reference`, scalar or (K,), is the score that counts as good. Each method ignores the settings
+    `reference`, scalar or (K,), is the score that counts as good: one for all prompts, where Wang
+    et al. take one of each prompt, from samples of the policy before RL. Each method ignores the settings
     of the others, so that one call with all of them can run over AGGREGATORS. ValueError: unknown.
     """
     if method not in AGGREGATORS:

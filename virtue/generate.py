@@ -45,15 +45,16 @@ def check_context(model: nn.Module, max_prompt_tokens: int, max_new_tokens: int,
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """For each row of ``logits (B, V)`` the first token whose cumulative probability exceeds
-    ``uniforms (B,)`` in [0, 1); temperature 0 takes the most probable. Returns ``(B,)``.
-    VirtueError: logits that are not finite."""
+    ``uniforms (B,)`` in [0, 1), float64 as NumPy draws them; temperature 0 takes the most probable.
+    Returns ``(B,)``. VirtueError: logits that are not finite."""
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    # Near 1 numbers of 32 bits are 6e-8 apart: a token less probable than that could never be drawn.
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]  # 1 to rounding, and kept above the threshold, or no token would be
     if not bool(total.isfinite().all()):
         raise VirtueError("the model's logits are not finite: train again with a lower --lr, or use another --dtype")
-    threshold = torch.minimum(uniforms[:, None], total.nextafter(torch.zeros_like(total)))
+    threshold = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
 
 
@@ -140,7 +141,7 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
     device, steps = next(model.parameters()).device, uniforms.shape[1]
     ids, mask = (t.to(device) for t in left_pad(rows, pad_id))
     mask = torch.cat([mask, mask.new_ones(len(rows), steps)], dim=1).bool()  # (B, L + steps)
-    draws = torch.as_tensor(uniforms, dtype=torch.float32, device=device)
+    draws = torch.as_tensor(uniforms, dtype=torch.float64, device=device)
     new = torch.full((len(rows), steps), pad_id, device=device)
     alive = torch.arange(len(rows), device=device)  # rows still in the batch
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)

@@ -253,7 +253,7 @@ def _figures(metrics: Sequence[dict], curve: Sequence[dict] | None) -> str:
                (plots.mean_reward, metrics, "Mean reward and its three lenses, standardised. The study's second figure."),
                (plots.kl_and_entropy, metrics, "KL to the reference (two estimates) and entropy of the policy"),
                (plots.overoptimisation, curve, "What is trained for (proxy) and gold, on PPO's own prompts, as the policy leaves its reference. Proxy up and gold down is over-optimisation. "
-                "What is kept in best/ has the highest reward less penalty.")]
+                "What is kept in best/ has the highest reward less its penalties, for KL by the first coefficient and for turns that did not end.")]
     figures = [(draw, rows, caption) for draw, rows, caption in figures if rows]
     if not figures:
         return "<p>There are no metrics of a training here.</p>"

@@ -1,8 +1,9 @@
-"""Token log-probabilities: the only shift by one and the only temperature of the code base.
+"""Token log-probabilities: the shift by one and the temperature of all training and scoring.
 
 Column j of every (B, L-1) tensor speaks of token j+1 of `input_ids` (B, L). Log-probs are fp32, in
 nats. Old, new and reference log-probs must be taken at the temperature at which the tokens were
-sampled, or the KL estimates are of other distributions. Shapes that do not fit raise ValueError.
+sampled, or the KL estimates are of other distributions; the sampler's own division by the
+temperature is in `generate.draw`. Shapes that do not fit raise ValueError.
 
 Core: imports torch, numpy and other core files only (tests/test_imports.py); everything may import it.
 """
@@ -86,8 +87,8 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """k3 = (r - 1) - log r, r = ref(x) / p(x), x ~ p: unbiased for KL(p || ref), never negative.
 
-    Elementwise. For reports: as a reward, its gradient is not that of the KL. Schulman 2020, as
-    `kl_k1`. Departure: log r is cut at +20 inside the exponential, so a report never overflows.
+    Elementwise. Reported beside k1: as a reward, its gradient is not that of the KL. Schulman 2020,
+    as `kl_k1`. Departure: log r is cut at +20 inside the exponential, so a report never overflows.
     """
     k1 = kl_k1(logprobs, ref_logprobs)
     return torch.expm1((-k1).clamp(max=LOG_RATIO_LIMIT)) + k1

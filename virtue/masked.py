@@ -48,13 +48,25 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = False) -> Tensor:
     return variance * n / (n - 1) if unbiased else variance
 
 
+def rounding_variance(mask: Tensor, *tensors: Tensor) -> Tensor:
+    """The variance that rounding alone may give to what is constant: (8 eps max |x|)^2 -> 0-d.
+
+    The largest entry under `mask` of all `tensors` counts, and their type's eps: of numbers that
+    were computed from one another, each carries the rounding of the largest.
+    """
+    largest = torch.stack([torch.where(mask, x, 0).abs().max() for x in tensors]).max()
+    return (8 * torch.finfo(largest.dtype).eps * largest) ** 2
+
+
 def whiten(x: Tensor, mask: Tensor, center: bool = True) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8) under the mask, 0 outside. x, mask: any one shape -> the same.
 
     Variance with divisor n; `center=False` adds the mean back (for rewards, whose sign has a
-    meaning). Constant entries give 0 (or the constant), not NaN. After the public code of Ziegler
-    et al. 2019 (arXiv:1909.08593), with a mask. Give it the whole batch, not a minibatch.
+    meaning). Entries that are constant to rounding give 0 (or their mean), not NaN and no rounding
+    made large. After the public code of Ziegler et al. 2019 (arXiv:1909.08593), with a mask. Give
+    it the whole batch, not a minibatch.
     """
-    mean = masked_mean(x, mask)
-    whitened = torch.where(mask, x - mean, 0) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    mean, variance = masked_mean(x, mask), masked_var(x, mask)
+    varies = mask & (variance > rounding_variance(mask, x))
+    whitened = torch.where(varies, x - mean, 0) * torch.rsqrt(variance + 1e-8)
     return whitened if center else torch.where(mask, whitened + mean, 0)

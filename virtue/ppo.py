@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from virtue.logprobs import LOG_RATIO_LIMIT, kl_k1, kl_k3
-from virtue.masked import check_shapes, masked_var
+from virtue.masked import check_shapes, masked_var, rounding_variance
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # 0-d with gradient; detached 0-d by metric name
 
@@ -180,11 +180,12 @@ def ppo_loss(new_logprobs: Tensor, new_values: Tensor, entropy: Tensor | None, r
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) under the mask; all (B, T). 1 = perfect, 0 = blind.
 
-    Constant returns give 1 where the residual is constant too, else 0, never NaN.
+    Returns that are constant to rounding give 1 where the residual is so too, else 0, never NaN.
     """
     check_shapes(values=values, returns=returns, mask=mask)
     total, rest = masked_var(returns, mask).item(), masked_var(returns - values, mask).item()
-    return 1 - rest / total if total > 0 else float(rest == 0)
+    noise = rounding_variance(mask, values, returns).item()
+    return 1 - rest / total if total > noise else float(rest <= noise)
 
 
 def update_kl_coef(kl_coef: float, kl: float, target: float, n: int, horizon: int) -> float:

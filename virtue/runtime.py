@@ -140,7 +140,7 @@ def add_aggregator_flags(add: Callable) -> None:
     """How the aggregators weigh: `add` is a parser's or a group's add_argument."""
     add("--uwo-coef", type=nonnegative_float, default=0.5, help="coefficient of the spread in uwo")
     add("--uwo-variance", action="store_true", help="uwo subtracts the variance (Coste et al.) instead of the standard deviation")
-    add("--lsc-reference", type=finite_float, default=1.0, help="standardised score that counts as good in lsc")
+    add("--lsc-reference", type=finite_float, default=1.0, help="standardised score that counts as good in lsc: one number for all prompts, where the paper has one of each prompt")
 
 
 def aggregator_settings(args: argparse.Namespace) -> dict:
@@ -155,7 +155,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: in
 
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=positive_float, default=lr, help=told("AdamW learning rate; Mistral-7B: 1e-4", "lr"))
-    add("--schedule", choices=("linear", "constant"), default="linear", help="linear: decay to a tenth of --lr" + (" (the study: constant)" if study else ""))
+    add("--schedule", choices=("linear", "constant"), default="linear", help="linear: from --lr at the first step to a tenth of it at the last" + (" (the study: constant)" if study else ""))
     add("--epochs", type=positive_int, default=epochs, help=told("passes over the data", "epochs"))
     add("--batch-size", type=positive_int, default=batch_size, help=told("records a forward pass", "batch_size"))
     add("--accumulation", type=positive_int, default=1, help=told("forward passes an optimiser step", "accumulation"))
