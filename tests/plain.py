@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import random
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from virtue.ethics import (CONSTITUTION, EXTRA_QUESTIONS, FOLLOW_UPS, JUDGE_ABOU
                            JUDGE_QUESTIONS, LENSES, VIRTUES)
 from virtue.runtime import stream
 
+FOLLOWING = tuple(FOLLOW_UPS.values())
 FINAL_RATE = 0.1  # of the linear schedule
 CONTEXT = 530  # of the judge that is another model: some pairs are too long for it
 
@@ -98,7 +100,7 @@ class Plain:
 
     @torch.no_grad()
     def dialogue(self, weights: dict, record: dict, seed: int, stage: str, *, copy: int = 0,
-                 new: int, temperature: float, questions=tuple(FOLLOW_UPS.values())) -> dict:
+                 new: int, temperature: float, questions=FOLLOWING) -> dict:
         """Three answers, each token the inverse of the cumulative distribution at its number.
 
         {"id", "prompt", "ids", "turns": [[start, end, truncated]], "texts"}
@@ -150,7 +152,7 @@ def transcript(messages: list[dict]) -> str:
                      for m in messages)
 
 
-def up_to(dialogue: dict, k: int, questions=tuple(FOLLOW_UPS.values())) -> list[dict]:
+def up_to(dialogue: dict, k: int, questions=FOLLOWING) -> list[dict]:
     """A dialogue as messages, up to the answer of lens k."""
     messages = [*dialogue["prompt"], {"role": "assistant", "content": dialogue["texts"][0]}]
     for turn in range(1, k + 1):
@@ -206,25 +208,24 @@ class Trained:
 
 
 def descend(parameters: list, losses, *, lr: float, clip: float, schedule: str, steps: int):
-    """AdamW over losses, each made when its turn comes -> (loss, gradient's norm) of each step."""
-    optimizer, found = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0), []
+    """AdamW over losses, each made when its turn comes; yields (loss, gradient's norm) of each step."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     for step, loss in enumerate(losses):
         optimizer.zero_grad()
-        loss().backward()
+        value = loss()
+        value.backward()
         norm = math.sqrt(sum(float((p.grad ** 2).sum()) for p in parameters))
         for p in parameters:
             p.grad *= min(1.0, clip / norm)
         optimizer.param_groups[0]["lr"] = lr * rate(step, steps, schedule)
         optimizer.step()
-        found.append(norm)
-    assert len(found) == steps
-    return found
+        yield value.item(), norm
 
 
 def batches(rows: int, lengths: list[int], size: int, epochs: int, *key):
     """Row numbers of each step, epoch by epoch."""
-    return [[batch for batch in buckets(stream(*key, epoch).permutation(rows).tolist(), lengths, size)]
-            for epoch in range(epochs)]
+    orders = [stream(*key, epoch).permutation(rows).tolist() for epoch in range(epochs)]
+    return [buckets(order, lengths, size) for order in orders]
 
 
 # ---- inputs
@@ -259,13 +260,19 @@ def often(folder: Path, factor: float = 4.0) -> None:
     save_file(state, path, metadata={"format": "pt"})
 
 
+def identity(base: Path) -> dict:
+    """What artefacts say of their base and its tokenizer: the keywords of the writers."""
+    from virtue.models import base_fingerprint, load_tokenizer, template_fingerprint
+    return {"base": {"id": str(base), "fingerprint": base_fingerprint(base)},
+            "template": template_fingerprint(load_tokenizer(base))}
+
+
 def make_adapter(world: dict, folder: Path, stage: str, seed: int, *, head: bool = False,
                  parents=(), settings=(), extra=()) -> Path:
     """An artefact as the scripts leave one, with random A, B and head."""
     from virtue.checkpoint import save_artifact
     from virtue.lora import adapter_parameters, add_adapter
-    from virtue.models import (ScalarHead, base_fingerprint, load_model, load_tokenizer,
-                               template_fingerprint)
+    from virtue.models import ScalarHead, load_model
     base, rank, generator = world["base"], 2 + seed % 2, torch.Generator().manual_seed(seed)
     model = load_model(base)
     add_adapter(model, "made", rank=rank, alpha=1.5 * rank, seed=seed)
@@ -275,7 +282,51 @@ def make_adapter(world: dict, folder: Path, stage: str, seed: int, *, head: bool
     folder.mkdir(parents=True)
     save_artifact(folder, stage=stage, model=model, adapter="made", parents=dict(parents), seed=0,
                   head=ScalarHead(model.config.hidden_size, seed=seed) if head else None,
-                  base={"id": str(base), "fingerprint": base_fingerprint(base)},
-                  template=template_fingerprint(load_tokenizer(base)),
+                  **identity(base),
                   settings={"model": str(base), "out": str(folder), **dict(settings)}, extra=extra)
+    return folder
+
+
+WORDS = "I would give the letter back to owner What is motivation utility of action".split()
+
+
+def make_preferences(world: dict, plain: Plain, folder: Path, prompts: int) -> Path:
+    """A folder as run_data.py preferences leaves one: two dialogues of each prompt, some cut, and
+    pairs of them, of other prompts and with other labels in each lens."""
+    from virtue.checkpoint import data_hash, write_jsonl, write_manifest
+    from virtue.records import read_prompts
+    rng, dialogues, files = random.Random(prompts), [], {lens: [] for lens in LENSES}
+    for n, record in enumerate(read_prompts(world["prompts"])[:prompts]):
+        pair = []
+        for _ in range(2):
+            texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 7))) for _ in LENSES]
+            ids, turns = plain.encode(record["prompt"], True), []
+            for turn, text in enumerate(texts):
+                if turn:
+                    ids += plain.tokenizer.encode(f"[INST] {FOLLOWING[turn - 1]}[/INST]")
+                start, cut = len(ids), rng.random() < 0.3
+                ids += [*plain.tokenizer.encode(f" {text}"), plain.eos]
+                turns.append([start, len(ids) - cut, cut])
+            pair.append({**record, "ids": ids, "turns": turns, "texts": texts})
+        dialogues.append(pair)
+        for k, lens in enumerate(LENSES):
+            if (n + k) % 5 == 0 or up_to(pair[0], k) == up_to(pair[1], k):
+                continue  # a pair that was dropped: what was sampled stays
+            level = rng.choice((0.25, 0.4, 0.7, 0.85))
+            virtues = {virtue: level + rng.uniform(-0.12, 0.12) for virtue in VIRTUES}
+            a, b = (up_to(d, k) for d in rng.sample(pair, 2))
+            files[lens].append({
+                "id": record["id"], "lens": lens, "chosen": a, "rejected": b, "virtues": virtues,
+                "label": sum(virtues.values()) / 5, "votes": 3, "position_flips": 0,
+                "truncated": any(t[2] for d in pair for t in d["turns"][:k + 1])})
+    folder.mkdir(parents=True)
+    for lens, records in files.items():
+        write_jsonl(folder / f"{lens}.jsonl", records)
+    write_jsonl(folder / "dialogues.jsonl",
+                ({key: d[key] for key in ("id", "prompt", "ids", "turns")}
+                 for copy in zip(*dialogues) for d in copy))
+    written = [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"]
+    write_manifest(folder, stage="preferences", **identity(world["base"]), seed=0,
+                   settings={"model": str(world["base"]), "sft": str(world["sft"]), "out": str(folder)},
+                   parents={"sft": world["sft"]}, sha256=data_hash(folder, written))
     return folder
