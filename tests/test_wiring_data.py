@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from plain import Plain, call, combine, lines, make_adapter, make_world, up_to
+from plain import ANY_JUDGE, Plain, call, combine, lines, make_adapter, make_world, up_to
 
 from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
 from virtue.records import read_prompts, split
@@ -86,27 +86,30 @@ def check(world, sampled, out, *, judge, truncated="drop", preference="votes", *
                 "position_flips": said["flips"]}
             all_mass.append(said["mass"])
             seen.append((said["votes"] > 2, bool(said["virtues"].mean() > 0.5), bool(first)))
+        found = summary[lens]
         records = {r["id"]: r for r in lines(out / f"{lens}.jsonl")}
         assert list(records) == list(expected)
         for record, want in zip(records.values(), expected.values()):
-            for name in ("chosen", "rejected", "truncated", "lens", "votes", "position_flips"):
+            for name in ("chosen", "rejected", "truncated", "lens", "votes"):
                 assert record[name] == want[name], name
             said = torch.tensor([record["virtues"][v] for v in VIRTUES], dtype=torch.float64)
             assert torch.allclose(said, want["virtues"], atol=2e-5)
             assert record["label"] == pytest.approx(float(want["virtues"].mean()), abs=2e-5)
-        found = summary[lens]
+            if asked.get("orders") != 1:  # of one order nothing can flip
+                assert record["position_flips"] == want["position_flips"]
         assert {why: found[f"dropped_{why}"] for why in dropped} == dropped
         assert found["pairs"] == len(expected)
         assert found["label_mass"] == pytest.approx(float(torch.cat(all_mass).mean()), rel=1e-3)
-        flips = [want["position_flips"] for want in expected.values()]
-        assert found["position_flips"] == pytest.approx(sum(flips) / len(flips) / 5)
+        if asked.get("orders") != 1:
+            flips = [want["position_flips"] for want in expected.values()]
+            assert found["position_flips"] == pytest.approx(sum(flips) / len(flips) / 5)
         seen += [why for why in FAULTS if dropped[why]]
     return seen
 
 
 def test_preferences(world, sampled, tmp_path):
     """The base with SFT answers, at the temperature; the base alone judges; turns that were cut stay."""
-    call("run_data", "preferences", "--model", world["base"], "--sft", world["sft"], *SAMPLING,
+    call("run_data", "preferences", "--model", world["base"], "--sft", world["sft"], *SAMPLING, *ANY_JUDGE,
          "--prompts", world["prompts"], "--limit", LIMIT, "--truncated", "keep",
          "--judge-batch-size", 3, "--out", tmp_path / "p")
     written = lines(tmp_path / "p/dialogues.jsonl")
@@ -122,7 +125,7 @@ def test_preferences(world, sampled, tmp_path):
 def test_preferences_of_another_judge(world, sampled, tmp_path):
     """Another model with another tokenizer and a shorter context judges; the mean chooses. So near
     to temperature 0 some answers are the same twice."""
-    call("run_data", "preferences", "--model", world["base"], "--sft", world["sft"], *SAMPLING,
+    call("run_data", "preferences", "--model", world["base"], "--sft", world["sft"], *SAMPLING, *ANY_JUDGE,
          "--prompts", world["prompts"], "--limit", LIMIT, "--temperature", 0.1, "--judge",
          world["judge"], "--truncated", "keep", "--preference", "mean", "--out", tmp_path / "p")
     again = draw(world, [a for a, _ in sampled], 0.1)
@@ -136,7 +139,7 @@ def test_preferences_of_another_judge(world, sampled, tmp_path):
 
 
 def test_preferences_by_one_question_in_one_order(world, sampled, tmp_path):
-    call("run_data", "preferences", "--model", world["base"], "--sft", world["sft"], *SAMPLING,
+    call("run_data", "preferences", "--model", world["base"], "--sft", world["sft"], *SAMPLING, *ANY_JUDGE,
          "--prompts", world["prompts"], "--limit", LIMIT, "--ask", "rules", "--orders", "one",
          "--out", tmp_path / "p")
     seen = check(world, sampled, tmp_path / "p", judge=world["plain"], orders=1, asked=("rules",))
