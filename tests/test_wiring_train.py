@@ -1,4 +1,5 @@
-"""run_rm.py and run_sft.py against another computation of all that they write: see tests/plain.py."""
+"""run_rm.py and run_sft.py against another computation of all they write: see tests/plain.py."""
+
 from __future__ import annotations
 
 import json
@@ -8,16 +9,41 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import (Plain, Trained, batches, call, descend, head_of, lines, make_adapter,
-                   make_preferences, make_world, read_up_to)
+from plain import (
+    Plain,
+    Trained,
+    batches,
+    call,
+    descend,
+    head_of,
+    lines,
+    make_adapter,
+    make_preferences,
+    make_world,
+    read_up_to,
+)
 
 from virtue.ethics import LENSES, VIRTUES
 from virtue.records import prompt_record, read_prompts
 from virtue.runtime import held_out_ids, hold_out, stream, torch_seed
 
 SEED, RANK, ALPHA, LR, CLIP = 2, 3, 5.0, 0.01, 0.4
-TRAINING = ["--seed", SEED, "--rank", RANK, "--alpha", ALPHA, "--lr", LR, "--max-grad-norm", CLIP,
-            "--batch-size", 2, "--accumulation", 2]
+TRAINING = [
+    "--seed",
+    SEED,
+    "--rank",
+    RANK,
+    "--alpha",
+    ALPHA,
+    "--lr",
+    LR,
+    "--max-grad-norm",
+    CLIP,
+    "--batch-size",
+    2,
+    "--accumulation",
+    2,
+]
 LONGEST = 172  # --max-tokens
 STEP = 4  # records a step: batch size times accumulation
 STUDENT = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645, 6: 2.57058, 7: 2.44691}  # by n
@@ -42,7 +68,7 @@ def halves(record_id: str) -> str:
 
 
 def pairs_of(world, records, unseen, *, labels, longest, over_long, share):
-    """(pairs to train on, pairs held out, how many were over-long): each (chosen ids, rejected ids, label)."""
+    """Pairs (chosen ids, rejected ids, label) to train on and held out; how many were over-long."""
     parts, too_long = ([], []), 0
     for r in records:
         if share not in ("all", halves(r["id"])):
@@ -60,7 +86,7 @@ def pairs_of(world, records, unseen, *, labels, longest, over_long, share):
 
 
 class RewardModel(Trained):
-    """An adapter and a head; a pair's margin is the score of its chosen side less the rejected's."""
+    """An adapter and a head; a margin is the score of the chosen side less the rejected's."""
 
     def __init__(self, world, lens):
         super().__init__(world["plain"], world["below"], RANK, ALPHA, torch_seed(SEED, "rm", lens))
@@ -80,7 +106,7 @@ class RewardModel(Trained):
 
     @torch.no_grad()
     def measures(self, held_out) -> dict:
-        """Of pairs held out: the share ordered as the judge says, log-loss, its interval, calibration."""
+        """Of pairs held out: the share in the judge's order, log-loss, its interval, calibration."""
         found, bins = {}, {}
         margins = [float(self.margin(pair)) for pair in held_out]
         right = [(d > 0) == (pair[2] >= 0.5) for d, pair in zip(margins, held_out)]
@@ -91,17 +117,24 @@ class RewardModel(Trained):
             bins.setdefault(min(9, int((sure - 0.5) * 20)), []).append(gap)
         n, mean = len(losses), statistics.mean(losses)
         half = STUDENT[n] * statistics.stdev(losses) / math.sqrt(n)
-        found = {"accuracy": sum(right) / n, "log_loss": mean, "log_loss_low": mean - half,
-                 "log_loss_high": mean + half,
-                 "calibration_error": sum(abs(sum(gaps)) for gaps in bins.values()) / n}
+        found = {
+            "accuracy": sum(right) / n,
+            "log_loss": mean,
+            "log_loss_low": mean - half,
+            "log_loss_high": mean + half,
+            "calibration_error": sum(abs(sum(gaps)) for gaps in bins.values()) / n,
+        }
         return found
 
     def train(self, train, *, epochs, schedule, lens):
         """Trains epoch by epoch; yields each epoch's (loss, norm, tokens) of its steps."""
         lengths = [max(map(len, pair[:2])) for pair in train]
         epoch_batches = batches(len(train), lengths, STEP, epochs, SEED, "rm", lens)
-        losses = [lambda rows=rows: sum(self.loss(train[i]) for i in rows) / len(rows)
-                  for of_epoch in epoch_batches for rows in of_epoch]
+        losses = [
+            lambda rows=rows: sum(self.loss(train[i]) for i in rows) / len(rows)
+            for of_epoch in epoch_batches
+            for rows in of_epoch
+        ]
         parameters = [half for pair in self.layers.values() for half in pair] + [self.head]
         run = descend(parameters, losses, lr=LR, clip=CLIP, schedule=schedule, steps=len(losses))
         for of_epoch in epoch_batches:
@@ -113,8 +146,22 @@ def logged(measures: dict) -> dict:
     return {f"held_out/{name}": value for name, value in measures.items()}
 
 
-def check_rm(world, out, data, *, pooled=False, epochs, labels="soft", schedule="linear", held_out,
-             longest=1024, over_long="drop", share="all", noise=0.0, also=()):
+def check_rm(
+    world,
+    out,
+    data,
+    *,
+    pooled=False,
+    epochs,
+    labels="soft",
+    schedule="linear",
+    held_out,
+    longest=1024,
+    over_long="drop",
+    share="all",
+    noise=0.0,
+    also=(),
+):
     """Metrics, weights, head, statistics and measures of every lens in `data`, {lens: records}."""
     dialogues = lines(world["data"] / "dialogues.jsonl")
     unseen = held_out_ids((d["id"] for d in dialogues), SEED, held_out)
@@ -123,8 +170,9 @@ def check_rm(world, out, data, *, pooled=False, epochs, labels="soft", schedule=
     unseen |= set(also)
     found, notes = {}, set()
     for lens, records in data.items():
-        train, kept, too_long = pairs_of(world, records, unseen, labels=labels, longest=longest,
-                                         over_long=over_long, share=share)
+        train, kept, too_long = pairs_of(
+            world, records, unseen, labels=labels, longest=longest, over_long=over_long, share=share
+        )
         turned = stream(SEED, "rm", lens, "noise").random(len(train)) < noise
         train = [(a, b, 1 - p if t else p) for (a, b, p), t in zip(train, turned)]
         found[lens] = train, kept, too_long
@@ -139,17 +187,24 @@ def check_rm(world, out, data, *, pooled=False, epochs, labels="soft", schedule=
         if model is None or not pooled:
             model, turns = RewardModel(world, lens), epochs
         expected, step = [{"step": 0, **logged(model.measures(kept))}], 0
-        for epoch, steps in enumerate(model.train(train, epochs=turns, schedule=schedule, lens=lens)):
+        for epoch, steps in enumerate(
+            model.train(train, epochs=turns, schedule=schedule, lens=lens)
+        ):
             for loss, norm, tokens in steps:
                 step += 1
-                expected.append({"step": step, "loss/train": loss, "grad_norm": norm,
-                                 "tokens/read": tokens})
+                expected.append(
+                    {"step": step, "loss/train": loss, "grad_norm": norm, "tokens/read": tokens}
+                )
                 notes |= {"clipped"} if norm > CLIP else {"not clipped"}
             expected.append({"step": step, "epoch": epoch + 1, **logged(model.measures(kept))})
         turns = 0  # of a pooled model the other lenses only measure
         assert [{**m, "time/seconds": None} for m in metrics] == [
-            {**{name: pytest.approx(v, rel=2e-3, abs=2e-4) for name, v in m.items()},
-             "time/seconds": None} for m in expected]
+            {
+                **{name: pytest.approx(v, rel=2e-3, abs=2e-4) for name, v in m.items()},
+                "time/seconds": None,
+            }
+            for m in expected
+        ]
         assert model.moved(out / lens) < 2e-2
         head = head_of(out / lens)
         assert (head - model.head).norm() < 1e-2 * (model.head - model.first_head).norm()
@@ -167,8 +222,20 @@ def check_rm(world, out, data, *, pooled=False, epochs, labels="soft", schedule=
 
 def test_reward_models(world, tmp_path):
     """One for each lens, upon SFT, on soft labels, some pairs over-long, an unequal last step."""
-    call("run_rm", "--data", world["data"], "--out", tmp_path / "rm", *TRAINING, "--epochs", 2,
-         "--held-out", 0.3, "--max-tokens", LONGEST)
+    call(
+        "run_rm",
+        "--data",
+        world["data"],
+        "--out",
+        tmp_path / "rm",
+        *TRAINING,
+        "--epochs",
+        2,
+        "--held-out",
+        0.3,
+        "--max-tokens",
+        LONGEST,
+    )
     data = {lens: lines(world["data"] / f"{lens}.jsonl") for lens in LENSES}
     notes = check_rm(world, tmp_path / "rm", data, epochs=2, held_out=0.3, longest=LONGEST)
     assert {"over-long", "unequal", "clipped"} <= notes
@@ -176,33 +243,102 @@ def test_reward_models(world, tmp_path):
 
 def test_a_pooled_reward_model(world, tmp_path):
     """One for all lenses, on one half of the prompts, hard labels, some turned, long pairs cut."""
-    call("run_rm", "--data", world["data"], "--out", tmp_path / "rm", *TRAINING, "--epochs", 1, "--pool",
-         "--share", "second", "--labels", "hard", "--label-noise", 0.3, "--schedule", "constant",
-         "--held-out", 0.5, "--max-tokens", LONGEST, "--over-long", "cut")
+    call(
+        "run_rm",
+        "--data",
+        world["data"],
+        "--out",
+        tmp_path / "rm",
+        *TRAINING,
+        "--epochs",
+        1,
+        "--pool",
+        "--share",
+        "second",
+        "--labels",
+        "hard",
+        "--label-noise",
+        0.3,
+        "--schedule",
+        "constant",
+        "--held-out",
+        0.5,
+        "--max-tokens",
+        LONGEST,
+        "--over-long",
+        "cut",
+    )
     data = {lens: lines(world["data"] / f"{lens}.jsonl") for lens in LENSES}
-    notes = check_rm(world, tmp_path / "rm", data, pooled=True, epochs=1, labels="hard", noise=0.3,
-                     schedule="constant", held_out=0.5, longest=LONGEST, over_long="cut",
-                     share="second")
+    notes = check_rm(
+        world,
+        tmp_path / "rm",
+        data,
+        pooled=True,
+        epochs=1,
+        labels="hard",
+        noise=0.3,
+        schedule="constant",
+        held_out=0.5,
+        longest=LONGEST,
+        over_long="cut",
+        share="second",
+    )
     assert {"over-long", "turned"} <= notes
 
 
 def test_a_reward_model_of_a_file_of_pairs(world, tmp_path):
     """People's pairs train it, whatever the folder's say; the folder's dialogues give its scale."""
-    pairs = [{"chosen": [*p["prompt"], {"role": "assistant", "content": "I would." * (i % 3 + 1)}],
-              "rejected": [*p["prompt"], {"role": "assistant", "content": "The letter" * (i % 2 + 1)}]}
-             for i, p in enumerate(read_prompts(world["prompts"])[10:26])]
+    pairs = [
+        {
+            "chosen": [*p["prompt"], {"role": "assistant", "content": "I would." * (i % 3 + 1)}],
+            "rejected": [
+                *p["prompt"],
+                {"role": "assistant", "content": "The letter" * (i % 2 + 1)},
+            ],
+        }
+        for i, p in enumerate(read_prompts(world["prompts"])[10:26])
+    ]
     long = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "letter" * 40}]
     pairs.append({"chosen": long, "rejected": [long[0], {**long[1], "content": "letter" * 41}]})
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    call("run_rm", "--data", world["data"], "--out", tmp_path / "rm", *TRAINING, "--epochs", 1,
-         "--held-out", 0.25, "--lens", "consequence", "--pairs", tmp_path / "pairs.jsonl", "--merge",
-         "--max-tokens", 30, "--over-long", "cut")
-    records = [{**pair, "id": prompt_record(pair["chosen"][:-1])["id"], "label": 1.0} for pair in pairs]
+    call(
+        "run_rm",
+        "--data",
+        world["data"],
+        "--out",
+        tmp_path / "rm",
+        *TRAINING,
+        "--epochs",
+        1,
+        "--held-out",
+        0.25,
+        "--lens",
+        "consequence",
+        "--pairs",
+        tmp_path / "pairs.jsonl",
+        "--merge",
+        "--max-tokens",
+        30,
+        "--over-long",
+        "cut",
+    )
+    records = [
+        {**pair, "id": prompt_record(pair["chosen"][:-1])["id"], "label": 1.0} for pair in pairs
+    ]
     also = held_out_ids((r["id"] for r in records), SEED, 0.25)
     assert len(also) == 4 and records[-1]["id"] not in also  # which the cut leaves no difference
-    check_rm(world, tmp_path / "rm", {"consequence": records}, epochs=1, held_out=0.25, longest=30,
-             over_long="cut", also=also)
+    check_rm(
+        world,
+        tmp_path / "rm",
+        {"consequence": records},
+        epochs=1,
+        held_out=0.25,
+        longest=30,
+        over_long="cut",
+        also=also,
+    )
     from transformers import AutoModelForSequenceClassification
+
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm/consequence/merged")
     weights = world["plain"].stack(world["sft"], tmp_path / "rm/consequence")
     head = head_of(tmp_path / "rm/consequence")
@@ -226,7 +362,9 @@ class Student(Trained):
     @torch.no_grad()
     def held_out(self, rows) -> float:
         """Mean over all tokens."""
-        return sum(self.nll(row).item() for row in rows) / sum(end - start for _, (start, end), _ in rows)
+        return sum(self.nll(row).item() for row in rows) / sum(
+            end - start for _, (start, end), _ in rows
+        )
 
 
 def spans_of(world, messages, record_id):
@@ -236,7 +374,9 @@ def spans_of(world, messages, record_id):
     return ids, (start, len(ids)), record_id
 
 
-def check_sft(world, out, conversations, below, key, *, epochs, held_out, longest, schedule="linear"):
+def check_sft(
+    world, out, conversations, below, key, *, epochs, held_out, longest, schedule="linear"
+):
     rows = [spans_of(world, messages, i) for messages, i in conversations]
     rows = [row for row in rows if len(row[0]) <= longest]
     kept, train = hold_out(rows, [row[2] for row in rows], held_out, SEED, *key, "split")
@@ -256,14 +396,24 @@ def check_sft(world, out, conversations, below, key, *, epochs, held_out, longes
     for epoch, steps in enumerate(of_epoch):
         for numbers in steps:
             step, (value, norm) = step + 1, next(run)
-            expected.append({"step": step, "loss/train": value, "grad_norm": norm,
-                             "tokens/read": sum(len(train[i][0]) for i in numbers)})
+            expected.append(
+                {
+                    "step": step,
+                    "loss/train": value,
+                    "grad_norm": norm,
+                    "tokens/read": sum(len(train[i][0]) for i in numbers),
+                }
+            )
             norms.append(norm)
         after = model.held_out(kept)
         expected.append({"step": step, "epoch": epoch + 1, "loss/held_out": after})
     assert [{**m, "time/seconds": None} for m in lines(out / "metrics.jsonl")] == [
-        {**{name: pytest.approx(v, rel=2e-3, abs=2e-4) for name, v in m.items()},
-         "time/seconds": None} for m in expected]
+        {
+            **{name: pytest.approx(v, rel=2e-3, abs=2e-4) for name, v in m.items()},
+            "time/seconds": None,
+        }
+        for m in expected
+    ]
     assert model.moved(out) < 2e-2 and max(norms) > CLIP and len(train) % STEP
     made = json.loads((out / "virtue.json").read_text())
     assert made["extra"]["held_out_loss_before"] == pytest.approx(before, rel=1e-4)
@@ -276,30 +426,90 @@ def test_sft_on_revisions(world, tmp_path):
     """Upon the bare base, of prompts of one and two turns: the last answer alone is learned."""
     from plain import identity
     from virtue.checkpoint import data_hash, write_jsonl, write_manifest
+
     data, records = tmp_path / "revisions", []
     for i, prompt in enumerate(read_prompts(world["prompts"])[:15]):
-        records.append({**prompt, "initial": "What is it?", "critique": "The motivation.",
-                        "revision": "I would give the letter back." * (1 + i % 3),
-                        "virtue": VIRTUES[i % 5], "truncated": False})
+        records.append(
+            {
+                **prompt,
+                "initial": "What is it?",
+                "critique": "The motivation.",
+                "revision": "I would give the letter back." * (1 + i % 3),
+                "virtue": VIRTUES[i % 5],
+                "truncated": False,
+            }
+        )
     data.mkdir()
     write_jsonl(data / "revisions.jsonl", records)
-    write_manifest(data, stage="revisions", **identity(world["base"]), seed=0, parents={},
-                   settings={"model": str(world["base"]), "out": str(data)},
-                   sha256=data_hash(data, ["revisions.jsonl"]))
-    call("run_sft", "--data", data, "--out", tmp_path / "sft", *TRAINING, "--epochs", 2,
-         "--held-out", 0.25, "--max-tokens", 80)
-    talks = [([*r["prompt"], {"role": "assistant", "content": r["revision"]}], r["id"])
-             for r in records]
-    made = check_sft(world, tmp_path / "sft", talks, world["plain"].stack(), ["sft"], epochs=2,
-                     held_out=0.25, longest=80)
+    write_manifest(
+        data,
+        stage="revisions",
+        **identity(world["base"]),
+        seed=0,
+        parents={},
+        settings={"model": str(world["base"]), "out": str(data)},
+        sha256=data_hash(data, ["revisions.jsonl"]),
+    )
+    call(
+        "run_sft",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "sft",
+        *TRAINING,
+        "--epochs",
+        2,
+        "--held-out",
+        0.25,
+        "--max-tokens",
+        80,
+    )
+    talks = [
+        ([*r["prompt"], {"role": "assistant", "content": r["revision"]}], r["id"]) for r in records
+    ]
+    made = check_sft(
+        world,
+        tmp_path / "sft",
+        talks,
+        world["plain"].stack(),
+        ["sft"],
+        epochs=2,
+        held_out=0.25,
+        longest=80,
+    )
     assert (made["stage"], made["parents"]) == ("sft", {})
 
 
 def test_sft_on_chosen_dialogues(world, tmp_path):
     """Upon SFT, the lens's turn of each chosen dialogue: the adapter is a policy."""
-    call("run_sft", "--data", world["data"], "--out", tmp_path / "policy", *TRAINING, "--epochs", 1,
-         "--held-out", 0.2, "--max-tokens", LONGEST, "--schedule", "constant")
-    talks = [(r["chosen"], r["id"]) for lens in LENSES for r in lines(world["data"] / f"{lens}.jsonl")]
-    made = check_sft(world, tmp_path / "policy", talks, world["below"], ["sft"], epochs=1,
-                     held_out=0.2, longest=LONGEST, schedule="constant")
+    call(
+        "run_sft",
+        "--data",
+        world["data"],
+        "--out",
+        tmp_path / "policy",
+        *TRAINING,
+        "--epochs",
+        1,
+        "--held-out",
+        0.2,
+        "--max-tokens",
+        LONGEST,
+        "--schedule",
+        "constant",
+    )
+    talks = [
+        (r["chosen"], r["id"]) for lens in LENSES for r in lines(world["data"] / f"{lens}.jsonl")
+    ]
+    made = check_sft(
+        world,
+        tmp_path / "policy",
+        talks,
+        world["below"],
+        ["sft"],
+        epochs=1,
+        held_out=0.2,
+        longest=LONGEST,
+        schedule="constant",
+    )
     assert made["stage"] == "policy" and [*made["parents"]] == ["sft"]
