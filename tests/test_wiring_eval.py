@@ -299,7 +299,7 @@ def check_wins(world, wins, spoken):
 
 
 def test_models_with_gold(world, tmp_path, monkeypatch):
-    """On toy prompts: gold of each column, its differences, whether the judge prefers the better."""
+    """On toy prompts: gold of each column, differences, whether the judge prefers the better."""
     monkeypatch.setattr("virtue.toy.gold.gold", gold_like)
     call(
         "run_eval",

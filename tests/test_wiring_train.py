@@ -106,7 +106,7 @@ class RewardModel(Trained):
 
     @torch.no_grad()
     def measures(self, held_out) -> dict:
-        """Of pairs held out: the share in the judge's order, log-loss, its interval, calibration."""
+        """Of held-out pairs: share in the judge's order, log-loss, its interval, calibration."""
         found, bins = {}, {}
         margins = [float(self.margin(pair)) for pair in held_out]
         right = [(d > 0) == (pair[2] >= 0.5) for d, pair in zip(margins, held_out)]
