@@ -203,7 +203,7 @@ def compare_models(args):
             each = [points(d.prompt[0]["content"], t) for d, t in zip(dialogues, texts[name])]
             virtues[name] = {lens: {v: float(np.mean([p[lens][v] for p in each])) for v in VIRTUES} for lens in LENSES}
         patterns = mask_names(texts[name], [slots(d.prompt[0]["content"]) for d in dialogues]) if gold else None
-        columns[name] = measure(dialogues, texts[name], details[name]["raw"], details[name]["standardised"], details[name]["kl"],
+        columns[name] = measure(dialogues, texts[name][:len(kept)], details[name]["raw"], details[name]["standardised"], details[name]["kl"],
                                 (bare * mask).sum(1).double().numpy(), gold, patterns)
         if args.eval_rm:
             unseen = score_dialogues(model, eval_models, dialogues, (0, 1, 2), pad_id, batch_size=args.batch_size)
