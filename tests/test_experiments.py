@@ -329,6 +329,24 @@ def test_fit_probe_prints_both_tables(monkeypatch, capsys):
     assert all(0 <= float(row[2]) <= 1 for row in rows) and float(rows[1][2]) > 0.5  # two motives that fit beat one
 
 
+def test_the_softmax_of_two_outputs_loses_what_both_learned(monkeypatch, capsys):
+    """Both outputs learn to tell two words apart; of two that are alike the softmax is a constant, whatever they learned."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    two_outputs = importlib.import_module("two_outputs")
+    talks = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": word}] for word in ("yes", "no") for i in range(20)]
+    pairs = [{"id": f"{i:016x}", "chosen": talks[i], "rejected": talks[20 + i], "label": 1.0} for i in range(20)]
+    monkeypatch.setattr(two_outputs, "read_preferences", lambda path, lens: pairs)
+    monkeypatch.setattr(two_outputs, "LENSES", ("action",))
+    flags = ["--data", "-", "--seeds", "0", "--epochs", "4"]
+    two_outputs.main(flags)
+    cells = capsys.readouterr().out.splitlines()[2].strip("| ").split(" | ")
+    assert cells[:5] == ["action", "0", "4", "1.000", "1.000"] and float(cells[5]) in (0, 0.25, 0.5, 0.75, 1)
+    head = two_outputs.ScalarHead
+    monkeypatch.setattr(two_outputs, "ScalarHead", lambda dim, seed: head(dim, seed=0))
+    two_outputs.main(flags)
+    assert capsys.readouterr().out.splitlines()[2].endswith("| 4 | 1.000 | 1.000 | 0.000 |")  # no pair is ordered: all scores are 1/2
+
+
 def test_compare_tells_what_gold_was_bought_with(tmp_path):
     folders = {"reports": [], "policies": []}
     for side, kl in (("old", 1.0), ("new", 3.0)):
