@@ -61,9 +61,7 @@ def parse(argv):
     ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
     ppo("--minibatch-size", type=positive_int, default=32, help="dialogues an optimiser step")
     ppo("--micro-batch-size", type=positive_int, default=8, help="dialogues a forward pass; changes memory, not the update")
-    ppo("--lr", type=positive_float, default=2e-3,
-        help="Adam learning rate of the policy adapter, linear decay to a tenth "
-             "(Mistral-7B: 1e-5; the study reports none, its code has TRL's 1.41e-5)")
+    ppo("--lr", type=positive_float, default=2e-3, help="Adam learning rate of the policy adapter, linear decay to a tenth (Mistral-7B: 1e-5; the study: 1.41e-5)")
     ppo("--value-lr", type=positive_float, default=4e-3, help="Adam learning rate of value adapter and head (Mistral-7B: 1e-4)")
     ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss (the study reports none)")
     ppo("--value-clip-range", type=positive_float, default=0.5, help="epsilon of the clipped value loss")
