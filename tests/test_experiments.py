@@ -102,6 +102,21 @@ def test_fractions_of_learning_rates_are_of_the_scripts_defaults(capsys):
             assert f"(default: {value})" in text.split(f"--{flag} {flag.upper().replace('-', '_')} ")[1].split(" --")[0]
 
 
+@pytest.mark.parametrize("scale", ["full", "small"])
+def test_arms_of_trls_defaults_have_its_values(monkeypatch, scale):
+    """PPOConfig of trl 0.7.11 to 0.9.6, by the names of our flags; 1.41e-5 is 1.41 times the usual rate, as 1.4 LR is of the toy's."""
+    monkeypatch.setattr("virtue.checkpoint.read_manifest", lambda *a, **k: {"settings": {}, "stage": "any", "extra": {}})
+    trl = dict(kl_coef=0.2, kl_target=6, kl_horizon=10000, gamma=1, lam=0.95, clip_range=0.2, value_clip_range=0.2, vf_coef=0.1,
+               lr=1.4 * run.LR, value_lr=1.4 * run.LR, no_whiten=False, eos_penalty=0, value_warmup=0)
+    ours, code = dict(rollout_size=128, minibatch_size=128, ppo_epochs=4), dict(rollout_size=16, minibatch_size=16, ppo_epochs=1, aggregate="uwo")
+    arms = {arm.name: arm for arm in run.EXPERIMENTS["study"][1]}
+    for name, own in (("PPO by TRL's defaults of its time", ours), ("TRL's defaults alone", ours), ("steps as in its code", code), ("its code's PPO alone", code)):
+        policy = run.chain(arms[name], 0, scale)["policy"]
+        args = vars(importlib.import_module("run_ppo").parse(policy.command(Path("r"))[1:]))
+        assert {key: args[key] for key in (*trl, *own)} == pytest.approx({**trl, **own}) and args["no_standardize"]
+        assert args["score_clip"] > 1e6 and args["max_grad_norm"] > 1e6  # none
+
+
 def test_lists_commands_and_runs_nothing(tmp_path, capsys):
     assert run.main(["lenses", "--seeds", "0", "1", "0", "--runs", str(tmp_path / "r"), "--dry-run"]) == 0
     out = capsys.readouterr().out.splitlines()
