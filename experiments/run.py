@@ -83,7 +83,7 @@ RAW = "--no-standardize --score-dtype fp16"
 # 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2 passes, one step each.
 # The report gives 1.41e-5 for the reward models: 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's default. PPO's rate
 # it does not give; if it is the same, it is 0.14 of 1e-4, but 1.4 times the 1e-5 that is usual for PPO (README): hence the arms of
-# six steps at 0.14, 1 and 1.4 times the default.
+# six steps at 0.14, 1 and 1.4 times the default. (It names no schedule either; its code leaves TRL's, linear.)
 STUDY_RM_STEPS, STUDY_PPO_STEPS = "--batch-size 20 --accumulation 16 --schedule constant", "--rollout-size 320 --minibatch-size 320 --iterations 3 --value-warmup 0 --ppo-epochs 2"
 STUDY_RM_LR = f"--lr {0.14 * RM_LR:.2g}"
 
