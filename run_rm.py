@@ -4,7 +4,7 @@
   python run_rm.py --data runs/demo/preferences --sft runs/demo/sft --lens motivation --merge --out runs/rm-m
   python run_rm.py --data runs/hh --lens action --pairs harmless-base.jsonl.gz --out runs/rm-people     # what people chose
   python run_rm.py --data runs/7b/preferences --out runs/7b/rm --quantize nf4 --dtype fp16 --labels hard --batch-size 20 --accumulation 16 \\
-      --epochs 2 --lr 1.41e-5 --schedule constant --max-tokens 100 --over-long cut     # the study's values
+      --epochs 2 --lr 1.41e-5 --max-tokens 100 --over-long cut     # the study's values
 
 Pairwise (Bradley-Terry) loss on the judge's probability (soft) or its choice (hard). Every model reads
 a dialogue up to the end of its lens's turn. Each lens goes to its own folder under --out, with its

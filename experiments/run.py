@@ -80,9 +80,12 @@ KEEP = "--truncated keep"  # the study speaks of no truncated answer that it dro
 # nothing of the consequence. On the toy the same takes 64 tokens where answers are whole, 50 where they are cut at 16.
 STUDY_RM = "--labels hard --over-long cut"
 RAW = "--no-standardize --score-dtype fp16"
-# 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2 passes, one step each.
-# 1.41e-5 is 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's defaults. For PPO 1e-5 is usual too (README): by that
-# the study's is 1.4 times the usual one, hence the arms of six steps at 1 and 1.4 times the default.
+# 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2
+# passes, one step each. The report gives 1.41e-5 for the reward models: 0.14 of the usual 1e-4 for
+# LoRA on 7B, hence 0.14 of the toy's default. PPO's rate it does not give; if it is the same, it is
+# 0.14 of 1e-4, but 1.4 times the 1e-5 that is usual for PPO (README): hence the arms of six steps
+# at 0.14, 1 and 1.4 times the default. (It names no schedule either; its code leaves TRL's,
+# linear.)
 STUDY_RM_STEPS, STUDY_PPO_STEPS = "--batch-size 20 --accumulation 16 --schedule constant", "--rollout-size 320 --minibatch-size 320 --iterations 3 --value-warmup 0 --ppo-epochs 2"
 STUDY_RM_LR = f"--lr {0.14 * RM_LR:.2g}"
 
@@ -92,6 +95,25 @@ def study_ppo(share: float) -> str:
     return f"{STUDY_PPO_STEPS} --lr {share * LR:.2g} --value-lr {share * VALUE_LR:.2g}"
 
 
+# TRL's PPOConfig when the study was made (trl/trainer/ppo_config.py of trl 0.7.11 to 0.9.6,
+# February to July 2024): 1.41e-5 for policy and value alike, 128 dialogues a batch and a step, 4
+# epochs, an adaptive KL coefficient; scores neither scaled nor clipped, gradients not clipped, no
+# missing-EOS penalty, no critic warm-up. No flag can say: one trunk for policy and value, a
+# constant rate, Adam's eps of 1e-8, minibatches skipped at a mean ratio above 10. 650 prompts make
+# 5 batches of 128, so 20 steps.
+TRL = (f"--value-warmup 0 --lr {1.4 * LR:.2g} --value-lr {1.4 * LR:.2g} "
+       "--kl-coef 0.2 --kl-target 6 --kl-horizon 10000 --lam 0.95 "
+       "--clip-range 0.2 --value-clip-range 0.2 --vf-coef 0.1 "
+       "--score-clip 1e9 --max-grad-norm 1e9 --eos-penalty 0")
+TRL_PPO = f"{TRL} --rollout-size 128 --minibatch-size 128 --iterations 5 --ppo-epochs 4"
+# The code published with the report (github.com/arvind6599/EthicalLLM, arvind/rl_training.py) sets
+# that rate, 16 dialogues a batch and a step, 1 epoch, one pass of 10,000 prompts (the toy has 933:
+# 58 steps), and as reward mean - 0.5 std of the dialogue's three scores, by the std of a sample (of
+# three values: uwo's with 0.61). Its reward models had those pairs at least, so 62 steps or more;
+# the toy's 650 at 20 a step make 65. (Their two outputs, of which PPO took the softmax, no flag can
+# say: two_outputs.py.)
+CODE_PPO = (f"{TRL} --rollout-size 16 --minibatch-size 16 --iterations 58 --ppo-epochs 1 "
+            "--aggregate uwo --uwo-coef 0.61")
 STUDY = dict(base="--quantize nf4 --max-new-tokens 16", sft=None, preferences=f"{KEEP} --orders one --limit 768",
              rm=f"{STUDY_RM} {STUDY_RM_STEPS} --epochs 2 {STUDY_RM_LR} --max-tokens 50", policy=f"{study_ppo(0.14)} {RAW}")
 LITERAL = dict(STUDY, base="--quantize nf4 --max-new-tokens 32", rm=f"{STUDY_RM} {STUDY_RM_STEPS} --epochs 2 --lr 1.41e-5 --max-tokens 100",
@@ -129,6 +151,12 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
         Arm("its small steps alone", policy=study_ppo(0.14)), Arm("all but its small steps", **{**STUDY, "policy": RAW}, report=UNCUT),
         Arm("six steps at the full rate", policy=study_ppo(1)), Arm("six steps at 1.4 times it", policy=study_ppo(1.4)),
         Arm("translated, six steps at 1.4 times the rate", **{**STUDY, "policy": f"{study_ppo(1.4)} {RAW}"}, report=UNCUT),
+        Arm("PPO by TRL's defaults of its time", **{**STUDY, "policy": f"{TRL_PPO} {RAW}"}, report=UNCUT),
+        Arm("TRL's defaults alone", policy=f"{TRL_PPO} --no-standardize"),
+        Arm("steps as in its code", **{**STUDY, "policy": f"{CODE_PPO} {RAW}",
+            "rm": f"{STUDY_RM} --batch-size 20 --epochs 2 {STUDY_RM_LR} --max-tokens 50"},
+            report=UNCUT),
+        Arm("its code's PPO alone", policy=f"{CODE_PPO} --no-standardize"),
         Arm("its reward models' steps alone", rm=f"{STUDY_RM_STEPS} --epochs 3 {STUDY_RM_LR}")]),  # three epochs of half the pairs are six steps too
     "causes": ("Which one cause, put into the default recipe, costs how much?", [
         DEFAULT, Arm("no SFT", sft=None), cut(16), cut(24), Arm("reward input cut at 64", rm="--max-tokens 64 --over-long cut"),

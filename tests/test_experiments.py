@@ -102,6 +102,26 @@ def test_fractions_of_learning_rates_are_of_the_scripts_defaults(capsys):
             assert f"(default: {value})" in text.split(f"--{flag} {flag.upper().replace('-', '_')} ")[1].split(" --")[0]
 
 
+@pytest.mark.parametrize("scale", ["full", "small"])
+def test_arms_of_trls_defaults_have_its_values(monkeypatch, scale):
+    """PPOConfig of trl 0.7.11 to 0.9.6 by our flags; 1.41e-5 is 1.41 times the usual rate."""
+    manifest = {"settings": {}, "stage": "any", "extra": {}}
+    monkeypatch.setattr("virtue.checkpoint.read_manifest", lambda *a, **k: manifest)
+    trl = dict(kl_coef=0.2, kl_target=6, kl_horizon=10000, gamma=1, lam=0.95, clip_range=0.2,
+               value_clip_range=0.2, vf_coef=0.1, lr=1.4 * run.LR, value_lr=1.4 * run.LR,
+               no_whiten=False, eos_penalty=0, value_warmup=0, no_standardize=True)
+    ours = trl | dict(rollout_size=128, minibatch_size=128, ppo_epochs=4)
+    code = trl | dict(rollout_size=16, minibatch_size=16, ppo_epochs=1, aggregate="uwo")
+    wanted = {"PPO by TRL's defaults of its time": ours, "TRL's defaults alone": ours,
+              "steps as in its code": code, "its code's PPO alone": code}
+    arms = {arm.name: arm for arm in run.EXPERIMENTS["study"][1]}
+    for name, values in wanted.items():
+        policy = run.chain(arms[name], 0, scale)["policy"]
+        args = vars(importlib.import_module("run_ppo").parse(policy.command(Path("r"))[1:]))
+        assert {key: args[key] for key in values} == pytest.approx(values)
+        assert args["score_clip"] > 1e6 and args["max_grad_norm"] > 1e6  # none
+
+
 def test_lists_commands_and_runs_nothing(tmp_path, capsys):
     assert run.main(["lenses", "--seeds", "0", "1", "0", "--runs", str(tmp_path / "r"), "--dry-run"]) == 0
     out = capsys.readouterr().out.splitlines()
@@ -327,6 +347,25 @@ def test_fit_probe_prints_both_tables(monkeypatch, capsys):
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert len(rows) == 10
     assert all(0 <= float(row[2]) <= 1 for row in rows) and float(rows[1][2]) > 0.5  # two motives that fit beat one
+
+
+def test_the_softmax_of_two_outputs_loses_what_both_learned(monkeypatch, capsys):
+    """Both learn to tell two words apart; of two that are alike the softmax is a constant."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which it changes
+    two_outputs = importlib.import_module("two_outputs")
+    talks = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": word}]
+             for word in ("yes", "no") for i in range(20)]
+    pairs = [{"id": f"{i:016x}", "chosen": talks[i], "rejected": talks[20 + i], "label": 1.0} for i in range(20)]
+    monkeypatch.setattr(two_outputs, "read_preferences", lambda path, lens: pairs)
+    monkeypatch.setattr(two_outputs, "LENSES", ("action",))
+    flags = ["--data", "-", "--seeds", "0", "--epochs", "4"]
+    two_outputs.main(flags)
+    cells = capsys.readouterr().out.splitlines()[2].strip("| ").split(" | ")
+    assert cells[:5] == ["action", "0", "4", "1.000", "1.000"] and float(cells[5]) * 4 in range(5)
+    head = two_outputs.ScalarHead
+    monkeypatch.setattr(two_outputs, "ScalarHead", lambda dim, seed: head(dim, seed=0))
+    two_outputs.main(flags)  # no pair is ordered, for every score is 1/2
+    assert capsys.readouterr().out.splitlines()[2].endswith("| 4 | 1.000 | 1.000 | 0.000 |")
 
 
 def test_compare_tells_what_gold_was_bought_with(tmp_path):

@@ -155,7 +155,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: in
 
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=positive_float, default=lr, help=told("AdamW learning rate; Mistral-7B: 1e-4", "lr"))
-    add("--schedule", choices=("linear", "constant"), default="linear", help="linear: from --lr at the first step to a tenth of it at the last" + (" (the study: constant)" if study else ""))
+    add("--schedule", choices=("linear", "constant"), default="linear",
+        help="linear: from --lr at the first step to a tenth of it at the last")
     add("--epochs", type=positive_int, default=epochs, help=told("passes over the data", "epochs"))
     add("--batch-size", type=positive_int, default=batch_size, help=told("records a forward pass", "batch_size"))
     add("--accumulation", type=positive_int, default=1, help=told("forward passes an optimiser step", "accumulation"))
