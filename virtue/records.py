@@ -77,7 +77,7 @@ def split(prompt_id: str) -> str:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yields (line number from 1, object) of a JSON Lines file, UTF-8, gzip if named ``.gz``.
+    """Yields (line number from 1, object) of a JSON Lines file, UTF-8, plain or gzip by its first bytes.
 
     Blank lines are passed over. VirtueError that names file, line and remedy: a file missing,
     unreadable or empty, a line that is not one JSON object in UTF-8.
@@ -86,7 +86,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     try:
         if path.is_fifo():
             raise OSError(0, "a pipe, which waits for its other end and can be read only once")
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"  # its bytes tell, not its name
+        with (gzip.open if zipped else open)(path, "rb") as lines:
             for number, raw in enumerate(iter(lambda: lines.readline(LONGEST + 1), b""), 1):  # of bytes: only \n ends a line
                 _need(len(raw) <= LONGEST, f"longer than {LONGEST >> 20} MiB")
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -120,7 +122,7 @@ def parse_hh(text: str) -> Messages:
     The data holds empty turns, left out here, and two of one role in a row, joined by a blank
     line. ValueError: it does not start with a Human turn.
     """
-    parts = re.split(r"\n\n(Human|Assistant):(?: |$)", text)
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):(?=\s|$)", text)
     _need(not parts[0].strip() and parts[1:2] == ["Human"],
           "a transcript must start with '\\n\\nHuman: '")
     messages: Messages = []
@@ -237,14 +239,24 @@ def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], 
     """
     def side(record: dict, name: str) -> list:
         _need(name in record, 'lacks "chosen" or "rejected"')
-        value = record[name]
+        value = "" if record[name] is None else record[name]  # a null answer is an empty one
         if isinstance(value, str):
-            if "prompt" not in record:
-                return parse_hh(value)
-            value = [{"role": "assistant", "content": value}]
+            if "prompt" not in record or value.startswith("\n\nHuman:"):
+                value = parse_hh(value)
+            else:
+                value = [{"role": "assistant", "content": value}]
         _need(isinstance(value, list), f'"{name}" must be a text or messages')
         _need(not any(map(_is_system, value)), f'"{name}" holds a system message, which has no place in the template{_SYSTEM}')
-        return [*prompt_of({"prompt": record["prompt"]}), *value] if "prompt" in record else value
+        if "prompt" not in record:
+            return value
+        prompt = prompt_of({"prompt": record["prompt"]})
+        if not (value and isinstance(value[0], dict) and value[0].get("role") == "user"):
+            return [*prompt, *value]
+        # A whole conversation, which repeats the prompt
+        begins = len(value) > len(prompt) and all(
+            isinstance(m, dict) and m.get("role") == p["role"] and isinstance(m.get("content"), str)
+            and m["content"].strip() == p["content"].strip() for p, m in zip(prompt, value))
+        return value if begins else []  # none: counted as passed over
 
     def convert(record: dict) -> dict:
         lens = record.get("lens", "action")
@@ -256,7 +268,8 @@ def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], 
         try:
             for name in ("chosen", "rejected"):
                 check_messages(pair[name], name, "assistant")
-            _need([m["content"] for m in pair["chosen"]] != [m["content"] for m in pair["rejected"]], "identical")
+            _need([m["content"].strip() for m in pair["chosen"]]
+                  != [m["content"].strip() for m in pair["rejected"]], "identical")
             found.append(pair)
         except ValueError:
             skipped += 1
