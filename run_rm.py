@@ -72,10 +72,10 @@ def main(argv=None):
     if args.pairs and args.lens == "all":
         raise VirtueError(f"--pairs {args.pairs} trains one reward model: give the --lens that it stands for")
     if args.pairs:
-        found, skipped = read_pairs(args.pairs)
+        found, skipped = read_pairs(args.pairs, lens=args.lens)
         if skipped:
             print(f"{args.pairs}: {skipped} pairs passed over: identical, with an empty text, or not ending with the assistant")
-        other = {pair["lens"] for pair in found} - {args.lens, None}
+        other = {pair["lens"] for pair in found} - {args.lens}
         if other:
             raise VirtueError(f"{args.pairs}: holds pairs of the lens {min(other)} where --lens "
                               f"{args.lens} is to be trained: give the file of that lens")

@@ -116,13 +116,24 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         raise VirtueError(f"{path}{problem}")
 
 
+def _is_transcript(text: str) -> bool:
+    """Whether a text is a dialogue with markers: hh-rlhf's, or ``Human: ... Assistant: ...``, as the
+    study prints its records."""
+    return text.startswith("\n\nHuman:") or bool(re.match(r"\s*Human:\s.*?\sAssistant:(\s|$)", text, re.S))
+
+
 def parse_hh(text: str) -> Messages:
     """An hh-rlhf transcript as messages, by its ``\\n\\nHuman:`` and ``\\n\\nAssistant:`` markers.
 
     The data holds empty turns, left out here, and two of one role in a row, joined by a blank
     line. ValueError: it does not start with a Human turn.
     """
+    _need(_is_transcript(text), "a transcript must start with '\\n\\nHuman: '")
     parts = re.split(r"(?:^|\n\n)(Human|Assistant):(?=\s|$)", text)
+    if "Assistant" not in parts[1::2] and not text.startswith("\n\n"):  # the study's: no blank line before
+        parts = re.split(r"(?:^|\s)(Human|Assistant):(?=\s|$)", text.strip())
+        turns = parts[1::2]
+        _need(all(a != b for a, b in zip(turns, turns[1:])), "the markers of a transcript must alternate")
     _need(not parts[0].strip() and parts[1:2] == ["Human"],
           "a transcript must start with '\\n\\nHuman: '")
     messages: Messages = []
@@ -141,7 +152,7 @@ def prompt_of(record: dict) -> Messages:
     name = "prompt" if "prompt" in record else "chosen"
     _need(name in record, 'has neither "prompt" (a text or messages) nor "chosen" (hh-rlhf)')
     value = record[name]
-    if isinstance(value, str) and (name == "chosen" or value.startswith("\n\nHuman:")):
+    if isinstance(value, str) and (name == "chosen" or _is_transcript(value)):
         value = parse_hh(value)
         if value and value[-1]["role"] == "assistant":
             value.pop()
@@ -230,18 +241,18 @@ def read_preferences(path: str | Path, lens: str) -> list[dict]:
     return list(_records(path, lambda record: _preference(record, lens), remedy))
 
 
-def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], int]:
+def read_pairs(path: str | Path, limit: int | None = None, lens: str = "action") -> tuple[list[dict], int]:
     """Any preference file as records {"chosen", "rejected": messages, "lens"}; and how many were passed over.
 
     Takes hh-rlhf's transcripts, this project's own files, and {"prompt", "chosen", "rejected"} with texts or
-    messages, as TRL writes; system messages are refused. `lens` is "action" where the file does not say. Passed over and counted: pairs that
+    messages, as TRL writes; system messages are refused. Where the file names no lens, `lens` counts. Passed over and counted: pairs that
     do not end with the assistant, hold an empty text, or are identical (hh-rlhf has some of each).
     """
     def side(record: dict, name: str) -> list:
         _need(name in record, 'lacks "chosen" or "rejected"')
         value = "" if record[name] is None else record[name]  # a null answer is an empty one
         if isinstance(value, str):
-            if "prompt" not in record or value.startswith("\n\nHuman:"):
+            if "prompt" not in record or _is_transcript(value):
                 value = parse_hh(value)
             else:
                 value = [{"role": "assistant", "content": value}]
@@ -259,9 +270,9 @@ def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], 
         return value if begins else []  # none: counted as passed over
 
     def convert(record: dict) -> dict:
-        lens = record.get("lens", "action")
-        _need(lens in LENSES, f"unknown lens {reprlib.repr(lens)}, known are {', '.join(LENSES)}")
-        return {"chosen": side(record, "chosen"), "rejected": side(record, "rejected"), "lens": lens}
+        own = record.get("lens", lens)
+        _need(own in LENSES, f"unknown lens {reprlib.repr(own)}, known are {', '.join(LENSES)}")
+        return {"chosen": side(record, "chosen"), "rejected": side(record, "rejected"), "lens": own}
 
     found, skipped = [], 0
     for pair in _records(path, convert, "correct or remove it"):
