@@ -74,7 +74,7 @@ def main(argv=None):
     if args.pairs:
         found, skipped = read_pairs(args.pairs, lens=args.lens)
         if skipped:
-            print(f"{args.pairs}: {skipped} pairs passed over: identical, with an empty text, or not ending with the assistant")
+            print(f"{args.pairs}: {int(skipped)} pairs passed over: {skipped}")
         other = {pair["lens"] for pair in found} - {args.lens}
         if other:
             raise VirtueError(f"{args.pairs}: holds pairs of the lens {min(other)} where --lens "

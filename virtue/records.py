@@ -241,6 +241,15 @@ def read_preferences(path: str | Path, lens: str) -> list[dict]:
     return list(_records(path, lambda record: _preference(record, lens), remedy))
 
 
+class PassedOver(int):
+    """How many rows were passed over; `reasons` maps each reason to (rows, line of the first)."""
+
+    reasons: dict[str, tuple[int, int]]
+
+    def __str__(self) -> str:
+        return "; ".join(f"{n} from line {first} on: {why}" for why, (n, first) in self.reasons.items())
+
+
 def read_pairs(path: str | Path, limit: int | None = None, lens: str = "action") -> tuple[list[dict], int]:
     """Any preference file as records {"chosen", "rejected": messages, "lens"}; and how many were passed over.
 
@@ -274,18 +283,31 @@ def read_pairs(path: str | Path, limit: int | None = None, lens: str = "action")
         _need(own in LENSES, f"unknown lens {reprlib.repr(own)}, known are {', '.join(LENSES)}")
         return {"chosen": side(record, "chosen"), "rejected": side(record, "rejected"), "lens": own}
 
-    found, skipped = [], 0
-    for pair in _records(path, convert, "correct or remove it"):
+    found, reasons = [], {}
+    for number, record in read_jsonl(path):
+        try:
+            pair = convert(record)
+        except (ValueError, RecursionError) as e:
+            if "virtues" in record:  # a file of ours
+                raise VirtueError(f"{path}, line {number}: {e}: correct or remove it") from None
+            reasons.setdefault(str(e), []).append(number)
+            continue
         try:
             for name in ("chosen", "rejected"):
                 check_messages(pair[name], name, "assistant")
             _need([m["content"].strip() for m in pair["chosen"]]
                   != [m["content"].strip() for m in pair["rejected"]], "identical")
             found.append(pair)
-        except ValueError:
-            skipped += 1
+        except ValueError as e:
+            reasons.setdefault(str(e), []).append(number)
         if len(found) == limit:
             break
+    skipped = PassedOver(sum(map(len, reasons.values())))
+    skipped.reasons = {reason: (len(lines), lines[0]) for reason, lines in reasons.items()}
+    if not found:
+        first = min(line for _, line in skipped.reasons.values())
+        raise VirtueError(f"{path}, line {first}: no pair of the file can be used: {skipped}: "
+                          "correct the rows, or give another file")
     return found, skipped
 
 
