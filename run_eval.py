@@ -309,7 +309,7 @@ def evaluate_judge(args):
 
     write_json(out / "judge.json", result)
     finish(out)
-    print(f"{len(kept)} pairs ({skipped} without two different answers, {len(pairs) - len(kept)} too long), judge {args.model}, {args.wording} wording")
+    print(f"{len(kept)} pairs ({int(skipped)} passed over, {len(pairs) - len(kept)} too long), judge {args.model}, {args.wording} wording")
     for lens in LENSES:
         if lens in result:
             found = result[lens]

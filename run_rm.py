@@ -72,9 +72,13 @@ def main(argv=None):
     if args.pairs and args.lens == "all":
         raise VirtueError(f"--pairs {args.pairs} trains one reward model: give the --lens that it stands for")
     if args.pairs:
-        found, skipped = read_pairs(args.pairs)
+        found, skipped = read_pairs(args.pairs, lens=args.lens)
         if skipped:
-            print(f"{args.pairs}: {skipped} pairs passed over: identical, with an empty text, or not ending with the assistant")
+            print(f"{args.pairs}: {int(skipped)} pairs passed over: {skipped}")
+        other = {pair["lens"] for pair in found} - {args.lens}
+        if other:
+            raise VirtueError(f"{args.pairs}: holds pairs of the lens {min(other)} where --lens "
+                              f"{args.lens} is to be trained: give the file of that lens")
         data = {args.lens: [{**pair, "id": prompt_record(pair["chosen"][:-1])["id"], "label": 1.0} for pair in found]}
     else:
         data = {lens: read_preferences(args.data / f"{lens}.jsonl", lens) for lens in lenses}
@@ -99,14 +103,15 @@ def main(argv=None):
     # 1. Pairs as tokens, (chosen ids, rejected ids, P(chosen better), record id), by lens and by whether they are held out
     pairs = {lens: ([], []) for lens in lenses}
     over_long = dict.fromkeys(lenses, 0)
+    most = min(args.max_tokens, model.config.max_position_embeddings)  # no position lies beyond
     for lens in lenses:
         for r in data[lens]:
             if args.share != "all" and ("first", "second")[int(r["id"], 16) % 2] != args.share:
                 continue
             rows = [encode_conversation(tokenizer, r[side])[0] for side in ("chosen", "rejected")]
-            if max(map(len, rows)) > args.max_tokens:
+            if max(map(len, rows)) > most:
                 over_long[lens] += 1
-                rows = [row[:args.max_tokens] for row in rows]
+                rows = [row[:most] for row in rows]
                 if args.over_long == "drop" or rows[0] == rows[1]:  # what the cut left may hold no difference
                     continue
             pairs[lens][r["id"] in unseen].append((*rows, r["label"] if args.labels == "soft" else 1.0, r["id"]))

@@ -72,7 +72,8 @@ def main(argv=None):
     add_adapter(model, name, **lora_settings(args), seed=torch_seed(args.seed, key))
     parameters = adapter_parameters(model, name)
     rows = [(*encode_conversation(tokenizer, c), record) for c, record in conversations]
-    rows = [(ids, spans[-1:], record) for ids, spans, record in rows if len(ids) <= args.max_tokens]  # the last assistant turn is the new one
+    most = min(args.max_tokens, model.config.max_position_embeddings)  # no position lies beyond
+    rows = [(ids, spans[-1:], record) for ids, spans, record in rows if len(ids) <= most]  # the last assistant turn is the new one
     held_out, train = hold_out(rows, [prompt for *_, (prompt, *_) in rows], args.held_out, args.seed, key, "split")
     if not held_out or not train:
         raise VirtueError(f"{args.data}: {len(rows)} conversations of at most --max-tokens {args.max_tokens} cannot be split by "

@@ -83,7 +83,6 @@ GOOD = b'{"prompt": "a"}\n'
     ("a.jsonl", GOOD + b"\n[1]\n", "line 3: not a JSON object"),
     ("a.jsonl", GOOD + b"[" * 200_000, "line 2: not a JSON object"),
     ("a.jsonl", GOOD + b'{"prompt": "\xff"}', "line 2: not UTF-8"),
-    ("a.jsonl.gz", GOOD, "damaged gzip"),
     ("a.jsonl.gz", gzip.compress(GOOD * 999, mtime=0)[:-9], "damaged gzip"),
     ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 30, "damaged gzip"),
     ("a.jsonl", GOOD + b'{"text": "a"}', 'line 2: has neither "prompt"'),
@@ -196,8 +195,27 @@ def test_pairs_of_any_kind(tmp_path):
         records.read_pairs("runs/none.jsonl")
     for bad in ({"chosen": "x"}, {"chosen": talk, "rejected": 3}, {"chosen": "no markers", "rejected": talk}, {"chosen": message, "rejected": message, "lens": "virtue"}):
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad) + "\n")
-        with pytest.raises(VirtueError, match="pairs.jsonl, line 2"):
-            records.read_pairs(path)
+        pairs, skipped = records.read_pairs(path)
+        assert len(pairs) == 1 and list(skipped.reasons.values()) == [(1, 2)]  # one row, line 2
+
+
+def test_pairs_of_strangers(tmp_path):
+    path, ask = tmp_path / "pairs.jsonl", user("May I?")
+    want = [[ask, assistant("Yes.")], [ask, assistant("No.")]]
+    for form in ("\n\nHuman: May I?\n\nAssistant: {}", "\n\nHuman: May I?\n\nAssistant:\n{}",
+                 "Human: May I? Assistant: {}", "Human: May I?\nAssistant: {}"):
+        for prompt in ({}, {"prompt": form.format("")}):
+            row = prompt | {"chosen": form.format("Yes."), "rejected": form.format("No.")}
+            null, other = {**row, "chosen": None}, {**row, "prompt": "Else?"}
+            path.write_bytes(gzip.compress("\n".join(map(json.dumps, (row, null, other))).encode()))
+            (pair,), skipped = records.read_pairs(path, lens="motivation")
+            assert [pair["chosen"], pair["rejected"]] == want and pair["lens"] == "motivation"
+            assert sorted(skipped.reasons.values()) in ([(1, 2), (1, 3)], [(2, 2)])
+    row = {"prompt": "May I?", "chosen": want[0], "rejected": want[1]}  # ultrafeedback's
+    spaces = {"prompt": "May I?", "chosen": " Yes.", "rejected": "Yes."}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(spaces))
+    (pair,), skipped = records.read_pairs(path)
+    assert [pair["chosen"], pair["rejected"]] == want and skipped.reasons == {"identical": (1, 2)}
 
 
 def test_a_pipe_is_refused_before_it_blocks(tmp_path):

@@ -77,7 +77,7 @@ def split(prompt_id: str) -> str:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yields (line number from 1, object) of a JSON Lines file, UTF-8, gzip if named ``.gz``.
+    """Yields (line number from 1, object) of a JSON Lines file, UTF-8, plain or gzip by its first bytes.
 
     Blank lines are passed over. VirtueError that names file, line and remedy: a file missing,
     unreadable or empty, a line that is not one JSON object in UTF-8.
@@ -86,7 +86,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     try:
         if path.is_fifo():
             raise OSError(0, "a pipe, which waits for its other end and can be read only once")
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"  # its bytes tell, not its name
+        with (gzip.open if zipped else open)(path, "rb") as lines:
             for number, raw in enumerate(iter(lambda: lines.readline(LONGEST + 1), b""), 1):  # of bytes: only \n ends a line
                 _need(len(raw) <= LONGEST, f"longer than {LONGEST >> 20} MiB")
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -114,13 +116,24 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         raise VirtueError(f"{path}{problem}")
 
 
+def _is_transcript(text: str) -> bool:
+    """Whether a text is a dialogue with markers: hh-rlhf's, or ``Human: ... Assistant: ...``, as the
+    study prints its records."""
+    return text.startswith("\n\nHuman:") or bool(re.match(r"\s*Human:\s.*?\sAssistant:(\s|$)", text, re.S))
+
+
 def parse_hh(text: str) -> Messages:
     """An hh-rlhf transcript as messages, by its ``\\n\\nHuman:`` and ``\\n\\nAssistant:`` markers.
 
     The data holds empty turns, left out here, and two of one role in a row, joined by a blank
     line. ValueError: it does not start with a Human turn.
     """
-    parts = re.split(r"\n\n(Human|Assistant):(?: |$)", text)
+    _need(_is_transcript(text), "a transcript must start with '\\n\\nHuman: '")
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):(?=\s|$)", text)
+    if "Assistant" not in parts[1::2] and not text.startswith("\n\n"):  # the study's: no blank line before
+        parts = re.split(r"(?:^|\s)(Human|Assistant):(?=\s|$)", text.strip())
+        turns = parts[1::2]
+        _need(all(a != b for a, b in zip(turns, turns[1:])), "the markers of a transcript must alternate")
     _need(not parts[0].strip() and parts[1:2] == ["Human"],
           "a transcript must start with '\\n\\nHuman: '")
     messages: Messages = []
@@ -139,7 +152,7 @@ def prompt_of(record: dict) -> Messages:
     name = "prompt" if "prompt" in record else "chosen"
     _need(name in record, 'has neither "prompt" (a text or messages) nor "chosen" (hh-rlhf)')
     value = record[name]
-    if isinstance(value, str) and (name == "chosen" or value.startswith("\n\nHuman:")):
+    if isinstance(value, str) and (name == "chosen" or _is_transcript(value)):
         value = parse_hh(value)
         if value and value[-1]["role"] == "assistant":
             value.pop()
@@ -228,40 +241,73 @@ def read_preferences(path: str | Path, lens: str) -> list[dict]:
     return list(_records(path, lambda record: _preference(record, lens), remedy))
 
 
-def read_pairs(path: str | Path, limit: int | None = None) -> tuple[list[dict], int]:
+class PassedOver(int):
+    """How many rows were passed over; `reasons` maps each reason to (rows, line of the first)."""
+
+    reasons: dict[str, tuple[int, int]]
+
+    def __str__(self) -> str:
+        return "; ".join(f"{n} from line {first} on: {why}" for why, (n, first) in self.reasons.items())
+
+
+def read_pairs(path: str | Path, limit: int | None = None, lens: str = "action") -> tuple[list[dict], int]:
     """Any preference file as records {"chosen", "rejected": messages, "lens"}; and how many were passed over.
 
     Takes hh-rlhf's transcripts, this project's own files, and {"prompt", "chosen", "rejected"} with texts or
-    messages, as TRL writes; system messages are refused. `lens` is "action" where the file does not say. Passed over and counted: pairs that
+    messages, as TRL writes; system messages are refused. Where the file names no lens, `lens` counts. Passed over and counted: pairs that
     do not end with the assistant, hold an empty text, or are identical (hh-rlhf has some of each).
     """
     def side(record: dict, name: str) -> list:
         _need(name in record, 'lacks "chosen" or "rejected"')
-        value = record[name]
+        value = "" if record[name] is None else record[name]  # a null answer is an empty one
         if isinstance(value, str):
-            if "prompt" not in record:
-                return parse_hh(value)
-            value = [{"role": "assistant", "content": value}]
+            if "prompt" not in record or _is_transcript(value):
+                value = parse_hh(value)
+            else:
+                value = [{"role": "assistant", "content": value}]
         _need(isinstance(value, list), f'"{name}" must be a text or messages')
         _need(not any(map(_is_system, value)), f'"{name}" holds a system message, which has no place in the template{_SYSTEM}')
-        return [*prompt_of({"prompt": record["prompt"]}), *value] if "prompt" in record else value
+        if "prompt" not in record:
+            return value
+        prompt = prompt_of({"prompt": record["prompt"]})
+        if not (value and isinstance(value[0], dict) and value[0].get("role") == "user"):
+            return [*prompt, *value]
+        # A whole conversation, which repeats the prompt
+        begins = len(value) > len(prompt) and all(
+            isinstance(m, dict) and m.get("role") == p["role"] and isinstance(m.get("content"), str)
+            and m["content"].strip() == p["content"].strip() for p, m in zip(prompt, value))
+        return value if begins else []  # none: counted as passed over
 
     def convert(record: dict) -> dict:
-        lens = record.get("lens", "action")
-        _need(lens in LENSES, f"unknown lens {reprlib.repr(lens)}, known are {', '.join(LENSES)}")
-        return {"chosen": side(record, "chosen"), "rejected": side(record, "rejected"), "lens": lens}
+        own = record.get("lens", lens)
+        _need(own in LENSES, f"unknown lens {reprlib.repr(own)}, known are {', '.join(LENSES)}")
+        return {"chosen": side(record, "chosen"), "rejected": side(record, "rejected"), "lens": own}
 
-    found, skipped = [], 0
-    for pair in _records(path, convert, "correct or remove it"):
+    found, reasons = [], {}
+    for number, record in read_jsonl(path):
+        try:
+            pair = convert(record)
+        except (ValueError, RecursionError) as e:
+            if "virtues" in record:  # a file of ours
+                raise VirtueError(f"{path}, line {number}: {e}: correct or remove it") from None
+            reasons.setdefault(str(e), []).append(number)
+            continue
         try:
             for name in ("chosen", "rejected"):
                 check_messages(pair[name], name, "assistant")
-            _need([m["content"] for m in pair["chosen"]] != [m["content"] for m in pair["rejected"]], "identical")
+            _need([m["content"].strip() for m in pair["chosen"]]
+                  != [m["content"].strip() for m in pair["rejected"]], "identical")
             found.append(pair)
-        except ValueError:
-            skipped += 1
+        except ValueError as e:
+            reasons.setdefault(str(e), []).append(number)
         if len(found) == limit:
             break
+    skipped = PassedOver(sum(map(len, reasons.values())))
+    skipped.reasons = {reason: (len(lines), lines[0]) for reason, lines in reasons.items()}
+    if not found:
+        first = min(line for _, line in skipped.reasons.values())
+        raise VirtueError(f"{path}, line {first}: no pair of the file can be used: {skipped}: "
+                          "correct the rows, or give another file")
     return found, skipped
 
 

@@ -238,12 +238,16 @@ def _run(main: Callable[[], object]) -> NoReturn:
     sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     try:
         main()
+        sys.stdout.flush()  # here, where a closed pipe is caught
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from virtue.parallel import leave
             leave()
     except VirtueError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # who read our output went away, as `head` does; nothing more is to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # as a shell reports SIGPIPE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             print(f"error: {error.filename or 'a file'}: {error.strerror}: make room or get permission, then the same command with --resume goes on", file=sys.stderr)
