@@ -138,19 +138,23 @@ def main(argv=None):
                 if fault is None:
                     pairs.append((a.id, texts, cut))
             with use_stack(judge):
-                probs, label_mass = judge_pairs(judge, judge_tokenizer, [texts for _, texts, _ in pairs], lens, args.judge_batch_size,
+                odds, label_mass = judge_pairs(judge, judge_tokenizer, [texts for _, texts, _ in pairs], lens, args.judge_batch_size,
                                                 asked=VIRTUES if args.ask == "virtues" else ("rules",), orders=2 if args.orders == "both" else 1,
                                                 keep=state / f"judge-{lens}.jsonl")
-            probs = probs.expand(-1, 2, len(VIRTUES))  # one order counts as both, one question as five
+            odds = odds.expand(-1, -1, len(VIRTUES))  # one question counts as five
             # 3. from judgement to preference
             records = []
-            for (prompt_id, texts, cut), p in zip(pairs, probs):
-                said = verdict(p, args.preference)
-                chosen, rejected = texts if said.pop("first_is_chosen") else texts[::-1]
+            for (prompt_id, texts, cut), of_pair in zip(pairs, odds):
+                said = verdict(of_pair, args.preference)
+                first_is_chosen = said.pop("first_is_chosen")
+                if first_is_chosen is None:  # it has no chosen side that a record could name
+                    dropped["tied"] += 1
+                    continue
+                chosen, rejected = texts if first_is_chosen else texts[::-1]
                 records.append({"id": prompt_id, "lens": lens, "chosen": chosen, "rejected": rejected, **said, "truncated": cut})
             found[lens] = records
-            summary[lens] = {**{f"dropped_{fault}": dropped[fault] for fault in ("truncated", "empty", "identical", "too_long")},
-                             "label_mass": label_mass, **summarize(records, probs, lens)}
+            summary[lens] = {**{f"dropped_{fault}": dropped[fault] for fault in ("truncated", "empty", "identical", "too_long", "tied")},
+                             "label_mass": label_mass, **summarize(records, odds, lens)}
             if not records:
                 raise VirtueError(f"no pair of lens {lens} is left of {len(kept)} prompts ({dict(dropped)}): the model may be too weak, "
                                   "or --max-new-tokens too small")

@@ -298,14 +298,14 @@ def evaluate_judge(args):
         of_lens = [p for p in kept if p["lens"] == lens]
         if len(of_lens) < 2:
             continue
-        probs, mass = judge_pairs(base.model, base.tokenizer, [(p["chosen"], p["rejected"]) for p in of_lens], lens, args.batch_size,
+        odds, mass = judge_pairs(base.model, base.tokenizer, [(p["chosen"], p["rejected"]) for p in of_lens], lens, args.batch_size,
                                   wording=args.wording, keep=state / f"{lens}.jsonl")
         truths = [truth(p) for p in of_lens]
         if all(truths):
             signs = {name: np.array([t[name] for t in truths]) for name in (*VIRTUES, "overall")}
         else:
             signs = {"overall": np.ones(len(of_lens))}
-        result[lens] = {"against": "gold" if all(truths) else "the file's choice", "label_mass": mass, **agreement(probs, signs)}
+        result[lens] = {"against": "gold" if all(truths) else "the file's choice", "label_mass": mass, **agreement(odds, signs)}
 
     write_json(out / "judge.json", result)
     finish(out)
@@ -389,7 +389,7 @@ def evaluate_rewards(args):
         margins = (score(k, [r["chosen"] for r in pairs]) - score(k, [r["rejected"] for r in pairs])) * std[k]
         known_margins = margins[~margins.isnan()]
         labels = torch.tensor([r["label"] for r in pairs])[~margins.isnan()]
-        found = {"pairs": len(known_margins), "accuracy": accuracy(known_margins, (labels >= 0.5).float()), "log_loss": log_loss(known_margins, labels),
+        found = {"pairs": len(known_margins), "accuracy": accuracy(known_margins, labels), "log_loss": log_loss(known_margins, labels),
                  "calibration_error": calibration_error(known_margins.sigmoid(), labels), "calibration": calibration_bins(known_margins.sigmoid(), labels)}
         # 2. Score against length, on dialogues as sampled
         scores = score_dialogues(model, [reward_models[k]], held_out, [k], tokenizer.pad_token_id, batch_size=args.batch_size)[0]

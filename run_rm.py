@@ -157,7 +157,7 @@ def main(argv=None):
             labels = targets(ordered).cpu()
             losses = pairwise_loss(d, torch.zeros_like(d), labels)
             interval = dict(zip(("log_loss_low", "log_loss_high"), t_interval(losses)[1:])) if len(losses) > 1 else {}
-            return {"accuracy": accuracy(d, (labels >= 0.5).float()), "log_loss": log_loss(d, labels), **interval,
+            return {"accuracy": accuracy(d, labels), "log_loss": log_loss(d, labels), **interval,
                     "calibration_error": calibration_error(d.sigmoid(), labels)}
 
         # 2. Train

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from virtue.ethics import LENSES, VIRTUES
-from virtue.judge import judge_pairs, pair_fits
+from virtue.judge import choose, flipped, judge_pairs, opinion, pair_fits, preferred
 from virtue.stats import wilson
 
 
@@ -76,25 +76,47 @@ def _share(right: np.ndarray) -> dict:
     return dict(zip(("share", "low", "high"), found), n=len(right))
 
 
-def agreement(probs: Tensor, signs: dict[str, np.ndarray]) -> dict:
-    """How often the judge is right: probs (N, 2, 5) that the chosen is better; signs: what decides, > 0 chosen, 0 left out.
+def reliability(odds: Tensor) -> dict:
+    """What the judge's log-odds (N, orders, 5) say of the judge itself, without any truth.
 
-    signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry Wilson's 95 % intervals; "one_order" asks the mean of
-    the five virtues in one order, and is the mean over both.
-    Returns "agreement": {"majority", "mean", "one_order", each virtue: {"share", "low", "high", "n"}}, "position_flips" and "first_place" (shares),
-    "halo" (mean correlation between two virtues' answers, or None).
+    "ties": share of pairs whose label is within 0.05 of 1/2. "label_spread": root mean square
+    distance of the labels from 1/2, which does not depend on which dialogue of a pair is the first:
+    0 = no opinion, 0.5 = no doubt. Of both orders, else None, not measured: "position_flips", the
+    share of questions whose answer changed sides with the order, and "first_place", the share of
+    answers that prefer the dialogue shown first (a tie counts half).
     """
-    both = probs.double().mean(1).numpy()  # (N, 5)
-    found = {"majority": _share((((both > 0.5).sum(1) * 2 > len(VIRTUES)) == (signs["overall"] > 0))[signs["overall"] != 0]),
-             "mean": _share(((both.mean(1) > 0.5) == (signs["overall"] > 0))[signs["overall"] != 0]),
-             "one_order": _share(((probs.double().mean(2).numpy() > 0.5) == (signs["overall"] > 0)[:, None]).mean(1)[signs["overall"] != 0])}
+    away = opinion(odds).mean(-1) - 0.5  # (N,)
+    both = odds.shape[1] == 2 and len(odds) > 0
+    side = preferred(odds)
+    return {"ties": (away.abs() < 0.05).double().mean().item() if len(odds) else 0.0,
+            "label_spread": away.square().mean().sqrt().item() if len(odds) else 0.0,
+            "position_flips": flipped(odds).double().mean().item() if both else None,
+            "first_place": (side[:, 0].mean() + 1 - side[:, 1].mean()).item() / 2 if both else None}
+
+
+def _right(side: Tensor, sign: np.ndarray) -> dict:
+    """`_share` of the pairs on which side (N,), 1 first, 0 second, 0.5 a tie, is that of sign (N,); 0 is left out."""
+    side = side.numpy()
+    return _share(np.where(sign > 0, side, 1 - side)[sign != 0])
+
+
+def agreement(odds: Tensor, signs: dict[str, np.ndarray]) -> dict:
+    """How often the judge is right: its log-odds (N, 2, 5) that the chosen is better; signs: what
+    decides, > 0 chosen, 0 left out.
+
+    signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry
+    Wilson's 95 % intervals, and a pair on which the judge prefers neither counts one half;
+    "one_order" asks the mean of the five virtues in one order, and is the mean over both.
+    Returns "agreement": {"majority", "mean", "one_order", each virtue: {"share", "low", "high", "n"}},
+    "halo" (mean correlation between two virtues' answers, or None), and what `reliability` has.
+    """
+    overall, by_order = signs["overall"], preferred(odds.double().sigmoid().mean(2).logit())
+    found = {"majority": _right(choose(odds), overall), "mean": _right(choose(odds, "mean"), overall),
+             "one_order": _right(by_order.mean(1), overall)}
     for i, virtue in enumerate(VIRTUES):
-        sign = signs.get(virtue, signs["overall"])
-        found[virtue] = _share(((both[:, i] > 0.5) == (sign > 0))[sign != 0])
-    flips = (probs[:, 0] > 0.5) != (probs[:, 1] > 0.5)
-    return {"agreement": found, "position_flips": flips.double().mean().item(),
-            "first_place": ((probs[:, 0] > 0.5).double().mean().item() + (probs[:, 1] < 0.5).double().mean().item()) / 2,
-            "halo": virtue_agreement(probs.mean(1))}
+        side = preferred(odds.double().mean(1)[:, i])
+        found[virtue] = _right(side, signs.get(virtue, overall))
+    return {"agreement": found, **reliability(odds), "halo": virtue_agreement(opinion(odds))}
 
 
 def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]], lens: str, *, batch_size: int,
@@ -104,26 +126,24 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     Returns {"rate", "low", "high", "pairs", "questions", "label_mass"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
     tie counts half), Wilson's interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)};
     "label_mass": as ``judge_pairs`` has it. With gold (n,), by how
-    much ``after`` is better, also "gold": {"share", "low", "high", "n"}, the share of the n pairs with a difference on which the judge prefers the better.
+    much ``after`` is better, also "gold": {"share", "low", "high", "n"}, the share of the n pairs with a difference on which the judge prefers the better
+    (a tie counts half there too).
     """
     asked = (*VIRTUES, "helpfulness") if lens == "action" else (*VIRTUES, "helpfulness", "sincerity")
     kept = [i for i, pair in enumerate(zip(after, before, strict=True)) if pair_fits(judge, tokenizer, *pair, lens)]
     if len(kept) < 2:
         return None
     pairs = [(after[i], before[i]) for i in kept]
-    probs, label_mass = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)
-    probs = probs.double().mean(1).numpy()
-    margin = probs[:, :len(VIRTUES)].mean(1) - 0.5
-    won = np.where(np.abs(margin) < 1e-6, 0.5, margin > 0)
-    rate = dict(zip(("rate", "low", "high"), wilson(float(won.sum()), len(won))))
+    odds, label_mass = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)
+    won = choose(odds[..., :len(VIRTUES)], "mean")
+    rate = dict(zip(("rate", "low", "high"), wilson(won.sum().item(), len(won))))
     if gold is not None:
-        gold = gold[kept]
-        rate["gold"] = _share(((margin > 0) == (gold > 0))[gold != 0])
-    return {**rate, "pairs": len(pairs), "questions": dict(zip(asked, probs.mean(0).tolist())), "label_mass": label_mass}
+        rate["gold"] = _right(won, gold[kept])
+    return {**rate, "pairs": len(pairs), "questions": dict(zip(asked, opinion(odds).mean(0).tolist())), "label_mass": label_mass}
 
 
 def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[dict]], *, batch_size: int, keep: Path | None = None) -> tuple[np.ndarray, list[int]]:
-    """P(answer better than the prompt's other one), mean of the lenses, virtues and both orders: (P, n); and the indices of the P prompts.
+    """P(answer better than the prompt's other one), mean of the lenses and virtues, both orders in log-odds: (P, n); and the indices of the P prompts.
 
     answers: n lists of dialogues as messages, prompt by prompt; others: one dialogue a prompt. A prompt of which a pair does not fit the judge's context is left
     out. ``keep``: a folder for finished batches. VirtueError: as ``judge_pairs``.
@@ -133,21 +153,19 @@ def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[
 
     pairs = {lens: [[(cut(side[i], k), cut(other, k)) for side in answers] for i, other in enumerate(others)] for k, lens in enumerate(LENSES)}
     kept = [i for i in range(len(others)) if all(pair_fits(judge, tokenizer, *pair, lens) for lens in LENSES for pair in pairs[lens][i])]
-    probs = [judge_pairs(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]], lens, batch_size, keep=keep and keep / f"judge-{lens}.jsonl")[0]
+    odds = [judge_pairs(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]], lens, batch_size, keep=keep and keep / f"judge-{lens}.jsonl")[0]
              for lens in LENSES if kept]
-    return (sum(p.double().mean((1, 2)) for p in probs) / len(LENSES)).view(len(kept), -1).numpy() if kept else np.zeros((0, len(answers))), kept
+    return (sum(opinion(o).mean(1) for o in odds) / len(LENSES)).view(len(kept), -1).numpy() if kept else np.zeros((0, len(answers))), kept
 
 
-def summarize(records: list[dict], probs: Tensor, lens: str) -> dict:
-    """Numbers of one preference set: records as written, probs (N, 2, 5) as judged."""
+def summarize(records: list[dict], odds: Tensor, lens: str) -> dict:
+    """Numbers of one preference set: its records as written, and the judge's log-odds (N, orders, 5)
+    on all N pairs that it read, those without a verdict too."""
     n = len(records)
     votes = Counter(r["votes"] for r in records)
     return {
-        "pairs": n,
-        "ties": sum(abs(r["label"] - 0.5) < 0.05 for r in records) / max(1, n),  # label within 0.05 of 1/2
-        "position_flips": sum(r["position_flips"] for r in records) / max(1, n * len(VIRTUES)),  # share of questions
-        "first_place": probs[:, 0].mean().item() / 2 + (1 - probs[:, 1]).mean().item() / 2 if n else None,
+        "pairs": n, **reliability(odds),
         "votes_5": votes[5] / max(1, n), "votes_4": votes[4] / max(1, n), "votes_3": votes[3] / max(1, n),
-        "virtue_agreement": virtue_agreement(probs.mean(1)),
+        "virtue_agreement": virtue_agreement(opinion(odds)),
         "gold_agreement": gold_agreement(records, lens),
     }
