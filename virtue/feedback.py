@@ -1,11 +1,12 @@
-"""What the judge's verdicts say about the judge: ties, flips, votes, halo; on toy, agreement with gold.
+"""What the judge's verdicts say about the judge: ties, flips, votes, halo, whether it knows more than
+places; on toy, agreement with gold.
 
 Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from virtue.ethics import LENSES, VIRTUES
 from virtue.judge import choose, flipped, judge_pairs, opinion, pair_fits, preferred
+from virtue.records import is_number
 from virtue.stats import wilson
 
 
@@ -76,14 +78,39 @@ def _share(right: np.ndarray) -> dict:
     return dict(zip(("share", "low", "high"), found), n=len(right))
 
 
+def coin_test(odds: Tensor) -> dict:
+    """Can the judge be told from a coin that knows places? Its log-odds (N, orders, Q) that the first
+    of each pair is better -> {"coin", "consistent", "consistent_low", "consistent_high", "judged"}.
+
+    The null: in each order the judge answers by a bias for the place, which may differ from pair to
+    pair, and by noise that is drawn anew for each order, so that the two orders know nothing in common
+    of the pair. The statistic: x1 and x2 are a pair's mean over the questions in either order, both as
+    "the first is better", and b, the mean of (x1 - x2) / 2 over all pairs, is the bias; "consistent" is
+    the share of the N pairs ("judged") on which x1 - b and x2 + b prefer the same dialogue (a tie counts
+    half). For every coin this is at most 1/2 in expectation: with q the share of answers above b it is
+    2 q (1 - q), and a bias that varies takes more off. "coin" is True unless Wilson's 95 % interval
+    lies above 1/2: at most one coin in forty is believed. A judge whose bias varies between pairs by
+    more than its opinions do is not told from a coin either, and one that consistently prefers what
+    is no better, such as length, passes. With one order all but "judged" are None, not measured.
+    """
+    n = len(odds)
+    if odds.shape[1] != 2 or n == 0:
+        return {"coin": None, **dict.fromkeys(("consistent", "consistent_low", "consistent_high")), "judged": n}
+    x = odds.double().mean(-1)  # (N, 2)
+    b = (x[:, 0] - x[:, 1]).mean() / 2
+    first, second = preferred(x[:, 0] - b), preferred(x[:, 1] + b)
+    share, low, high = wilson((0.5 + 2 * (first - 0.5) * (second - 0.5)).sum().item(), n)
+    return {"coin": low <= 0.5, "consistent": share, "consistent_low": low, "consistent_high": high, "judged": n}
+
+
 def reliability(odds: Tensor) -> dict:
-    """What the judge's log-odds (N, orders, 5) say of the judge itself, without any truth.
+    """What the judge's log-odds (N, orders, Q) say of the judge itself, without any truth.
 
     "ties": share of pairs whose label is within 0.05 of 1/2. "label_spread": root mean square
     distance of the labels from 1/2, which does not depend on which dialogue of a pair is the first:
     0 = no opinion, 0.5 = no doubt. Of both orders, else None, not measured: "position_flips", the
     share of questions whose answer changed sides with the order, and "first_place", the share of
-    answers that prefer the dialogue shown first (a tie counts half).
+    answers that prefer the dialogue shown first (a tie counts half). And `coin_test`'s.
     """
     away = opinion(odds).mean(-1) - 0.5  # (N,)
     both = odds.shape[1] == 2 and len(odds) > 0
@@ -91,7 +118,47 @@ def reliability(odds: Tensor) -> dict:
     return {"ties": (away.abs() < 0.05).double().mean().item() if len(odds) else 0.0,
             "label_spread": away.square().mean().sqrt().item() if len(odds) else 0.0,
             "position_flips": flipped(odds).double().mean().item() if both else None,
-            "first_place": (side[:, 0].mean() + 1 - side[:, 1].mean()).item() / 2 if both else None}
+            "first_place": (side[:, 0].mean() + 1 - side[:, 1].mean()).item() / 2 if both else None,
+            **coin_test(odds)}
+
+
+def _consistent(test: Mapping) -> str:
+    """The numbers of `coin_test` in words, if they are numbers."""
+    share, low, high, n = (test.get(k) for k in ("consistent", "consistent_low", "consistent_high", "judged"))
+    if not all(map(is_number, (share, low, high, n))):
+        return ""
+    return (f"both orders prefer the same dialogue on {share:.0%} [{low:.0%}, {high:.0%}] of {n} pairs, "
+            "the bias for a place taken off")
+
+
+def worth(found: Mapping) -> str:
+    """One line on what a judge is worth: of `reliability`'s numbers and "label_mass"."""
+    flips, place = (f"{found[k]:.0%}" if found[k] is not None else "not measured" for k in ("position_flips", "first_place"))
+    coin = {True: "a coin that knows places would do the same", False: "more than a coin that knows places",
+            None: "with one order a coin cannot be told"}[found["coin"]]
+    return (f"flips with the order {flips}, ties {found['ties']:.0%}, first place preferred {place}, labels "
+            f"{found['label_spread']:.3f} from 1/2 (root mean square), mass on the two labels {found['label_mass']:.2f}; "
+            f"{': '.join(filter(None, (coin, _consistent(found))))}")
+
+
+def judge_tests(extra: Mapping) -> dict[str, Mapping]:
+    """lens -> `coin_test` of the judge whose labels an artefact stands on, as its virtue.json has them; {} where it says nothing."""
+    tests = extra.get("judge_test")
+    return {lens: tests[lens] for lens in LENSES if isinstance(tests.get(lens), Mapping)} if isinstance(tests, Mapping) else {}
+
+
+def doubts(extra: Mapping) -> list[str]:
+    """A sentence for each lens of which `judge_tests` leave the judge in doubt."""
+    found = []
+    for lens, test in judge_tests(extra).items():
+        if test.get("coin") is True:
+            numbers = _consistent(test)
+            found.append(f"the labels of lens {lens} are those of a judge that cannot be told from a coin that knows places"
+                         + f" ({numbers})" * bool(numbers))
+        elif test.get("coin", False) is None:
+            found.append(f"the judge of lens {lens} was asked in one order: whether it is more than a coin that knows "
+                         "places was not measured")
+    return found
 
 
 def _right(side: Tensor, sign: np.ndarray) -> dict:

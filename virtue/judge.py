@@ -26,7 +26,7 @@ from virtue.parallel import share, total
 from virtue.resume import replay
 from virtue.runtime import progress
 
-TIE = 1e-5  # nats of log-odds
+TIE = 1e-4  # nats of log-odds
 
 
 def transcript(messages: list[dict]) -> str:
