@@ -51,7 +51,7 @@ CHARACTERS = "".join(map(chr, (*range(0x4E00, 0xA000), *range(0xAC00, 0xD7A4))))
 DEMO = (("run_data.py", "revisions"), ("run_sft.py",), ("run_data.py", "preferences"), ("run_rm.py",), ("run_ppo.py",), ("run_eval.py", "models"))  # the Makefile's
 DEMO_FLAGS = ("--out {}/revisions", "--data {}/revisions --out {}/sft", "--sft {}/sft --out {}/preferences", "--data {}/preferences --out {}/rm",
               "--rm {}/rm --out {}/policy", "--policy {}/policy --out {}/report")
-DEMO_SMALL = ("--limit 24", "--epochs 1", "--limit 12", "--epochs 1 --held-out 0.25", "--iterations 1 --value-warmup 0 --rollout-size 8 --minibatch-size 8", "--limit 8 --judge-limit 2")
+DEMO_SMALL = ("--limit 24", "--epochs 1", "--limit 12 --any-judge", "--epochs 1 --held-out 0.25", "--iterations 1 --value-warmup 0 --rollout-size 8 --minibatch-size 8", "--limit 8 --judge-limit 2")
 
 
 class Bench:
@@ -512,7 +512,7 @@ def evaluation(b: Bench) -> None:
 def data(b: Bench) -> None:
     """Sampling and judging of preferences; of revisions only the sampling is the same."""
     b.script("run_data.py", "preferences", *common(b), "--sft", b.out / "sft", "--truncated", "keep", "--limit", b.size["data"], "--batch-size", b.size["ppo"][0],
-             "--judge-batch-size", b.size["judge"], "--out", b.out / "preferences")
+             "--judge-batch-size", b.size["judge"], "--any-judge", "--out", b.out / "preferences")
 
 
 def demo(b: Bench) -> None:
