@@ -230,7 +230,8 @@ def compare_models(args):
                     wins[key][lens] = win_rates(judge_base.model, judge_base.tokenizer, *sides, lens, batch_size=args.judge_batch_size,
                                                 wording=wording, keep=state / f"{len(wins)}-{lens}.jsonl", gold=better)
     curve = curve_of(rollouts, gold_of if args.prompts == trained["settings"]["prompts"] == "toy" else None, metrics, kept_at)
-    warned = warnings_of(columns, compared, wins, facts) + [{"about": "other", "text": text} for text in doubts(trained["extra"])]
+    warned = warnings_of(columns, compared, wins, facts)
+    warned += [{"about": "other", "text": text} for text in doubts(trained["extra"])]
 
     # Save and show
     samples = [{"id": p["id"], "prompt": p["prompt"], **{name: {
@@ -241,7 +242,8 @@ def compare_models(args):
     write_jsonl(out / "samples.jsonl", samples)
     scores = {"prompts": len(kept), "prompts_too_long": len(prompts) - len(kept), "seed": args.seed,
               "models": columns, "differences": compared, "wins": wins, "virtues": virtues, "curve": curve, "warnings": warned,
-              "reward_models": facts, "judge_test": judge_tests(trained["extra"]), "commands": list(dict.fromkeys(map(html.command_line, made_by(args.policy, args.sft, args.rm, args.eval_rm)))),
+              "judge_test": judge_tests(trained["extra"]),
+              "reward_models": facts, "commands": list(dict.fromkeys(map(html.command_line, made_by(args.policy, args.sft, args.rm, args.eval_rm)))),
               "interval": "paired bootstrap over prompts, 95 %, 2000 resamples; p: permutation test, 10000 sign flips; p_holm: Holm over all rows and pairs"}
     write_json(out / "scores.json", scores)
     write_manifest(out, stage="eval", seed=args.seed, settings=settings_of(args), parents={**parents, "policy": args.policy}, extra={}, **known)
@@ -389,9 +391,10 @@ def evaluate_rewards(args):
         known_margins = margins[~margins.isnan()]
         labels = torch.tensor([r["label"] for r in pairs])[~margins.isnan()]
         if not (labels != 0.5).any():
-            raise VirtueError(f"{args.data}: of {len(pairs)} held-out pairs of lens {lens}, {len(labels)} fit the model's context, and none "
-                              "has a label other than 0.5: give preferences that decide")
-        found = {"pairs": len(known_margins), "accuracy": accuracy(known_margins, labels), "log_loss": log_loss(known_margins, labels),
+            raise VirtueError(f"{args.data}: of {len(pairs)} held-out pairs of lens {lens}, {len(labels)} fit the "
+                              "model's context, and none has a label other than 0.5: give preferences that decide")
+        found = {"pairs": len(known_margins), "accuracy": accuracy(known_margins, labels),
+                 "log_loss": log_loss(known_margins, labels),
                  "calibration_error": calibration_error(known_margins.sigmoid(), labels), "calibration": calibration_bins(known_margins.sigmoid(), labels)}
         # 2. Score against length, on dialogues as sampled
         scores = score_dialogues(model, [reward_models[k]], held_out, [k], tokenizer.pad_token_id, batch_size=args.batch_size)[0]

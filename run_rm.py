@@ -92,7 +92,7 @@ def main(argv=None):
     check_ids(dialogues, model.config.vocab_size, args.data)
     made = check_made_by(args.data, base.info, base.template, args.sft)
     sft, parents = load_sft(args.sft, model, base=base.info, template=base.template)
-    tests = {} if args.pairs else {lens: test for lens, test in judge_tests(made["extra"]).items() if lens in lenses}
+    tests = {} if args.pairs else judge_tests(made["extra"])  # of the judge whose labels are learned
 
     unseen = held_out_ids((d.id for d in dialogues), args.seed, args.held_out)
     held_out_dialogues = [d for d in dialogues if d.id in unseen]
@@ -117,8 +117,8 @@ def main(argv=None):
             raise VirtueError(f"{args.data}: {len(train)} pairs to train on and {len(held_out)} held out for lens {lens} "
                               f"({over_long[lens]} over-long): make more preferences, or change --held-out or --max-tokens")
         if all(label == 0.5 for *_, label, _ in held_out):
-            raise VirtueError(f"{args.data}: the label of every held-out pair of lens {lens} is 0.5, so nothing can be measured: "
-                              "make more preferences, or take another judge")
+            raise VirtueError(f"{args.data}: the label of every held-out pair of lens {lens} is 0.5, so nothing can be "
+                              "measured: make more preferences, or take another judge")
 
     if args.label_noise:
         for lens in lenses:
@@ -214,8 +214,7 @@ def main(argv=None):
         extra = {"lens": lens, "score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item(),
                  "scored_dialogues": len(scores), "held_out": result, "held_out_pairs": len(held_out), "trained_on": len(train), "over_long": over_long[lens],
                  "data": made["sha256"]}
-        if of_lens := tests if args.pool else {lens: tests[lens] for lens in [lens] if lens in tests}:
-            extra["judge_test"] = of_lens
+        extra["judge_test"] = {k: v for k, v in tests.items() if args.pool or k == lens}
         save_artifact(folder, stage="rm", model=model, adapter=name, head=head, base=base.info, template=base.template,
                       parents=parents, seed=args.seed, settings=settings_of(args), extra=extra)
         line = (f"{lens}: {len(train)} pairs ({over_long[lens]} over-long: {args.over_long}), held out {len(held_out)}: accuracy {result['accuracy']:.3f}, "

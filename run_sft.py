@@ -139,8 +139,7 @@ def main(argv=None):
     # Save
     judged = {"judge_test": judge_tests(made["extra"])} if chosen else {}
     save_artifact(out, stage=name, model=model, adapter=name, base=base.info, template=base.template, parents=parents, seed=args.seed,
-                  settings=settings_of(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train), "data": made["sha256"],
-                                                       **judged})
+                  settings=settings_of(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train), "data": made["sha256"]} | judged)
     finish(out)
     for text in doubts(judged):
         print(f"warning: {text}")

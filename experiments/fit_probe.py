@@ -65,7 +65,8 @@ def main() -> None:
         print("| lens | first kind, second kind | mean P(first better) | share above 0.5 |\n|---|---|---|---|")
         for lens in LENSES[1:]:
             for a, b in PAIRS:
-                p = opinion(judge_pairs(model, tokenizer, [(d[a], d[b]) for d in drawn[lens]], lens)[0]).mean(1)
+                pairs = [(d[a], d[b]) for d in drawn[lens]]
+                p = opinion(judge_pairs(model, tokenizer, pairs, lens)[0]).mean(1)
                 print(f"| {lens} | {a}, {b} | {p.mean():.3f} | {(p > 0.5).float().mean():.2f} |")
         return
     known = dict(base={"id": args.model, "fingerprint": base_fingerprint(resolve(args.model))}, template=template_fingerprint(tokenizer))

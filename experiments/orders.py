@@ -1,11 +1,11 @@
 """How should a judge's answers in the two orders be combined: as probabilities, or as log-odds?
 
-  python experiments/orders.py                                       # made-up judges, whose truth is known
-  python experiments/orders.py --data runs/demo/preferences          # the toy's judge on its pairs, against gold
+  python experiments/orders.py                                # made-up judges, whose truth is known
+  python experiments/orders.py --data runs/demo/preferences   # the toy's judge, against gold
 
-A made-up judge knows by how much the first of a pair is better, s ~ N(0, 1) in log-odds for each of five
-questions, and answers in each order s, turned round where the first is shown second, plus noise and a bias
-for the place shown first. The combined label is compared with sigmoid(s).
+A made-up judge knows by how much the first of a pair is better, s ~ N(0, 1) in log-odds for each of
+five questions, and answers s in each order, turned round where the first is shown second, plus noise
+and a bias for the place shown first. The combined label is compared with sigmoid(s).
 """
 from __future__ import annotations
 
@@ -35,20 +35,22 @@ def answers(kind: str, s: Tensor, rng: np.random.Generator) -> Tensor:
     """A made-up judge's log-odds (N, 2, Q) that the first is better, where the truth is s (N, Q)."""
     n, questions = s.shape
     noise = torch.from_numpy(rng.normal(scale=0.5, size=(n, 2, questions)))
-    sides = torch.tensor([1.0, -1.0])[:, None]  # the place shown first is the first's, then the other's
+    sides = torch.tensor([1.0, -1.0])[:, None]  # who stands in the place that is preferred
     both = s[:, None] + noise
     if kind == "bias of 0.1 to 0.4 added to the probability":
         shift = torch.from_numpy(rng.uniform(0.1, 0.4, size=(n, 1, 1)))
         return (both.sigmoid() + sides * shift).clamp(1e-6, 1 - 1e-6).logit()
     if kind == "no bias; one answer in ten is a slip of 6":
-        slip = torch.from_numpy(rng.choice([-6.0, 6.0], size=noise.shape) * (rng.random(noise.shape) < 0.1))
-        return both + slip
-    bias = {"no bias": 0.0, "bias of 1 added to the logits": 1.0, "bias of 3 added to the logits": 3.0,
-            "the same, sd 2 from pair to pair": torch.from_numpy(3 + 2 * rng.normal(size=(n, 1, 1)))}[kind]
+        slips = rng.choice([-6.0, 6.0], size=noise.shape) * (rng.random(noise.shape) < 0.1)
+        return both + torch.from_numpy(slips)
+    bias = {"no bias": 0.0, "bias of 1 added to the logits": 1.0,
+            "bias of 3 added to the logits": 3.0, "the same, sd 2 from pair to pair":
+            torch.from_numpy(3 + 2 * rng.normal(size=(n, 1, 1)))}[kind]
     return both + sides * bias
 
 
-KINDS = ("no bias", "bias of 1 added to the logits", "bias of 3 added to the logits", "the same, sd 2 from pair to pair",
+KINDS = ("no bias", "bias of 1 added to the logits", "bias of 3 added to the logits",
+         "the same, sd 2 from pair to pair",
          "bias of 0.1 to 0.4 added to the probability", "no bias; one answer in ten is a slip of 6")
 
 
@@ -76,30 +78,35 @@ def on_the_toy(data: Path, model: str) -> list[str]:
     judge, tokenizer, rows = load_model(model), load_tokenizer(model), []
     for lens in LENSES:
         records = read_preferences(data / f"{lens}.jsonl", lens)
-        odds, _ = judge_pairs(judge, tokenizer, [(r["chosen"], r["rejected"]) for r in records], lens)
+        pairs = [(r["chosen"], r["rejected"]) for r in records]
+        odds, _ = judge_pairs(judge, tokenizer, pairs, lens)
         truths = [truth(r) for r in records]
         signs = {name: np.array([t[name] for t in truths]) for name in (*VIRTUES, "overall")}
         cells = []
         for combined in (in_probabilities(odds), odds):
             found = agreement(combined, signs)
             right = [found["agreement"][name]["share"] for name in ("majority", "mean")]
-            cells.append((*(f"{x:.3f}" for x in right), f"{found['label_spread']:.3f}", f"{found['ties']:.3f}"))
-        rows.append(f"| {lens}, {len(records)} pairs | " + " | ".join(f"{a}, {b}" for a, b in zip(*cells)) + " |")
+            cells.append([f"{x:.3f}" for x in (*right, found["label_spread"], found["ties"])])
+        both = " | ".join(f"{a}, {b}" for a, b in zip(*cells))
+        rows.append(f"| {lens}, {len(records)} pairs | {both} |")
     return rows
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", type=Path, help="folder of run_data.py preferences, on the toy's prompts")
+    parser.add_argument("--data", type=Path,
+                        help="folder of run_data.py preferences, on the toy's prompts")
     parser.add_argument("--model", default="toy", help="the judge: toy, or a folder")
     parser.add_argument("--n", type=int, default=20000, help="pairs of each made-up judge")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print("In each cell: combined as probabilities, as log-odds.\n")
     if args.data:
-        head, rows = "lens | right by the vote | by the mean label | labels from 1/2 (rms) | ties", on_the_toy(args.data, args.model)
+        head = "lens | right by the vote | by the mean label | labels from 1/2 (rms) | ties"
+        rows = on_the_toy(args.data, args.model)
     else:
-        head = "made-up judge | right by the vote | by the mean label | error of the label (rms) | its slope on the true one"
+        head = ("made-up judge | right by the vote | by the mean label | error of the label (rms) "
+                "| its slope on the true one")
         rows = made_up(args.n, args.seed)
     print("\n".join([f"| {head} |", "|---" * (head.count("|") + 1) + "|", *rows]))
 

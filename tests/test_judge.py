@@ -11,7 +11,7 @@ from virtue.ethics import LENSES, VIRTUES
 from virtue.feedback import versus, win_rates
 from virtue.judge import (encode_questions, judge_pairs, label_ids, opinion, pack, preferred, questions, transcript,
                           verdict)
-from virtue.models import hidden_states, load_model, load_tokenizer
+from virtue.models import load_model, load_tokenizer
 from virtue.resume import replay
 from virtue.stats import wilson
 

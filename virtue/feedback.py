@@ -83,24 +83,25 @@ def coin_test(odds: Tensor) -> dict:
     of each pair is better -> {"coin", "consistent", "consistent_low", "consistent_high", "judged"}.
 
     The null: in each order the judge answers by a bias for the place, which may differ from pair to
-    pair, and by noise that is drawn anew for each order, so that the two orders know nothing in common
-    of the pair. The statistic: x1 and x2 are a pair's mean over the questions in either order, both as
-    "the first is better", and b, the mean of (x1 - x2) / 2 over all pairs, is the bias; "consistent" is
-    the share of the N pairs ("judged") on which x1 - b and x2 + b prefer the same dialogue (a tie counts
-    half). For every coin this is at most 1/2 in expectation: with q the share of answers above b it is
-    2 q (1 - q), and a bias that varies takes more off. "coin" is True unless Wilson's 95 % interval
-    lies above 1/2: at most one coin in forty is believed. A judge whose bias varies between pairs by
-    more than its opinions do is not told from a coin either, and one that consistently prefers what
-    is no better, such as length, passes. With one order all but "judged" are None, not measured.
+    pair, and by noise that is drawn anew for each order, so the two orders know nothing in common of
+    the pair. The statistic: x1 and x2 are a pair's mean over the questions in either order, both as
+    "the first is better"; b, the mean of (x1 - x2) / 2 over all pairs, is the bias; "consistent" is
+    the share of the N pairs ("judged") on which x1 - b and x2 + b prefer the same dialogue, where a
+    tie counts half. For no coin is it above 1/2 in expectation: where a share q of the answers lies
+    above b it is 2 q (1 - q), and a bias that varies lowers it. "coin" is True unless Wilson's 95 %
+    interval lies above 1/2: at most one coin in forty is believed. A judge whose bias varies between
+    pairs by more than its opinions do is not told from a coin either; one that always prefers what
+    is no better, such as length, passes. With one order all but "judged" is None: not measured.
     """
     n = len(odds)
-    if odds.shape[1] != 2 or n == 0:
-        return {"coin": None, **dict.fromkeys(("consistent", "consistent_low", "consistent_high")), "judged": n}
-    x = odds.double().mean(-1)  # (N, 2)
-    b = (x[:, 0] - x[:, 1]).mean() / 2
-    first, second = preferred(x[:, 0] - b), preferred(x[:, 1] + b)
-    share, low, high = wilson((0.5 + 2 * (first - 0.5) * (second - 0.5)).sum().item(), n)
-    return {"coin": low <= 0.5, "consistent": share, "consistent_low": low, "consistent_high": high, "judged": n}
+    test = dict.fromkeys(("coin", "consistent", "consistent_low", "consistent_high"))
+    if odds.shape[1] == 2 and n:
+        x = odds.double().mean(-1)  # (N, 2)
+        b = (x[:, 0] - x[:, 1]).mean() / 2
+        first, second = preferred(x[:, 0] - b) - 0.5, preferred(x[:, 1] + b) - 0.5
+        share, low, high = wilson((0.5 + 2 * first * second).sum().item(), n)
+        test = dict(zip(test, (low <= 0.5, share, low, high)))
+    return {**test, "judged": n}
 
 
 def reliability(odds: Tensor) -> dict:
@@ -124,7 +125,8 @@ def reliability(odds: Tensor) -> dict:
 
 def _consistent(test: Mapping) -> str:
     """The numbers of `coin_test` in words, if they are numbers."""
-    share, low, high, n = (test.get(k) for k in ("consistent", "consistent_low", "consistent_high", "judged"))
+    names = ("consistent", "consistent_low", "consistent_high", "judged")
+    share, low, high, n = map(test.get, names)
     if not all(map(is_number, (share, low, high, n))):
         return ""
     return (f"both orders prefer the same dialogue on {share:.0%} [{low:.0%}, {high:.0%}] of {n} pairs, "
@@ -132,19 +134,22 @@ def _consistent(test: Mapping) -> str:
 
 
 def worth(found: Mapping) -> str:
-    """One line on what a judge is worth: of `reliability`'s numbers and "label_mass"."""
-    flips, place = (f"{found[k]:.0%}" if found[k] is not None else "not measured" for k in ("position_flips", "first_place"))
-    coin = {True: "a coin that knows places would do the same", False: "more than a coin that knows places",
-            None: "with one order a coin cannot be told"}[found["coin"]]
-    return (f"flips with the order {flips}, ties {found['ties']:.0%}, first place preferred {place}, labels "
-            f"{found['label_spread']:.3f} from 1/2 (root mean square), mass on the two labels {found['label_mass']:.2f}; "
-            f"{': '.join(filter(None, (coin, _consistent(found))))}")
+    """One line on what a judge is worth, from the numbers of `reliability` and "label_mass"."""
+    flips, place = (f"{found[name]:.0%}" if found[name] is not None else "not measured"
+                    for name in ("position_flips", "first_place"))
+    coin = {True: "it cannot be told from a coin that knows places", False: "more than a coin that knows places",
+            None: "whether it is more than a coin that knows places was not measured"}[found["coin"]]
+    return (f"flips with the order {flips}, ties {found['ties']:.0%}, first place preferred {place}, "
+            f"labels {found['label_spread']:.3f} from 1/2 (root mean square), mass on the two labels "
+            f"{found['label_mass']:.2f}; {': '.join(filter(None, (coin, _consistent(found))))}")
 
 
 def judge_tests(extra: Mapping) -> dict[str, Mapping]:
-    """lens -> `coin_test` of the judge whose labels an artefact stands on, as its virtue.json has them; {} where it says nothing."""
+    """lens -> `coin_test` of the judge whose labels an artefact stands on, from the "extra" of its
+    virtue.json; {} where that says nothing."""
     tests = extra.get("judge_test")
-    return {lens: tests[lens] for lens in LENSES if isinstance(tests.get(lens), Mapping)} if isinstance(tests, Mapping) else {}
+    tests = tests if isinstance(tests, Mapping) else {}
+    return {lens: tests[lens] for lens in LENSES if isinstance(tests.get(lens), Mapping)}
 
 
 def doubts(extra: Mapping) -> list[str]:
@@ -153,16 +158,17 @@ def doubts(extra: Mapping) -> list[str]:
     for lens, test in judge_tests(extra).items():
         if test.get("coin") is True:
             numbers = _consistent(test)
-            found.append(f"the labels of lens {lens} are those of a judge that cannot be told from a coin that knows places"
-                         + f" ({numbers})" * bool(numbers))
+            found.append(f"the labels of lens {lens} are those of a judge that cannot be told from a coin that "
+                         "knows places" + f" ({numbers})" * bool(numbers))
         elif test.get("coin", False) is None:
-            found.append(f"the judge of lens {lens} was asked in one order: whether it is more than a coin that knows "
-                         "places was not measured")
+            found.append(f"the judge of lens {lens} was asked in one order: whether it is more than a coin that "
+                         "knows places was not measured")
     return found
 
 
 def _right(side: Tensor, sign: np.ndarray) -> dict:
-    """`_share` of the pairs on which side (N,), 1 first, 0 second, 0.5 a tie, is that of sign (N,); 0 is left out."""
+    """`_share` of the pairs on which side (N,), 1 first, 0 second, 0.5 a tie, is that of sign (N,);
+    where sign is 0 the pair is left out."""
     side = side.numpy()
     return _share(np.where(sign > 0, side, 1 - side)[sign != 0])
 
@@ -174,8 +180,8 @@ def agreement(odds: Tensor, signs: dict[str, np.ndarray]) -> dict:
     signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry
     Wilson's 95 % intervals, and a pair on which the judge prefers neither counts one half;
     "one_order" asks the mean of the five virtues in one order, and is the mean over both.
-    Returns "agreement": {"majority", "mean", "one_order", each virtue: {"share", "low", "high", "n"}},
-    "halo" (mean correlation between two virtues' answers, or None), and what `reliability` has.
+    Returns "agreement": {"majority", "mean", "one_order", each virtue: {"share", "low", "high",
+    "n"}}, "halo" (mean correlation between two virtues' answers, or None), and what `reliability` has.
     """
     overall, by_order = signs["overall"], preferred(odds.double().sigmoid().mean(2).logit())
     found = {"majority": _right(choose(odds), overall), "mean": _right(choose(odds, "mean"), overall),
@@ -193,8 +199,8 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     Returns {"rate", "low", "high", "pairs", "questions", "label_mass"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
     tie counts half), Wilson's interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)};
     "label_mass": as ``judge_pairs`` has it. With gold (n,), by how
-    much ``after`` is better, also "gold": {"share", "low", "high", "n"}, the share of the n pairs with a difference on which the judge prefers the better
-    (a tie counts half there too).
+    much ``after`` is better, also "gold": {"share", "low", "high", "n"}, the share of the n pairs with
+    a difference on which the judge prefers the better (a tie counts half there too).
     """
     asked = (*VIRTUES, "helpfulness") if lens == "action" else (*VIRTUES, "helpfulness", "sincerity")
     kept = [i for i, pair in enumerate(zip(after, before, strict=True)) if pair_fits(judge, tokenizer, *pair, lens)]
@@ -206,11 +212,13 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     rate = dict(zip(("rate", "low", "high"), wilson(won.sum().item(), len(won))))
     if gold is not None:
         rate["gold"] = _right(won, gold[kept])
-    return {**rate, "pairs": len(pairs), "questions": dict(zip(asked, opinion(odds).mean(0).tolist())), "label_mass": label_mass}
+    questions = dict(zip(asked, opinion(odds).mean(0).tolist()))
+    return {**rate, "pairs": len(pairs), "questions": questions, "label_mass": label_mass}
 
 
 def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[dict]], *, batch_size: int, keep: Path | None = None) -> tuple[np.ndarray, list[int]]:
-    """P(answer better than the prompt's other one), mean of the lenses and virtues, both orders in log-odds: (P, n); and the indices of the P prompts.
+    """P(answer better than the prompt's other one), mean of the lenses and virtues, each of which is
+    `judge.opinion` of both orders: (P, n); and the indices of the P prompts.
 
     answers: n lists of dialogues as messages, prompt by prompt; others: one dialogue a prompt. A prompt of which a pair does not fit the judge's context is left
     out. ``keep``: a folder for finished batches. VirtueError: as ``judge_pairs``.
@@ -222,7 +230,9 @@ def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[
     kept = [i for i in range(len(others)) if all(pair_fits(judge, tokenizer, *pair, lens) for lens in LENSES for pair in pairs[lens][i])]
     odds = [judge_pairs(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]], lens, batch_size, keep=keep and keep / f"judge-{lens}.jsonl")[0]
              for lens in LENSES if kept]
-    return (sum(opinion(o).mean(1) for o in odds) / len(LENSES)).view(len(kept), -1).numpy() if kept else np.zeros((0, len(answers))), kept
+    if not kept:
+        return np.zeros((0, len(answers))), kept
+    return (sum(opinion(o).mean(1) for o in odds) / len(LENSES)).view(len(kept), -1).numpy(), kept
 
 
 def summarize(records: list[dict], odds: Tensor, lens: str) -> dict:

@@ -104,8 +104,10 @@ def verdict(scores: dict) -> tuple[str, str]:
     training stood on labels of a judge that may be a coin, a second sentence says so."""
     direction, sentence = _change(scores)
     coins = [lens for lens, test in judge_tests(scores).items() if test.get("coin") is True]
-    return direction, sentence + (f" But it was trained on labels of a judge that cannot be told from a coin that knows places ({clean(', '.join(coins))})."
-                                  if coins else "")
+    if coins:
+        sentence += (" But it was trained on labels of a judge that cannot be told from a coin that knows places "
+                     f"({clean(', '.join(coins))}).")
+    return direction, sentence
 
 
 def _change(scores: dict) -> tuple[str, str]:

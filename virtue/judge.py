@@ -140,7 +140,8 @@ def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], le
 
     batches = share([jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)])
     keep = keep and keep.with_name(f"log-odds-{keep.name}")
-    for (odds, on_labels), batch in zip(replay(keep, progress(batches, f"judge {lens}"), read), batches):  # in this order the bar ends
+    answers = replay(keep, progress(batches, f"judge {lens}"), read)
+    for (odds, on_labels), batch in zip(answers, batches):  # in this order the bar ends
         mass += on_labels
         for (i, order, _), first in zip(batch, torch.tensor(odds)):
             result[i, order] = first if order == 0 else -first
