@@ -12,7 +12,8 @@ preferences: two independent dialogues for each prompt (answer, motivation, cons
 each lens the judge compares them on five virtues, in both orders. Writes action.jsonl,
 motivation.jsonl, consequence.jsonl, and dialogues.jsonl: all that was sampled, unfiltered, from which
 run_rm.py takes the score statistics. The judge is the base model with adapters off, unless --judge
-names another model.
+names another model. Where it cannot be told from a coin that knows places, the stage ends with
+status 2 after judging, unless --any-judge is given; what was sampled and judged is kept for --resume.
 """
 from __future__ import annotations
 
@@ -39,6 +40,8 @@ def parse(argv):
         group("--sft", type=Path, help="SFT adapter that answers (default: the bare base, as in the study)")
     group("--judge", help="another model as the judge: toy, folder or hub id (default: the base, adapters off)")
     group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
+    group("--any-judge", action="store_true",
+          help="go on with a judge that cannot be told from a coin that knows places, and mark what it labels")
     group("--ask", choices=("virtues", "rules"), default="virtues",
           help="rules: one question, which breaks fewer rules, instead of the five virtues: the rule-based control")
     group("--orders", choices=("both", "one"), default="both", help="one: read each pair in one order only, and keep the judge's preference for a place (the study)")
@@ -53,7 +56,7 @@ def main(argv=None):
     from virtue import VirtueError
     from virtue.checkpoint import data_hash, prompts_hash, write_json, write_jsonl, write_manifest
     from virtue.dialogue import messages_of
-    from virtue.records import load_prompts
+    from virtue.records import is_number, load_prompts
     from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.judge import judge_pairs, label_ids, pair_fits, unanswered, verdict
@@ -114,7 +117,7 @@ def main(argv=None):
         write_jsonl(out / "revisions.jsonl", sorted(records, key=lambda r: r["id"]))
         summary = {name: counts[name] for name in ("prompts", "prompts_too_long", "truncated", "empty", "unchanged", "revisions")}
     else:
-        from virtue.feedback import summarize
+        from virtue.feedback import coin_test, doubts, summarize, worth
         # 1. two independent dialogues for each prompt
         with use_stack(model, *stack):
             first, second = (sample_dialogues(model, tokenizer, kept, stage="preferences", copy=copy, desc=f"dialogues {copy + 1} of 2",
@@ -124,7 +127,12 @@ def main(argv=None):
         # 2. the judge, in both orders, lens by lens
         judge, judge_tokenizer = judge_base.model, judge_base.tokenizer
         summary = {"prompts": counts["prompts"], "prompts_too_long": counts["prompts_too_long"]}
-        found = {}
+        found, tests, lost = {}, {}, {}
+
+        def none_left(lens, why):
+            return VirtueError(f"no pair of lens {lens} is left of {len(kept)} prompts ({dict(why)}): the model or the "
+                               "judge may be too weak, or --max-new-tokens too small")
+
         for k, lens in enumerate(LENSES):
             pairs, dropped = [], Counter()
             for a, b in zip(first, second, strict=True):
@@ -137,36 +145,57 @@ def main(argv=None):
                 dropped[fault] += 1
                 if fault is None:
                     pairs.append((a.id, texts, cut))
+            if not pairs:
+                raise none_left(lens, dropped)
             with use_stack(judge):
-                probs, label_mass = judge_pairs(judge, judge_tokenizer, [texts for _, texts, _ in pairs], lens, args.judge_batch_size,
+                odds, label_mass = judge_pairs(judge, judge_tokenizer, [texts for _, texts, _ in pairs],
+                                                lens, args.judge_batch_size,
                                                 asked=VIRTUES if args.ask == "virtues" else ("rules",), orders=2 if args.orders == "both" else 1,
                                                 keep=state / f"judge-{lens}.jsonl")
-            probs = probs.expand(-1, 2, len(VIRTUES))  # one order counts as both, one question as five
+            odds = odds.expand(-1, -1, len(VIRTUES))  # one question counts as five
             # 3. from judgement to preference
             records = []
-            for (prompt_id, texts, cut), p in zip(pairs, probs):
-                said = verdict(p, args.preference)
-                chosen, rejected = texts if said.pop("first_is_chosen") else texts[::-1]
+            for (prompt_id, texts, cut), of_pair in zip(pairs, odds):
+                said = verdict(of_pair, args.preference)
+                first_is_chosen = said.pop("first_is_chosen")
+                if first_is_chosen is None:  # it has no chosen side that a record could name
+                    dropped["tied"] += 1
+                    continue
+                chosen, rejected = texts if first_is_chosen else texts[::-1]
                 records.append({"id": prompt_id, "lens": lens, "chosen": chosen, "rejected": rejected, **said, "truncated": cut})
             found[lens] = records
-            summary[lens] = {**{f"dropped_{fault}": dropped[fault] for fault in ("truncated", "empty", "identical", "too_long")},
-                             "label_mass": label_mass, **summarize(records, probs, lens)}
-            if not records:
-                raise VirtueError(f"no pair of lens {lens} is left of {len(kept)} prompts ({dict(dropped)}): the model may be too weak, "
-                                  "or --max-new-tokens too small")
+            faults = ("truncated", "empty", "identical", "too_long", "tied")
+            summary[lens] = {**{f"dropped_{fault}": dropped[fault] for fault in faults},
+                             "label_mass": label_mass, **summarize(records, odds, lens)}
+            tests[lens], lost[lens] = coin_test(odds), dropped
+            print(f"judge, {lens}: {worth(summary[lens])}")
             if unanswered(label_mass):
                 print(f"warning: {lens}: {unanswered(label_mass)}")
+        doubtful = doubts({"judge_test": tests})
+        if any(test["coin"] for test in tests.values()) and not args.any_judge:
+            raise VirtueError(f"judge {judge_base.info['id']}: {'; '.join(doubtful)}: nothing can be learned from such "
+                              "labels: give another --judge, other words (JUDGE_QUESTIONS in virtue/ethics.py) or more "
+                              "pairs (--limit), with --overwrite; or the same command with --resume --any-judge, which "
+                              f"goes on with these labels and neither samples nor judges again ({out} keeps all)")
+        for lens in LENSES:
+            if not found[lens]:
+                raise none_left(lens, lost[lens])
+        for text in doubtful:
+            print(f"warning: {text}")
         for lens, records in found.items():
             write_jsonl(out / f"{lens}.jsonl", records)
     write_json(out / "summary.json", summary)
     barrier()
     write_manifest(out, stage=args.command, base=base.info, template=base.template, seed=args.seed, settings=settings_of(args),
                    parents=parents,
-                   extra={"judge": judge_base.info} if args.command == "preferences" else {},
+                   extra={"judge": judge_base.info, "judge_test": tests}
+                   if args.command == "preferences" else {},
                    sha256=data_hash(out, written))
     finish(out)
     for name, value in summary.items():
-        print(f"{name}: {value if not isinstance(value, dict) else ', '.join(f'{k} {v:.3g}' for k, v in value.items() if v is not None)}")
+        if isinstance(value, dict):  # None: not measured; a bool was said above
+            value = ", ".join(f"{k} {v:.3g}" for k, v in value.items() if is_number(v))
+        print(f"{name}: {value}")
     print(f"wrote {', '.join(written)}, summary.json in {out}{used(model.device)}")
 
 

@@ -114,7 +114,7 @@ def compare_models(args):
     from virtue.records import load_prompts, prompt_record, read_jsonl, read_metrics, read_rollouts
     from virtue.ensemble import standardize
     from virtue.ethics import LENSES, PROBES, VIRTUES
-    from virtue.feedback import points, win_rates
+    from virtue.feedback import doubts, judge_tests, points, win_rates
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.judge import label_ids
     from virtue.logprobs import kl_k1
@@ -231,6 +231,7 @@ def compare_models(args):
                                                 wording=wording, keep=state / f"{len(wins)}-{lens}.jsonl", gold=better)
     curve = curve_of(rollouts, gold_of if args.prompts == trained["settings"]["prompts"] == "toy" else None, metrics, kept_at)
     warned = warnings_of(columns, compared, wins, facts)
+    warned += [{"about": "other", "text": text} for text in doubts(trained["extra"])]
 
     # Save and show
     samples = [{"id": p["id"], "prompt": p["prompt"], **{name: {
@@ -241,6 +242,7 @@ def compare_models(args):
     write_jsonl(out / "samples.jsonl", samples)
     scores = {"prompts": len(kept), "prompts_too_long": len(prompts) - len(kept), "seed": args.seed,
               "models": columns, "differences": compared, "wins": wins, "virtues": virtues, "curve": curve, "warnings": warned,
+              "judge_test": judge_tests(trained["extra"]),
               "reward_models": facts, "commands": list(dict.fromkeys(map(html.command_line, made_by(args.policy, args.sft, args.rm, args.eval_rm)))),
               "interval": "paired bootstrap over prompts, 95 %, 2000 resamples; p: permutation test, 10000 sign flips; p_holm: Holm over all rows and pairs"}
     write_json(out / "scores.json", scores)
@@ -273,7 +275,7 @@ def evaluate_judge(args):
     from virtue.checkpoint import sha256_file, write_json
     from virtue.records import read_pairs
     from virtue.ethics import LENSES, VIRTUES
-    from virtue.feedback import agreement, truth
+    from virtue.feedback import agreement, truth, worth
     from virtue.judge import judge_pairs, label_ids, pair_fits, unanswered
     from virtue.memory import used
     from virtue.resume import finish, may_write, start
@@ -298,14 +300,14 @@ def evaluate_judge(args):
         of_lens = [p for p in kept if p["lens"] == lens]
         if len(of_lens) < 2:
             continue
-        probs, mass = judge_pairs(base.model, base.tokenizer, [(p["chosen"], p["rejected"]) for p in of_lens], lens, args.batch_size,
+        odds, mass = judge_pairs(base.model, base.tokenizer, [(p["chosen"], p["rejected"]) for p in of_lens], lens, args.batch_size,
                                   wording=args.wording, keep=state / f"{lens}.jsonl")
         truths = [truth(p) for p in of_lens]
         if all(truths):
             signs = {name: np.array([t[name] for t in truths]) for name in (*VIRTUES, "overall")}
         else:
             signs = {"overall": np.ones(len(of_lens))}
-        result[lens] = {"against": "gold" if all(truths) else "the file's choice", "label_mass": mass, **agreement(probs, signs)}
+        result[lens] = {"against": "gold" if all(truths) else "the file's choice", "label_mass": mass, **agreement(odds, signs)}
 
     write_json(out / "judge.json", result)
     finish(out)
@@ -319,8 +321,7 @@ def evaluate_judge(args):
             halo = "n/a" if found["halo"] is None else f"{found['halo']:.2f}"
             if unanswered(found["label_mass"]):
                 print(f"  warning: {unanswered(found['label_mass'])}")
-            print(f"  flips with the order {found['position_flips']:.1%}, first place preferred {found['first_place']:.1%}, "
-                  f"correlation between virtues (halo) {halo}, mass on the two labels {found['label_mass']:.2f}")
+            print(f"  correlation between virtues (halo) {halo}\n  {worth(found)}")
     print(f"\nwrote judge.json in {out}{used(base.model.device)}")
 
 
@@ -389,7 +390,11 @@ def evaluate_rewards(args):
         margins = (score(k, [r["chosen"] for r in pairs]) - score(k, [r["rejected"] for r in pairs])) * std[k]
         known_margins = margins[~margins.isnan()]
         labels = torch.tensor([r["label"] for r in pairs])[~margins.isnan()]
-        found = {"pairs": len(known_margins), "accuracy": accuracy(known_margins, (labels >= 0.5).float()), "log_loss": log_loss(known_margins, labels),
+        if not (labels != 0.5).any():
+            raise VirtueError(f"{args.data}: of {len(pairs)} held-out pairs of lens {lens}, {len(labels)} fit the "
+                              "model's context, and none has a label other than 0.5: give preferences that decide")
+        found = {"pairs": len(known_margins), "accuracy": accuracy(known_margins, labels),
+                 "log_loss": log_loss(known_margins, labels),
                  "calibration_error": calibration_error(known_margins.sigmoid(), labels), "calibration": calibration_bins(known_margins.sigmoid(), labels)}
         # 2. Score against length, on dialogues as sampled
         scores = score_dialogues(model, [reward_models[k]], held_out, [k], tokenizer.pad_token_id, batch_size=args.batch_size)[0]

@@ -91,11 +91,13 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import AGGREGATORS, VirtueError, plots
-    from virtue.checkpoint import file_hash, prepare_output, prompts_hash, save_artifact, write_atomic
+    from virtue.checkpoint import (file_hash, prepare_output, prompts_hash, read_manifest, save_artifact,
+                                   write_atomic)
     from virtue.dialogue import messages_of, right_pad
     from virtue.records import load_prompts, read_jsonl
     from virtue.ensemble import aggregate, standardize
     from virtue.ethics import LENSES
+    from virtue.feedback import doubts, judge_tests
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.logprobs import kl_k1, kl_k3
     from virtue.lora import adapter_parameters, add_adapter, flatten, requantize, sampling_copy, use_stack
@@ -139,6 +141,10 @@ def main(argv=None):
     known = dict(base=base.info, template=base.template)
     sft, parents = load_sft(args.sft, model, **known)
     reward_models, mean, std = load_reward_models(args.rm, model, sft, parents, **known)
+    said = [judge_tests(read_manifest(args.rm / lens)["extra"]) for lens in LENSES]
+    judged = {"judge_test": {lens: test for tests in said for lens, test in tests.items()}}
+    for text in doubts(judged):
+        print(f"warning: {text}")
     prompts = enough([p for p in prompts if fits(tokenizer, p["prompt"], args.max_prompt_tokens)])
     if args.minibatch_size < processes():
         raise VirtueError(f"--minibatch-size {args.minibatch_size} leaves some of {processes()} processes without a dialogue: raise it")
@@ -179,7 +185,8 @@ def main(argv=None):
         settings = dict(model=model, settings=settings_of(args), seed=args.seed, **known)
         save_artifact(out / "value", stage="value", adapter="value", head=value_head, parents=parents, **settings)
         roles = {**parents, **{f"rm/{lens}": args.rm / lens for lens in LENSES}}
-        extra = {"iterations": iteration, "kl_coef": kl_coef, "score_mean": mean.tolist(), "score_std": std.tolist()}
+        extra = {"iterations": iteration, "kl_coef": kl_coef, "score_mean": mean.tolist(), "score_std": std.tolist(),
+                 **judged}
         save_artifact(out, stage="policy", adapter="policy", parents=roles, extra=extra, **settings)
         save_artifact(out / "best", stage="policy", adapter="best", parents=roles, extra=extra | {"iterations": best_iteration - 1}, **settings)
 

@@ -54,6 +54,7 @@ def main(argv=None):
     from virtue.dialogue import buckets, encode_conversation, right_pad
     from virtue.records import check_ids, prompt_record, read_dialogues, read_pairs, read_preferences
     from virtue.ethics import LENSES
+    from virtue.feedback import doubts, judge_tests
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.memory import used
     from virtue.models import ScalarHead, score_at
@@ -95,6 +96,7 @@ def main(argv=None):
     check_ids(dialogues, model.config.vocab_size, args.data)
     made = check_made_by(args.data, base.info, base.template, args.sft)
     sft, parents = load_sft(args.sft, model, base=base.info, template=base.template)
+    tests = {} if args.pairs else judge_tests(made["extra"])  # of the judge whose labels are learned
 
     unseen = held_out_ids((d.id for d in dialogues), args.seed, args.held_out)
     held_out_dialogues = [d for d in dialogues if d.id in unseen]
@@ -119,6 +121,9 @@ def main(argv=None):
         if not train or not held_out or not held_out_dialogues:
             raise VirtueError(f"{args.data}: {len(train)} pairs to train on and {len(held_out)} held out for lens {lens} "
                               f"({over_long[lens]} over-long): make more preferences, or change --held-out or --max-tokens")
+        if all(label == 0.5 for *_, label, _ in held_out):
+            raise VirtueError(f"{args.data}: the label of every held-out pair of lens {lens} is 0.5, so nothing can be "
+                              "measured: make more preferences, or take another judge")
 
     if args.label_noise:
         for lens in lenses:
@@ -162,7 +167,7 @@ def main(argv=None):
             labels = targets(ordered).cpu()
             losses = pairwise_loss(d, torch.zeros_like(d), labels)
             interval = dict(zip(("log_loss_low", "log_loss_high"), t_interval(losses)[1:])) if len(losses) > 1 else {}
-            return {"accuracy": accuracy(d, (labels >= 0.5).float()), "log_loss": log_loss(d, labels), **interval,
+            return {"accuracy": accuracy(d, labels), "log_loss": log_loss(d, labels), **interval,
                     "calibration_error": calibration_error(d.sigmoid(), labels)}
 
         # 2. Train
@@ -214,6 +219,7 @@ def main(argv=None):
         extra = {"lens": lens, "score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item(),
                  "scored_dialogues": len(scores), "held_out": result, "held_out_pairs": len(held_out), "trained_on": len(train), "over_long": over_long[lens],
                  "data": made["sha256"]}
+        extra["judge_test"] = {k: v for k, v in tests.items() if args.pool or k == lens}
         save_artifact(folder, stage="rm", model=model, adapter=name, head=head, base=base.info, template=base.template,
                       parents=parents, seed=args.seed, settings=settings_of(args), extra=extra)
         line = (f"{lens}: {len(train)} pairs ({over_long[lens]} over-long: {args.over_long}), held out {len(held_out)}: accuracy {result['accuracy']:.3f}, "
@@ -224,7 +230,7 @@ def main(argv=None):
             change = write_merged(folder / "merged", model, tokenizer, (*sft, name), head, held_out_dialogues[:16], LENSES.index(lens))
             line += f"; merged model in {folder / 'merged'}, largest change of score {change:.2g}"
         finish(folder)
-        summary.append(line)
+        summary += [*(f"warning: {text}" for text in doubts(extra)), line]
     print("\n".join(summary) + used(device))
 
 

@@ -41,6 +41,7 @@ def main(argv=None):
     from virtue.dialogue import buckets, encode_conversation, right_pad
     from virtue.records import read_preferences, read_revisions
     from virtue.ethics import LENSES
+    from virtue.feedback import doubts, judge_tests
     from virtue.lora import adapter_parameters, add_adapter, use_stack
     from virtue.memory import used
     from virtue.models import logprobs_at
@@ -137,9 +138,12 @@ def main(argv=None):
                 log.write({"step": step, "epoch": epoch + 1, "loss/held_out": after})
 
     # Save
+    judged = {"judge_test": judge_tests(made["extra"])} if chosen else {}
     save_artifact(out, stage=name, model=model, adapter=name, base=base.info, template=base.template, parents=parents, seed=args.seed,
-                  settings=settings_of(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train), "data": made["sha256"]})
+                  settings=settings_of(args), extra={"held_out_loss": after, "held_out_loss_before": before, "trained_on": len(train), "data": made["sha256"]} | judged)
     finish(out)
+    for text in doubts(judged):
+        print(f"warning: {text}")
     print(f"sft: {len(train)} {'chosen turns' if chosen else 'revisions'} ({len(conversations) - len(rows)} too long), "
           f"held-out loss {before:.3f} -> {after:.3f} on {len(held_out)}")
     print(f"wrote adapter {name} in {out}{used(device)}")

@@ -51,7 +51,7 @@ CHARACTERS = "".join(map(chr, (*range(0x4E00, 0xA000), *range(0xAC00, 0xD7A4))))
 DEMO = (("run_data.py", "revisions"), ("run_sft.py",), ("run_data.py", "preferences"), ("run_rm.py",), ("run_ppo.py",), ("run_eval.py", "models"))  # the Makefile's
 DEMO_FLAGS = ("--out {}/revisions", "--data {}/revisions --out {}/sft", "--sft {}/sft --out {}/preferences", "--data {}/preferences --out {}/rm",
               "--rm {}/rm --out {}/policy", "--policy {}/policy --out {}/report")
-DEMO_SMALL = ("--limit 24", "--epochs 1", "--limit 12", "--epochs 1 --held-out 0.25", "--iterations 1 --value-warmup 0 --rollout-size 8 --minibatch-size 8", "--limit 8 --judge-limit 2")
+DEMO_SMALL = ("--limit 24", "--epochs 1", "--limit 12 --any-judge", "--epochs 1 --held-out 0.25", "--iterations 1 --value-warmup 0 --rollout-size 8 --minibatch-size 8", "--limit 8 --judge-limit 2")
 
 
 class Bench:
@@ -222,7 +222,7 @@ def same(b: Bench) -> None:
         with use_stack(model):
             judged, _ = judge_pairs(model, tokenizer, list(zip(texts[::2], texts[1::2])), "consequence")
         found.append({"log-probs after three optimiser steps, nats": folded.cpu(), "the same by the plain path": plain.cpu(), "gradients of the third step, over the greatest": gradient.cpu(),
-                      "the judge's probabilities": judged})
+                      "the judge's probabilities": judged.sigmoid()})
     scale = found[0]["gradients of the third step, over the greatest"].abs().max()
     b.say("", f"Sampled from the same random numbers: {sum(x.ids == y.ids for x, y in zip(*dialogues))} of {len(prompts)} dialogues have the same tokens.", "",
           f"| fp32, toy | cpu against {b.device}, greatest difference |", "|---|---:|",
@@ -512,7 +512,7 @@ def evaluation(b: Bench) -> None:
 def data(b: Bench) -> None:
     """Sampling and judging of preferences; of revisions only the sampling is the same."""
     b.script("run_data.py", "preferences", *common(b), "--sft", b.out / "sft", "--truncated", "keep", "--limit", b.size["data"], "--batch-size", b.size["ppo"][0],
-             "--judge-batch-size", b.size["judge"], "--out", b.out / "preferences")
+             "--judge-batch-size", b.size["judge"], "--any-judge", "--out", b.out / "preferences")
 
 
 def demo(b: Bench) -> None:

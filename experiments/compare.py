@@ -34,6 +34,7 @@ from virtue.stats import effect_size, t_interval  # noqa: E402
 
 TUNED = ("policy", "chosen")
 DIFFER = {"data": ("revisions", "sft", "preferences", "rm", *TUNED), "sft": ("sft", "preferences", "rm", *TUNED),
+          "preferences": ("preferences", "rm", *TUNED),
           "rm": ("rm", *TUNED), "ppo": TUNED}  # --from -> stages that each code runs itself
 SCORE = "study_score_standardised"
 

@@ -265,13 +265,13 @@ READERS = {  # reader -> (share of the cases, files to damage)
 _FEW = "--limit 2 --max-prompt-tokens 400 --max-new-tokens 4"
 SCRIPTS = {  # file or folder that was damaged -> a script that reads it
     "text/pairs.jsonl": "run_eval judge --pairs {file} --model {seeds}/base",
-    "text": f"run_data preferences --prompts {{file}} --model {{seeds}}/base --truncated keep {_FEW}",
+    "text": f"run_data preferences --any-judge --prompts {{file}} --model {{seeds}}/base --truncated keep {_FEW}",
     "revisions": "run_sft --data {top} --epochs 1 --rank 2",
     "preferences": "run_rm --data {top} --epochs 1 --rank 2 --held-out 0.3",
-    "sft": f"run_data preferences --sft {{top}} --truncated keep {_FEW}",
+    "sft": f"run_data preferences --any-judge --sft {{top}} --truncated keep {_FEW}",
     "rm": f"run_eval best-of-n --rm {{top}} --sft {{seeds}}/sft --n 1 {_FEW}",
-    "base": f"run_data preferences --model {{top}} --truncated keep {_FEW}",
-    "sharded": f"run_data preferences --model {{top}} --truncated keep {_FEW}",
+    "base": f"run_data preferences --any-judge --model {{top}} --truncated keep {_FEW}",
+    "sharded": f"run_data preferences --any-judge --model {{top}} --truncated keep {_FEW}",
 }
 
 # ---- damage

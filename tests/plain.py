@@ -36,7 +36,7 @@ from virtue.runtime import stream
 
 FOLLOWING = tuple(FOLLOW_UPS.values())
 FINAL_RATE = 0.1  # of the linear schedule
-ANY_JUDGE: list[str] = []  # flags by which run_data.py takes labels of a judge that knows nothing
+ANY_JUDGE = ["--any-judge"]  # flags by which run_data.py takes labels of a judge that knows nothing
 CONTEXT = 530  # of the judge that is another model: some pairs are too long for it
 
 
@@ -53,12 +53,12 @@ def lines(path: Path) -> list[dict]:
 
 def rate(step: int, steps: int, schedule: str) -> float:
     """What the learning rate is multiplied by at a step, counted from 0."""
-    return 1.0 if schedule == "constant" else 1 + (FINAL_RATE - 1) * step / steps
+    return 1.0 if schedule == "constant" else 1 + (FINAL_RATE - 1) * step / max(1, steps - 1)
 
 
 def combine(probs: torch.Tensor) -> torch.Tensor:
     """P(first is better) of both orders, (orders, questions), as one opinion (questions)."""
-    return probs.mean(0)
+    return probs.logit().mean(0).sigmoid()
 
 
 # ---- plain models

@@ -134,7 +134,7 @@ def demo(tmp_path_factory):
     out, small = tmp_path_factory.mktemp("demo"), ("--rank", 4, "--epochs", 1)
     call("run_data", "revisions", "--out", out / "revisions", "--limit", 16)
     call("run_sft", "--data", out / "revisions", "--out", out / "sft", *small)
-    call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", 8)
+    call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", 8, "--any-judge")
     call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--held-out", 0.25, *small)
     return out
 

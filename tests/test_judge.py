@@ -1,4 +1,4 @@
-"""The judge: one packed pass equals ten separate prompts; verdicts against counting by hand."""
+"""The judge: one packed pass equals ten separate prompts in float64; verdicts against counting by hand."""
 from __future__ import annotations
 
 import pytest
@@ -9,8 +9,10 @@ from virtue import VirtueError
 from virtue.dialogue import encode_prompt
 from virtue.ethics import LENSES, VIRTUES
 from virtue.feedback import versus, win_rates
-from virtue.judge import encode_questions, judge_pairs, label_ids, pack, questions, transcript, verdict
-from virtue.models import hidden_states, load_model, load_tokenizer
+from virtue.judge import (encode_questions, judge_pairs, label_ids, opinion, pack, preferred, questions, transcript,
+                          verdict)
+from virtue.models import load_model, load_tokenizer
+from virtue.resume import replay
 from virtue.stats import wilson
 
 
@@ -21,8 +23,12 @@ def pair(a: str, b: str, turns: int = 1) -> tuple[list[dict], list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = make_tiny_model(tmp_path_factory.mktemp("judge"), max_position_embeddings=4096)
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("judge"), max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
     return load_model(folder), load_tokenizer(folder)
 
 
@@ -31,22 +37,25 @@ def test_its_bar_ends(tiny, capsys):
     assert "judge action: 100%" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_packed_questions_equal_ten_separate_prompts(tiny):
+def test_packed_questions_equal_ten_separate_prompts(tiny, folder):
+    """Against transformers in float64, a prompt a question: log-odds of the labels, and their mass."""
+    from transformers import AutoModelForCausalLM
     model, tokenizer = tiny
+    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."), pair("x", "yes yes", turns=2)]
     labels = list(label_ids(tokenizer))
     for lens in ("action", "motivation"):
-        probs, mass = judge_pairs(model, tokenizer, pairs, lens, batch_size=3)
+        odds, mass = judge_pairs(model, tokenizer, pairs, lens, batch_size=3)
         masses = []
         for i, (first, second) in enumerate(pairs):
             for order, shown in enumerate([(first, second), (second, first)]):
                 for v, text in enumerate(questions(*shown, lens)):
                     ids = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": text}])])
                     with torch.no_grad():
-                        logits = model.lm_head(hidden_states(model, ids, torch.ones_like(ids))[0, -1])
-                    p = logits[labels].softmax(0)[0]
+                        logits = oracle(ids).logits[0, -1]
+                    a, b = logits[labels].tolist()
                     masses.append(logits.softmax(0)[labels].sum().item())
-                    assert probs[i, order, v].item() == pytest.approx((p if order == 0 else 1 - p).item(), abs=1e-5)
+                    assert odds[i, order, v].item() == pytest.approx(a - b if order == 0 else b - a, abs=2e-5)
         assert mass == pytest.approx(sum(masses) / len(masses), abs=1e-6)
 
 
@@ -59,14 +68,39 @@ def test_a_sliding_window_is_that_of_transformers_question_by_question(tmp_path)
     pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."), pair("x", "yes yes", turns=2)]
     prefix, endings = encode_questions(tokenizer, *pairs[0], "action")
     assert 32 < len(prefix) and min(map(len, endings)) < 32 < sum(map(len, endings))  # it reaches into the prefix
-    probs, _ = judge_pairs(model, tokenizer, pairs, "action", batch_size=3)
+    odds, _ = judge_pairs(model, tokenizer, pairs, "action", batch_size=3)
     for i, (first, second) in enumerate(pairs):
         for order, shown in enumerate([(first, second), (second, first)]):
             for v, text in enumerate(questions(*shown, "action")):
                 with torch.no_grad():
-                    logits = plain(torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": text}])])).logits[0, -1]
-                p = logits[labels].softmax(0)[0]
-                assert probs[i, order, v].item() == pytest.approx((p if order == 0 else 1 - p).item(), abs=1e-5)
+                    ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+                    logits = plain(torch.tensor([ids])).logits[0, -1, labels]
+                first_better = (logits[0] - logits[1]) * (1 if order == 0 else -1)
+                assert odds[i, order, v].item() == pytest.approx(first_better.item(), abs=1e-4)
+
+
+def test_log_odds_keep_what_probabilities_round_away(tiny):
+    """Log-odds of about 200 are p = 1 in fp32; the two orders' difference must survive."""
+    model, tokenizer = tiny
+    pairs = [pair("I give it back.", "I keep it.")]
+    before, _ = judge_pairs(model, tokenizer, pairs, "action")
+    a, _ = label_ids(tokenizer)
+    handle = model.lm_head.register_forward_hook(lambda module, given, logits: logits + 200 * (torch.arange(logits.shape[-1]) == a))
+    after, mass = judge_pairs(model, tokenizer, pairs, "action")
+    handle.remove()
+    assert mass == pytest.approx(1) and (after[:, 0] > 150).all() and (after[:, 1] < -150).all()
+    assert torch.allclose(after.mean(1), before.mean(1), atol=1e-4)  # what adds to a place cancels
+    assert torch.allclose(opinion(after), opinion(before), atol=1e-4)
+
+
+def test_probabilities_that_an_older_version_kept_are_not_read_as_log_odds(tiny, tmp_path, monkeypatch):
+    pairs = [pair("I give it back.", "I keep it.")]
+    list(replay(tmp_path / "judge.jsonl", [0], lambda _: [[[0.75] * 5] * 2, 1.0]))
+    first, _ = judge_pairs(*tiny, pairs, "action", keep=tmp_path / "judge.jsonl")
+    monkeypatch.setattr("virtue.judge.hidden_states", None)  # a resumed run reads its own and asks nothing
+    again, _ = judge_pairs(*tiny, pairs, "action", keep=tmp_path / "judge.jsonl")
+    monkeypatch.undo()
+    assert torch.equal(first, again) and torch.equal(first, judge_pairs(*tiny, pairs, "action")[0])
 
 
 def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):
@@ -110,7 +144,7 @@ def test_answers_versus_another_are_judged_pair_by_pair_up_to_each_lens(tiny, mo
     assert found.shape == (2, 2) and which == [0, 1]  # prompts, answers
     for i in range(2):
         for c in range(2):
-            by_lens = [judge_pairs(*tiny, [(answers[c][i][:2 * k + 2], others[i][:2 * k + 2])], lens)[0].mean() for k, lens in enumerate(LENSES)]
+            by_lens = [judge_pairs(*tiny, [(answers[c][i][:2 * k + 2], others[i][:2 * k + 2])], lens)[0][0].mean(0).sigmoid().mean() for k, lens in enumerate(LENSES)]
             assert found[i, c] == pytest.approx(float(sum(by_lens)) / 3, abs=1e-5)
     monkeypatch.setattr("virtue.feedback.pair_fits", lambda model, tokenizer, first, second, lens: "I lie" not in first[1]["content"])
     assert versus(*tiny, answers, others, batch_size=3)[1] == [0]  # a prompt whose pairs do not all fit is left out
@@ -133,22 +167,66 @@ def test_labels_must_be_single_tokens(tiny, monkeypatch):
         label_ids(tiny[1])
 
 
+def logit(p) -> torch.Tensor:
+    p = torch.tensor(p, dtype=torch.float64)
+    return (p / (1 - p)).log()
+
+
 def test_verdict_by_hand():
-    # virtues by first order and second order; means: .9 .8 .3 .6 .2 -> votes 3 of 5 for the first, mean .56
-    probs = torch.tensor([[0.9, 0.9, 0.4, 0.4, 0.1], [0.9, 0.7, 0.2, 0.8, 0.3]])
-    said = verdict(probs)
+    # odds of the first in both orders, multiplied and rooted: 9, 4, 1/4, 3/2, 1/9 -> p .9 .8 .2 .6 .1
+    odds = torch.tensor([[27.0, 4.0, 0.5, 0.5, 1 / 9], [3.0, 4.0, 0.125, 4.5, 1 / 9]]).log()
+    said = verdict(odds)
     assert said["first_is_chosen"] and said["votes"] == 3 and said["position_flips"] == 1
-    assert said["label"] == pytest.approx(0.56) and said["virtues"]["compassion"] == pytest.approx(0.3)
+    assert list(said["virtues"].values()) == pytest.approx([0.9, 0.8, 0.2, 0.6, 0.1], abs=1e-6)
+    assert said["label"] == pytest.approx(2.6 / 5) and list(said["virtues"]) == list(VIRTUES)
 
 
 def test_verdict_of_the_swapped_pair_is_its_mirror():
-    probs = torch.rand(2, 5)
-    one, other = verdict(probs), verdict(1 - probs)
-    assert one.pop("first_is_chosen") != other.pop("first_is_chosen")
-    assert one.pop("virtues") == pytest.approx(other.pop("virtues")) and one == pytest.approx(other)
+    for preference in ("votes", "mean"):
+        odds = torch.randn(2, 5)
+        odds[:, 2] = 0  # a tie stays one
+        one, other = verdict(odds, preference), verdict(-odds, preference)
+        assert {one.pop("first_is_chosen"), other.pop("first_is_chosen")} == {True, False}
+        assert one.pop("virtues") == pytest.approx(other.pop("virtues")) and one == pytest.approx(other)
 
 
 def test_votes_and_mean_may_disagree():
-    probs = torch.tensor([[0.55, 0.55, 0.55, 0.0, 0.0]] * 2)
-    assert verdict(probs)["first_is_chosen"] and not verdict(probs, "mean")["first_is_chosen"]
-    assert verdict(probs)["label"] == pytest.approx(0.33)  # the majority's choice may have a label below 1/2
+    odds = logit([[0.55, 0.55, 0.55, 1e-9, 1e-9]] * 2)
+    assert verdict(odds)["first_is_chosen"] and not verdict(odds, "mean")["first_is_chosen"]
+    assert verdict(odds)["label"] == pytest.approx(0.33)  # the majority's choice may have a label below 1/2
+    assert verdict(odds, "mean")["votes"] == 2
+
+
+def test_a_bias_that_adds_to_the_logits_of_a_place_cancels_exactly():
+    opinions = torch.randint(-64, 65, (50, 1, 5)) / 16  # exact in fp32
+    for bias in (0.0, 0.5, 3.0, 40.0):
+        odds = torch.cat([opinions + bias, opinions - bias], 1)
+        assert torch.equal(opinion(odds), opinion(opinions))
+        for shown, bare in zip(odds, opinions):
+            found, want = verdict(shown), verdict(bare)
+            assert {k: v for k, v in found.items() if k != "position_flips"} == {k: v for k, v in want.items() if k != "position_flips"}
+            if bias == 40:
+                assert found["position_flips"] == 5  # every answer went to the place
+    squeezed = torch.stack([opinions[:, 0] + 40, opinions[:, 0] - 40], 1).sigmoid().mean(1)  # what averaged probabilities keep of it
+    assert (squeezed - 0.5).abs().max() < 1e-6 and (opinion(opinions) - 0.5).abs().max() > 0.4
+
+
+def test_ties_vote_for_neither():
+    places = torch.tensor([[2.0] * 5, [-2.0] * 5])  # knows places only
+    assert preferred(torch.tensor([0.0, 1e-6, -1e-6, 0.01, -0.01, 40.0])).tolist() == [0.5, 0.5, 0.5, 1, 0, 1]
+    for said in (verdict(places), verdict(places, "mean"), verdict(-places)):
+        assert said["first_is_chosen"] is None and said["votes"] == 0 and said["label"] == 0.5 and said["position_flips"] == 5
+    none = torch.zeros(2, 5)
+    assert verdict(none)["first_is_chosen"] is None and verdict(none)["position_flips"] == 0  # a tie is on no side
+    for row, first, votes in (([1.0, 0, 0, 0, 0], True, 1),  # one virtue, and four that tie
+                              ([3.0, -1.0, -0.5, 0, 0], False, 2), ([-0.1, -0.1, 0.2, 0, 0], False, 2),
+                              ([2.0, 2.0, -1.0, -1.0, 0], True, 2), ([0.5, 0.5, -1.0, -1.0, 0], False, 2)):  # as many: the mean decides
+        for sign in (1, -1):
+            said = verdict(sign * torch.tensor([row] * 2))
+            assert said["first_is_chosen"] is (first == (sign == 1)) and said["votes"] == votes
+    assert verdict(torch.tensor([[3.0, -1.0, -0.5, 0, 0]] * 2), "mean")["first_is_chosen"] is True
+
+
+def test_one_order_measures_no_flips():
+    said = verdict(torch.tensor([[2.0, 2.0, 2.0, -1.0, 0.0]]))
+    assert said["first_is_chosen"] and said["votes"] == 3 and said["position_flips"] is None

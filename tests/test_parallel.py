@@ -87,7 +87,7 @@ def content(path: Path) -> list[dict]:
 STAGES = {  # uneven shares: 9 prompts, batches of 3 and 5, micro-batches of 2 in mini-batches of 3
     "revisions": "run_data.py revisions --limit 13 --max-new-tokens 48 --batch-size 3",
     "sft": "run_sft.py --data {one}/revisions --epochs 1 --batch-size 5 --rank 4",
-    "preferences": "run_data.py preferences --sft {one}/sft --limit 9 --batch-size 4 --judge-batch-size 4",
+    "preferences": "run_data.py preferences --sft {one}/sft --limit 9 --batch-size 4 --judge-batch-size 4 --any-judge",
     "rm": "run_rm.py --data {one}/preferences --epochs 1 --batch-size 2 --accumulation 2 --rank 4 --held-out 0.25",
     "ppo": "run_ppo.py --rm {one}/rm --iterations 2 --value-warmup 0 --rollout-size 6 --minibatch-size 3 --micro-batch-size 2 --rank 4 --limit 12 --ppo-epochs 1",
 }

@@ -12,7 +12,8 @@ from virtue import VirtueError, feedback, html
 from virtue.dialogue import Dialogue, Turn
 from virtue.records import read_dialogues
 from virtue.ethics import LENSES, VIRTUES
-from virtue.feedback import agreement, gold_agreement, points, summarize, truth, virtue_agreement, win_rates
+from virtue.feedback import (agreement, coin_test, doubts, gold_agreement, points, summarize, truth, virtue_agreement,
+                             win_rates, worth)
 from virtue.stats import wilson
 from virtue.report import (correct, curve_of, differences, distinct_share, made_by, mask_names, measure, reward_model_facts, run_away, same_pairs, side_by_side, table,
                            warnings_of)
@@ -162,15 +163,32 @@ def test_reward_models_and_every_run_behind_a_policy_are_found(tmp_path):
     assert names(commands(moved / "policy", None, moved / "rm")) == ["rm", "ppo"]  # its data are not these any more
 
 
-def test_judge_against_gold_on_the_pairs_that_it_compared(monkeypatch):
-    probs = torch.tensor([0.9, 0.2, 0.8, 0.6])
+def judged(monkeypatch, odds):
+    """The judge says `odds` (N,) in both orders to every question."""
     monkeypatch.setattr(feedback, "pair_fits", lambda judge, tokenizer, a, b, lens: a != "long")
-    monkeypatch.setattr(feedback, "judge_pairs", lambda judge, tokenizer, pairs, lens, size, asked, *a, **k: (probs[:, None, None].expand(-1, 2, len(asked)), 1.0))
+    monkeypatch.setattr(feedback, "judge_pairs", lambda judge, tokenizer, pairs, lens, size, asked, *a, **k: (odds[:, None, None].expand(-1, 2, len(asked)), 1.0))
+
+
+def test_judge_against_gold_on_the_pairs_that_it_compared(monkeypatch):
+    judged(monkeypatch, torch.tensor([0.9, 0.2, 0.8, 0.6]).logit())
     after = ["w", "long", "x", "y", "z"]
     found = win_rates(None, None, after, list(after), "action", batch_size=4, gold=np.array([0.5, 9.0, 0.5, 0.25, 0.0]))
-    assert found["label_mass"] == 1.0
+    assert found["label_mass"] == 1.0 and found["questions"]["honesty"] == pytest.approx(2.5 / 4)
     assert found["gold"]["n"] == 3 and found["gold"]["share"] == pytest.approx(2 / 3) and found["pairs"] == 4  # right, wrong, right; no difference in the last
     assert "gold" not in win_rates(None, None, after, list(after), "action", batch_size=4)
+
+
+@pytest.mark.parametrize("way", [1, -1])
+def test_a_judge_without_opinion_is_half_right_in_either_order_of_the_file(monkeypatch, way):
+    places = torch.tensor([2.0, -2.0])[:, None].expand(10, 2, 5)
+    found = agreement(places, {"overall": np.full(10, way), "honesty": np.full(10, way)})["agreement"]
+    assert all(found[key]["share"] == 0.5 and found[key]["n"] == 10 for key in ("majority", "mean", "one_order", "honesty", "respect"))
+    judged(monkeypatch, torch.zeros(4))
+    found = win_rates(None, None, list("wxyz"), list("wxyz"), "action", batch_size=4, gold=np.full(4, way))
+    assert found["gold"]["share"] == found["rate"] == 0.5
+    judged(monkeypatch, torch.tensor([0.0, 3.0, 0.0, 3.0]))
+    found = win_rates(None, None, list("wxyz"), list("wxyz"), "action", batch_size=4, gold=np.full(4, way))
+    assert found["gold"]["share"] == (0.75 if way == 1 else 0.25) and found["rate"] == 0.75
 
 
 def test_points_of_each_virtue():
@@ -191,13 +209,100 @@ def test_truth_reads_the_toy_and_nothing_else():
 
 def test_agreement_by_hand():
     # chosen first, chosen second, five virtues; the first pair judged right in both orders, the second wrong in one
-    probs = torch.tensor([[[0.9] * 5, [0.8] * 5], [[0.7] * 5, [0.1] * 5], [[0.2] * 5, [0.2] * 5]])
-    found = agreement(probs, {"overall": np.array([1.0, 1.0, -1.0]), "honesty": np.array([1.0, 0.0, 1.0])})
-    assert found["agreement"]["majority"]["share"] == pytest.approx(2 / 3)  # the means are .85, .4, .2; wanted above, above, below
+    odds = torch.tensor([[[0.9] * 5, [0.8] * 5], [[0.7] * 5, [0.1] * 5], [[0.2] * 5, [0.2] * 5]]).logit()
+    found = agreement(odds, {"overall": np.array([1.0, 1.0, -1.0]), "honesty": np.array([1.0, 0.0, 1.0])})
+    assert found["agreement"]["majority"]["share"] == pytest.approx(2 / 3)  # the odds are 6, 0.51, 0.25; wanted above, above, below 1
     assert found["agreement"]["one_order"]["share"] == pytest.approx(5 / 6)
     assert found["agreement"]["honesty"] == pytest.approx(dict(zip(("share", "low", "high"), wilson(1, 2)), n=2))
     assert found["position_flips"] == pytest.approx(1 / 3) and found["halo"] == pytest.approx(1.0)
     assert found["first_place"] == pytest.approx((2 / 3 + 2 / 3) / 2)  # shown first: chosen in order 0, the other in order 1
+
+
+def test_the_mean_of_the_virtues_is_one_of_probabilities():
+    odds = torch.tensor([[[0.9, 0.9, 0.3, 0.3, 0.3]] * 2]).logit()  # mean 0.54, but two votes of five
+    found = agreement(odds, {"overall": np.array([1.0] * 1)})["agreement"]
+    assert found["mean"]["n"] == found["majority"]["n"] == 1
+    two = agreement(odds.expand(2, 2, 5), {"overall": np.ones(2)})["agreement"]
+    assert two["mean"]["share"] == two["one_order"]["share"] == 1 and two["majority"]["share"] == 0
+
+
+def coins(rng):
+    """Made-up judges that know nothing of a pair: name -> (n -> answers (n, 2) as log-odds for the place shown first)."""
+    def steps(x):
+        return np.round(x * 16) / 16  # as bf16 has them
+    return {"noise": lambda n: 2 + rng.normal(size=(n, 2)), "constant": lambda n: np.full((n, 2), 2.0), "none": lambda n: np.zeros((n, 2)),
+            "bias varies": lambda n: 2 + rng.normal(size=(n, 1)) + rng.normal(size=(n, 2)), "skewed": lambda n: rng.exponential(size=(n, 2)),
+            "heavy tails": lambda n: rng.standard_cauchy(size=(n, 2)), "saturated": lambda n: np.where(rng.random((n, 2)) < 0.8, 40.0, -40.0),
+            "steps": lambda n: steps(2 + 0.05 * rng.normal(size=(n, 2)))}
+
+
+def odds_of(places: np.ndarray) -> torch.Tensor:
+    """Answers for the place shown first (n, 2) -> log-odds that the first of the pair is better (n, 2, 5)."""
+    return torch.tensor(places * [1, -1])[..., None].expand(-1, 2, 5)
+
+
+def test_the_coin_test_by_hand():
+    # bias (3 + 1 + 2 + 2) / 4 = 2: x1 - b is 2, -2, 1, -1 and x2 + b is 1, 1, 1, 1 (the first of the pair better)
+    places = np.array([[4.0, 1.0], [0.0, 1.0], [3.0, 1.0], [1.0, 1.0]])
+    b = places.mean()
+    same = [(p - b > 0) == (b - q > 0) for p, q in places]
+    found = coin_test(odds_of(places))
+    assert found["consistent"] == pytest.approx(np.mean(same)) and found["judged"] == 4 and found["coin"] is True
+    assert (found["consistent"], found["consistent_low"], found["consistent_high"]) == pytest.approx(wilson(sum(same), 4))
+    sure = coin_test(odds_of(np.array([[5.0, 1.0], [1.0, 5.0], [5.0, 1.0], [5.0, 1.0], [1.0, 5.0]])))  # one opinion under a bias of 3
+    assert sure["consistent"] == 1 and sure["coin"] is False and sure["consistent_low"] == pytest.approx(wilson(5, 5)[1])
+    assert coin_test(odds_of(np.array([[2.0, 2.0]] * 99)))["consistent"] == 0.5  # ties
+    one = coin_test(torch.randn(9, 1, 5))
+    assert one == {"coin": None, "consistent": None, "consistent_low": None, "consistent_high": None, "judged": 9}
+    swapped = np.random.default_rng(0).normal(size=(50, 2))
+    turn = np.arange(50) % 2 == 0  # which of a pair is the first is chance
+    assert coin_test(odds_of(swapped)) == coin_test(odds_of(np.where(turn[:, None], swapped[:, ::-1], swapped)))
+
+
+def test_one_coin_in_forty_is_believed_and_judges_are_told_from_coins():
+    def told(make, n, times=400):
+        return np.mean([not coin_test(odds_of(make(n)))["coin"] for _ in range(times)])
+    rng = np.random.default_rng(0)
+    for name, make in coins(rng).items():
+        for n, times in ((10, 400), (48, 400), (800, 100)):
+            share = told(make, n, times)
+            assert share <= 0.025 + 3 * (0.025 * 0.975 / times) ** 0.5, (name, n, share)
+
+    def judge(signal):
+        def make(n):
+            opinion = signal * rng.normal(size=(n, 1))
+            return 3 + np.concatenate([opinion, -opinion], 1) + rng.normal(size=(n, 2))
+        return make
+    assert told(judge(1), 48) > 0.6 and told(judge(1), 96) > 0.85 and told(judge(2), 24) > 0.8  # of 4,000: 0.71, 0.93, 0.91
+    assert told(judge(0.5), 768, 100) > 0.85  # 0.95
+    assert told(judge(1), 10) < 0.3  # ten pairs are too few
+
+
+def test_what_a_judge_is_worth_in_one_line():
+    sure = odds_of(np.array([[5.0, 1.0], [1.0, 5.0]] * 30))
+    found = feedback.reliability(sure) | {"label_mass": 0.5}
+    label = 1 / (1 + np.exp(-2))  # (5 - 1) / 2 nats
+    assert found["label_spread"] == pytest.approx(label - 0.5) and found["ties"] == 0 and found["position_flips"] == 1
+    assert found["first_place"] == 1
+    low, high = wilson(60, 60)[1:]
+    assert worth(found) == (f"flips with the order 100%, ties 0%, first place preferred 100%, labels {label - 0.5:.3f} from 1/2 (root mean square), mass on the two "
+                            f"labels 0.50; more than a coin that knows places: both orders prefer the same dialogue on 100% [{low:.0%}, {high:.0%}] of 60 pairs, "
+                            "the bias for a place taken off")
+    coin = feedback.reliability(odds_of(np.full((60, 2), 3.0))) | {"label_mass": 0.05}
+    assert coin["ties"] == 1 and coin["label_spread"] == 0 and "a coin that knows places would do the same: both orders" in worth(coin)
+    assert "50% [38%, 62%] of 60 pairs" in worth(coin)
+    one = feedback.reliability(sure[:, :1]) | {"label_mass": 1.0}
+    assert one["position_flips"] is None and one["first_place"] is None and one["coin"] is None
+    assert "flips with the order not measured" in worth(one) and "first place preferred not measured" in worth(one) and "a coin cannot be told" in worth(one)
+
+
+def test_doubts_read_what_an_artefact_records_and_nothing_else():
+    test = {"coin": True, "consistent": 0.5, "consistent_low": 0.38, "consistent_high": 0.62, "judged": 60}
+    texts = doubts({"judge_test": {"motivation": test, "action": {"coin": None}, "consequence": test | {"coin": False}, "other": test}})
+    assert len(texts) == 2 and "lens action was asked in one order" in texts[0]
+    assert "lens motivation" in texts[1] and "coin that knows places (both orders prefer the same dialogue on 50% [38%, 62%] of 60 pairs" in texts[1]
+    assert doubts({}) == doubts({"judge_test": 3}) == doubts({"judge_test": {"action": "coin"}}) == doubts({"judge_test": {"action": {}}}) == []
+    assert doubts({"judge_test": {"action": {"coin": True, "consistent": "x"}}}) == ["the labels of lens action are those of a judge that cannot be told from a coin that knows places"]
 
 
 def test_transcripts_show_control_characters():
@@ -223,11 +328,11 @@ def test_feedback_by_hand():
     records = [record(good, bad), record(bad, good, 0.52, 3, 5), record(good, good, 0.5, 4), record(good, bad)]
     assert gold_agreement(records, "action") == pytest.approx(2 / 3)  # of three decided pairs one is wrong
     assert gold_agreement([record(good, bad, prompt="What is love?")], "action") is None
-    summary = summarize(records, torch.full((4, 2, 5), 0.75), "action")
-    assert summary["ties"] == 0.5 and summary["position_flips"] == 5 / 20 and summary["votes_5"] == 0.5
-    assert summary["first_place"] == pytest.approx(0.5)  # the first dialogue wins both orders: no preference for a place
-    shown_first = torch.stack([torch.full((4, 5), 0.9), torch.full((4, 5), 0.1)], 1)
-    assert summarize(records, shown_first, "action")["first_place"] == pytest.approx(0.9)
+    odds = torch.tensor([[[0.9] * 5] * 2, [[0.9] * 4 + [0.5], [0.1] * 4 + [0.2]], [[0.5] * 5] * 2, [[0.9] * 5] * 2]).logit()
+    summary = summarize(records[:3], odds, "action")  # one pair of the four had no verdict
+    assert summary["pairs"] == 3 and summary["ties"] == 0.5 and summary["votes_5"] == pytest.approx(1 / 3)
+    assert summary["position_flips"] == 4 / 20  # a tie is on no side
+    assert summary["first_place"] == pytest.approx(((5 + 4.5 + 2.5 + 5) + (0 + 5 + 2.5 + 0)) / 40)
 
 
 def test_read_dialogues_names_line_and_fault(tmp_path):

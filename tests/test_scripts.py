@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_tiny_model
 
-from virtue import VirtueError
+from virtue import VirtueError, hub
 from virtue.ethics import LENSES, VIRTUES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def call(script: str, *flags) -> None:
 def chain(out: Path, quantize: str, revised: int, prompts: int, iterations: int = 2) -> Path:
     call("run_data", "revisions", "--out", out / "revisions", "--limit", revised, "--quantize", quantize, "--max-new-tokens", 48)
     call("run_sft", "--data", out / "revisions", "--out", out / "sft", "--epochs", 2, "--lr", 1e-3, *SMALL)
-    call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", prompts)
+    call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", prompts, "--any-judge")
     call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--epochs", 1, "--held-out", 0.25, *SMALL)
     call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", iterations, "--value-warmup", 0, "--rollout-size", 8, "--lr", 1e-3, "--minibatch-size", 4,
          "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3, *(["--rollout-dtype", "fp32", "--gradient-checkpointing"] if quantize == "nf4" else []))
@@ -203,11 +203,56 @@ def test_whole_matrices_and_merged_reward_models(fp32, tmp_path):
 
 def test_one_question_and_one_order(fp32, tmp_path):
     for name, flags in (("rules", ["--ask", "rules"]), ("one", ["--orders", "one"])):
-        call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 8, "--out", tmp_path / name, *flags)
+        call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 8, "--any-judge", "--out", tmp_path / name, *flags)
     both, rules, one = ({r["id"]: r for r in lines(folder / "action.jsonl")} for folder in (fp32 / "preferences", tmp_path / "rules", tmp_path / "one"))
     assert all(len(set(r["virtues"].values())) == 1 and r["votes"] == 5 for r in rules.values())
-    assert all(r["position_flips"] == 0 for r in one.values()) and any(r["position_flips"] for r in both.values())
+    assert all(r["position_flips"] is None for r in one.values()) and any(r["position_flips"] for r in both.values())
     assert set(both) > set(rules) == set(one) and len(one) > 4 and any(both[i]["label"] != pytest.approx(one[i]["label"]) for i in one)
+
+
+def test_a_judge_that_judges_nothing_is_not_believed(tmp_path, capsys, monkeypatch):
+    """A random model answers and judges: status 2, nothing lost; --any-judge goes on, and all that follows says so."""
+    base, hh, out = make_tiny_model(tmp_path / "base", max_position_embeddings=4096), tmp_path / "hh.jsonl", tmp_path / "p"
+    hh.write_text("".join(json.dumps({"chosen": f"\n\nHuman: What about {i}: the cake?\n\nAssistant: Yes.", "rejected": "x"}) + "\n" for i in range(160)))
+    few = ["--prompts", hh, "--max-new-tokens", 6, "--batch-size", 16]
+    flags = ["run_data", "preferences", "--model", base, *few, "--limit", 20, "--truncated", "keep", "--out", out]
+    with pytest.raises(VirtueError) as caught:
+        call(*flags)
+    said, text = capsys.readouterr().out, str(caught.value)
+    assert "\n" not in text and all(f"judge, {lens}: flips with the order" in said for lens in LENSES)
+    assert all(part in text for part in (str(base), "--judge", "JUDGE_QUESTIONS", "--limit", "--resume --any-judge", "cannot be told from a coin that knows places"))
+    assert len(lines(out / "dialogues.jsonl")) == 40 and (out / "resume").is_dir() and not (out / "virtue.json").exists()
+    with pytest.raises(VirtueError, match="cannot be told from a coin"):
+        call(*flags, "--resume")
+    for name in ("virtue.judge.hidden_states", "virtue.generate.sample"):
+        monkeypatch.setattr(name, None)  # what was sampled and judged is not sampled and judged again
+    call(*flags, "--resume", "--any-judge")
+    monkeypatch.undo()
+    monkeypatch.setattr("virtue.plots.available", lambda: False)
+    summary, tests = json.loads((out / "summary.json").read_text()), json.loads((out / "virtue.json").read_text())["extra"]["judge_test"]
+    coins = [lens for lens in LENSES if summary[lens]["coin"]]
+    assert coins and all(tests[lens].items() <= summary[lens].items() and tests[lens]["judged"] == summary[lens]["pairs"] + summary[lens]["dropped_tied"] for lens in LENSES)
+    assert [lens for lens in LENSES if tests[lens]["coin"]] == [lens for lens in LENSES if tests[lens]["consistent_low"] <= 0.5] == coins
+
+    capsys.readouterr()
+    call("run_rm", "--data", out, "--out", tmp_path / "rm", "--epochs", 1, "--held-out", 0.25, *SMALL)
+    call("run_sft", "--data", out, "--out", tmp_path / "chosen", "--epochs", 1, *SMALL)
+    call("run_ppo", "--rm", tmp_path / "rm", "--out", tmp_path / "policy", *few, "--iterations", 1, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 8)
+    said = capsys.readouterr().out
+    assert all(said.count(f"warning: the labels of lens {lens} are those of a judge that cannot be told from a coin") == 3 * (lens in coins) for lens in LENSES)
+    for folder, lenses in (*((f"rm/{lens}", [lens]) for lens in LENSES), ("chosen", LENSES), ("policy", LENSES), ("policy/best", LENSES)):
+        extra = json.loads((tmp_path / folder / "virtue.json").read_text())["extra"]
+        assert extra["judge_test"] == {lens: tests[lens] for lens in lenses}
+    call("run_eval", "models", "--policy", tmp_path / "policy", *few, "--limit", 4, "--judge-limit", 2, "--out", tmp_path / "report")
+    sentence = f"But it was trained on labels of a judge that cannot be told from a coin that knows places ({', '.join(coins)})."
+    headline = (tmp_path / "report/report.html").read_text(encoding="utf-8").split('<p class="verdict')[1].split("</p>")[0]
+    assert sentence in headline
+    warned = [w["text"] for w in json.loads((tmp_path / "report/scores.json").read_text())["warnings"]]
+    for folder in ("p", f"rm/{coins[0]}", "policy"):
+        hub.main([str(tmp_path / folder), "--out", str(tmp_path / "no"), "--dry-run"])
+        card = capsys.readouterr().out
+        assert all((f"- **warning**: the labels of lens {lens} are those" in card) == (lens in coins and (folder[:2] != "rm" or lens == coins[0])) for lens in LENSES)
+    assert all(any(f"the labels of lens {lens} are those" in text for text in warned) == (lens in coins) for lens in LENSES)
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +357,7 @@ def test_hh_prompts_without_sft_and_another_local_folder(tmp_path, other_folder)
     hh.write_text("".join(json.dumps({"chosen": f"\n\nHuman: What about {i}: the cake?\n\nAssistant: Yes.", "rejected": "x"}) + "\n"
                           for i in range(60)))
     call("run_data", "preferences", "--prompts", hh, "--split", "rm", "--limit", 12, "--out", tmp_path / "out",
-         "--model", other_folder)
+         "--model", other_folder, "--any-judge")
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     for lens in LENSES:
         dropped = sum(summary[lens][f"dropped_{why}"] for why in ("truncated", "empty", "identical"))
@@ -322,7 +367,7 @@ def test_hh_prompts_without_sft_and_another_local_folder(tmp_path, other_folder)
 
 
 def test_the_study_s_reward_model_settings_and_another_judge(fp32, tmp_path, other_folder):
-    call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 8, "--judge", other_folder, "--preference", "mean", "--out", tmp_path / "p")
+    call("run_data", "preferences", "--sft", fp32 / "sft", "--limit", 8, "--judge", other_folder, "--preference", "mean", "--any-judge", "--out", tmp_path / "p")
     summary = json.loads((tmp_path / "p/summary.json").read_text())
     assert json.loads((tmp_path / "p/virtue.json").read_text())["extra"]["judge"]["id"] == str(other_folder)
     for lens in LENSES:
@@ -350,7 +395,7 @@ def test_again_with_overwrite_is_as_if_new(fp32, tmp_path):
 
 
 def test_batch_size_changes_no_draw(fp32, tmp_path):
-    call("run_data", "preferences", "--sft", fp32 / "sft", "--out", tmp_path / "p", "--limit", 8, "--batch-size", 5, "--judge-batch-size", 3)
+    call("run_data", "preferences", "--sft", fp32 / "sft", "--out", tmp_path / "p", "--limit", 8, "--batch-size", 5, "--judge-batch-size", 3, "--any-judge")
     ours, theirs = ((folder / "dialogues.jsonl").read_bytes().splitlines() for folder in (tmp_path / "p", fp32 / "preferences"))
     assert ours == theirs[:8] + theirs[16:24]  # two dialogues of each of the first 8 prompts
     prompts = {d["id"] for d in lines(tmp_path / "p/dialogues.jsonl")}

@@ -506,7 +506,7 @@ def test_sft_on_chosen_dialogues(world, tmp_path):
         tmp_path / "policy",
         talks,
         world["below"],
-        ["sft"],
+        ["chosen"],
         epochs=1,
         held_out=0.2,
         longest=LONGEST,

@@ -1,11 +1,12 @@
-"""What the judge's verdicts say about the judge: ties, flips, votes, halo; on toy, agreement with gold.
+"""What the judge's verdicts say about the judge: ties, flips, votes, halo, whether it knows more than
+places; on toy, agreement with gold.
 
 Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from virtue.ethics import LENSES, VIRTUES
-from virtue.judge import judge_pairs, pair_fits
+from virtue.judge import choose, flipped, judge_pairs, opinion, pair_fits, preferred
+from virtue.records import is_number
 from virtue.stats import wilson
 
 
@@ -76,25 +78,118 @@ def _share(right: np.ndarray) -> dict:
     return dict(zip(("share", "low", "high"), found), n=len(right))
 
 
-def agreement(probs: Tensor, signs: dict[str, np.ndarray]) -> dict:
-    """How often the judge is right: probs (N, 2, 5) that the chosen is better; signs: what decides, > 0 chosen, 0 left out.
+def coin_test(odds: Tensor) -> dict:
+    """Can the judge be told from a coin that knows places? Its log-odds (N, orders, Q) that the first
+    of each pair is better -> {"coin", "consistent", "consistent_low", "consistent_high", "judged"}.
 
-    signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry Wilson's 95 % intervals; "one_order" asks the mean of
-    the five virtues in one order, and is the mean over both.
-    Returns "agreement": {"majority", "mean", "one_order", each virtue: {"share", "low", "high", "n"}}, "position_flips" and "first_place" (shares),
-    "halo" (mean correlation between two virtues' answers, or None).
+    The null: in each order the judge answers by a bias for the place, which may differ from pair to
+    pair, and by noise that is drawn anew for each order, so the two orders know nothing in common of
+    the pair. The statistic: x1 and x2 are a pair's mean over the questions in either order, both as
+    "the first is better"; b, the mean of (x1 - x2) / 2 over all pairs, is the bias; "consistent" is
+    the share of the N pairs ("judged") on which x1 - b and x2 + b prefer the same dialogue, where a
+    tie counts half. For no coin is it above 1/2 in expectation: where a share q of the answers lies
+    above b it is 2 q (1 - q), and a bias that varies lowers it. "coin" is True unless Wilson's 95 %
+    interval lies above 1/2: at most one coin in forty is believed. A judge whose bias varies between
+    pairs by more than its opinions do is not told from a coin either; one that always prefers what
+    is no better, such as length, passes. With one order all but "judged" is None: not measured.
     """
-    both = probs.double().mean(1).numpy()  # (N, 5)
-    found = {"majority": _share((((both > 0.5).sum(1) * 2 > len(VIRTUES)) == (signs["overall"] > 0))[signs["overall"] != 0]),
-             "mean": _share(((both.mean(1) > 0.5) == (signs["overall"] > 0))[signs["overall"] != 0]),
-             "one_order": _share(((probs.double().mean(2).numpy() > 0.5) == (signs["overall"] > 0)[:, None]).mean(1)[signs["overall"] != 0])}
+    n = len(odds)
+    test = dict.fromkeys(("coin", "consistent", "consistent_low", "consistent_high"))
+    if odds.shape[1] == 2 and n:
+        x = odds.double().mean(-1)  # (N, 2)
+        b = (x[:, 0] - x[:, 1]).mean() / 2
+        first, second = preferred(x[:, 0] - b) - 0.5, preferred(x[:, 1] + b) - 0.5
+        share, low, high = wilson((0.5 + 2 * first * second).sum().item(), n)
+        test = dict(zip(test, (low <= 0.5, share, low, high)))
+    return {**test, "judged": n}
+
+
+def reliability(odds: Tensor) -> dict:
+    """What the judge's log-odds (N, orders, Q) say of the judge itself, without any truth.
+
+    "ties": share of pairs whose label is within 0.05 of 1/2. "label_spread": root mean square
+    distance of the labels from 1/2, which does not depend on which dialogue of a pair is the first:
+    0 = no opinion, 0.5 = no doubt. Of both orders, else None, not measured: "position_flips", the
+    share of questions whose answer changed sides with the order, and "first_place", the share of
+    answers that prefer the dialogue shown first (a tie counts half). And `coin_test`'s.
+    """
+    away = opinion(odds).mean(-1) - 0.5  # (N,)
+    both = odds.shape[1] == 2 and len(odds) > 0
+    side = preferred(odds)
+    return {"ties": (away.abs() < 0.05).double().mean().item() if len(odds) else 0.0,
+            "label_spread": away.square().mean().sqrt().item() if len(odds) else 0.0,
+            "position_flips": flipped(odds).double().mean().item() if both else None,
+            "first_place": (side[:, 0].mean() + 1 - side[:, 1].mean()).item() / 2 if both else None,
+            **coin_test(odds)}
+
+
+def _consistent(test: Mapping) -> str:
+    """The numbers of `coin_test` in words, if they are numbers."""
+    names = ("consistent", "consistent_low", "consistent_high", "judged")
+    share, low, high, n = map(test.get, names)
+    if not all(map(is_number, (share, low, high, n))):
+        return ""
+    return (f"both orders prefer the same dialogue on {share:.0%} [{low:.0%}, {high:.0%}] of {n} pairs, "
+            "the bias for a place taken off")
+
+
+def worth(found: Mapping) -> str:
+    """One line on what a judge is worth, from the numbers of `reliability` and "label_mass"."""
+    flips, place = (f"{found[name]:.0%}" if found[name] is not None else "not measured"
+                    for name in ("position_flips", "first_place"))
+    coin = {True: "it cannot be told from a coin that knows places", False: "more than a coin that knows places",
+            None: "whether it is more than a coin that knows places was not measured"}[found["coin"]]
+    return (f"flips with the order {flips}, ties {found['ties']:.0%}, first place preferred {place}, "
+            f"labels {found['label_spread']:.3f} from 1/2 (root mean square), mass on the two labels "
+            f"{found['label_mass']:.2f}; {': '.join(filter(None, (coin, _consistent(found))))}")
+
+
+def judge_tests(extra: Mapping) -> dict[str, Mapping]:
+    """lens -> `coin_test` of the judge whose labels an artefact stands on, from the "extra" of its
+    virtue.json; {} where that says nothing."""
+    tests = extra.get("judge_test")
+    tests = tests if isinstance(tests, Mapping) else {}
+    return {lens: tests[lens] for lens in LENSES if isinstance(tests.get(lens), Mapping)}
+
+
+def doubts(extra: Mapping) -> list[str]:
+    """A sentence for each lens of which `judge_tests` leave the judge in doubt."""
+    found = []
+    for lens, test in judge_tests(extra).items():
+        if test.get("coin") is True:
+            numbers = _consistent(test)
+            found.append(f"the labels of lens {lens} are those of a judge that cannot be told from a coin that "
+                         "knows places" + f" ({numbers})" * bool(numbers))
+        elif test.get("coin", False) is None:
+            found.append(f"the judge of lens {lens} was asked in one order: whether it is more than a coin that "
+                         "knows places was not measured")
+    return found
+
+
+def _right(side: Tensor, sign: np.ndarray) -> dict:
+    """`_share` of the pairs on which side (N,), 1 first, 0 second, 0.5 a tie, is that of sign (N,);
+    where sign is 0 the pair is left out."""
+    side = side.numpy()
+    return _share(np.where(sign > 0, side, 1 - side)[sign != 0])
+
+
+def agreement(odds: Tensor, signs: dict[str, np.ndarray]) -> dict:
+    """How often the judge is right: its log-odds (N, 2, 5) that the chosen is better; signs: what
+    decides, > 0 chosen, 0 left out.
+
+    signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry
+    Wilson's 95 % intervals, and a pair on which the judge prefers neither counts one half;
+    "one_order" asks the mean of the five virtues in one order, and is the mean over both.
+    Returns "agreement": {"majority", "mean", "one_order", each virtue: {"share", "low", "high",
+    "n"}}, "halo" (mean correlation between two virtues' answers, or None), and what `reliability` has.
+    """
+    overall, by_order = signs["overall"], preferred(odds.double().sigmoid().mean(2).logit())
+    found = {"majority": _right(choose(odds), overall), "mean": _right(choose(odds, "mean"), overall),
+             "one_order": _right(by_order.mean(1), overall)}
     for i, virtue in enumerate(VIRTUES):
-        sign = signs.get(virtue, signs["overall"])
-        found[virtue] = _share(((both[:, i] > 0.5) == (sign > 0))[sign != 0])
-    flips = (probs[:, 0] > 0.5) != (probs[:, 1] > 0.5)
-    return {"agreement": found, "position_flips": flips.double().mean().item(),
-            "first_place": ((probs[:, 0] > 0.5).double().mean().item() + (probs[:, 1] < 0.5).double().mean().item()) / 2,
-            "halo": virtue_agreement(probs.mean(1))}
+        side = preferred(odds.double().mean(1)[:, i])
+        found[virtue] = _right(side, signs.get(virtue, overall))
+    return {"agreement": found, **reliability(odds), "halo": virtue_agreement(opinion(odds))}
 
 
 def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]], lens: str, *, batch_size: int,
@@ -104,26 +199,26 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     Returns {"rate", "low", "high", "pairs", "questions", "label_mass"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
     tie counts half), Wilson's interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)};
     "label_mass": as ``judge_pairs`` has it. With gold (n,), by how
-    much ``after`` is better, also "gold": {"share", "low", "high", "n"}, the share of the n pairs with a difference on which the judge prefers the better.
+    much ``after`` is better, also "gold": {"share", "low", "high", "n"}, the share of the n pairs with
+    a difference on which the judge prefers the better (a tie counts half there too).
     """
     asked = (*VIRTUES, "helpfulness") if lens == "action" else (*VIRTUES, "helpfulness", "sincerity")
     kept = [i for i, pair in enumerate(zip(after, before, strict=True)) if pair_fits(judge, tokenizer, *pair, lens)]
     if len(kept) < 2:
         return None
     pairs = [(after[i], before[i]) for i in kept]
-    probs, label_mass = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)
-    probs = probs.double().mean(1).numpy()
-    margin = probs[:, :len(VIRTUES)].mean(1) - 0.5
-    won = np.where(np.abs(margin) < 1e-6, 0.5, margin > 0)
-    rate = dict(zip(("rate", "low", "high"), wilson(float(won.sum()), len(won))))
+    odds, label_mass = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)
+    won = choose(odds[..., :len(VIRTUES)], "mean")
+    rate = dict(zip(("rate", "low", "high"), wilson(won.sum().item(), len(won))))
     if gold is not None:
-        gold = gold[kept]
-        rate["gold"] = _share(((margin > 0) == (gold > 0))[gold != 0])
-    return {**rate, "pairs": len(pairs), "questions": dict(zip(asked, probs.mean(0).tolist())), "label_mass": label_mass}
+        rate["gold"] = _right(won, gold[kept])
+    questions = dict(zip(asked, opinion(odds).mean(0).tolist()))
+    return {**rate, "pairs": len(pairs), "questions": questions, "label_mass": label_mass}
 
 
 def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[dict]], *, batch_size: int, keep: Path | None = None) -> tuple[np.ndarray, list[int]]:
-    """P(answer better than the prompt's other one), mean of the lenses, virtues and both orders: (P, n); and the indices of the P prompts.
+    """P(answer better than the prompt's other one), mean of the lenses and virtues, each of which is
+    `judge.opinion` of both orders: (P, n); and the indices of the P prompts.
 
     answers: n lists of dialogues as messages, prompt by prompt; others: one dialogue a prompt. A prompt of which a pair does not fit the judge's context is left
     out. ``keep``: a folder for finished batches. VirtueError: as ``judge_pairs``.
@@ -133,21 +228,21 @@ def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[
 
     pairs = {lens: [[(cut(side[i], k), cut(other, k)) for side in answers] for i, other in enumerate(others)] for k, lens in enumerate(LENSES)}
     kept = [i for i in range(len(others)) if all(pair_fits(judge, tokenizer, *pair, lens) for lens in LENSES for pair in pairs[lens][i])]
-    probs = [judge_pairs(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]], lens, batch_size, keep=keep and keep / f"judge-{lens}.jsonl")[0]
+    odds = [judge_pairs(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]], lens, batch_size, keep=keep and keep / f"judge-{lens}.jsonl")[0]
              for lens in LENSES if kept]
-    return (sum(p.double().mean((1, 2)) for p in probs) / len(LENSES)).view(len(kept), -1).numpy() if kept else np.zeros((0, len(answers))), kept
+    if not kept:
+        return np.zeros((0, len(answers))), kept
+    return (sum(opinion(o).mean(1) for o in odds) / len(LENSES)).view(len(kept), -1).numpy(), kept
 
 
-def summarize(records: list[dict], probs: Tensor, lens: str) -> dict:
-    """Numbers of one preference set: records as written, probs (N, 2, 5) as judged."""
+def summarize(records: list[dict], odds: Tensor, lens: str) -> dict:
+    """Numbers of one preference set: its records as written, and the judge's log-odds (N, orders, 5)
+    on all N pairs that it read, those without a verdict too."""
     n = len(records)
     votes = Counter(r["votes"] for r in records)
     return {
-        "pairs": n,
-        "ties": sum(abs(r["label"] - 0.5) < 0.05 for r in records) / max(1, n),  # label within 0.05 of 1/2
-        "position_flips": sum(r["position_flips"] for r in records) / max(1, n * len(VIRTUES)),  # share of questions
-        "first_place": probs[:, 0].mean().item() / 2 + (1 - probs[:, 1]).mean().item() / 2 if n else None,
+        "pairs": n, **reliability(odds),
         "votes_5": votes[5] / max(1, n), "votes_4": votes[4] / max(1, n), "votes_3": votes[3] / max(1, n),
-        "virtue_agreement": virtue_agreement(probs.mean(1)),
+        "virtue_agreement": virtue_agreement(opinion(odds)),
         "gold_agreement": gold_agreement(records, lens),
     }

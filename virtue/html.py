@@ -15,6 +15,7 @@ from html import escape
 
 from virtue import plots
 from virtue.ethics import VIRTUES
+from virtue.feedback import judge_tests
 from virtue.report import ROWS
 
 SHOWN, EXTREMES, PRINTED = 12, 3, 3  # transcripts from the top, of the largest rises and falls, and of each group on paper
@@ -99,7 +100,17 @@ def _by_rows(keys: set) -> list[str]:
 
 
 def verdict(scores: dict) -> tuple[str, str]:
-    """("rose", "fell" or "", one sentence of HTML) on the last model against the one before it."""
+    """("rose", "fell" or "", one sentence of HTML) on the last model against the one before it; where its
+    training stood on labels of a judge that may be a coin, a second sentence says so."""
+    direction, sentence = _change(scores)
+    coins = [lens for lens, test in judge_tests(scores).items() if test.get("coin") is True]
+    if coins:
+        sentence += (" But it was trained on labels of a judge that cannot be told from a coin that knows places "
+                     f"({clean(', '.join(coins))}).")
+    return direction, sentence
+
+
+def _change(scores: dict) -> tuple[str, str]:
     names, pairs = list(scores.get("models", {})), scores.get("differences", {})
     pair = f"{names[-1]} - {names[-2]}" if len(names) > 1 else ""
     key = _key_row(pairs.get(pair, {}))

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save
 from virtue import VirtueError
 from virtue.checkpoint import CONFIG, MANIFEST, WEIGHTS, file_hash, read_manifest, sha256_file
 from virtue.ethics import LENSES, VIRTUES
+from virtue.feedback import doubts
 from virtue.report import ROWS
 from virtue.runtime import make_parser, run_main
 from virtue.stats import wilson
@@ -208,6 +209,7 @@ def card(name: str, kind: str, manifest: dict, measured: Sequence[str], licence:
         f"weights {manifest['settings'].get('quantize', 'none').replace('none', 'not quantised')}, {manifest['settings'].get('dtype')}",
         f"- prompts: {manifest['settings'].get('prompts')}; seed {manifest['seed']}" + (f"; trained on {extra['trained_on']} records" if "trained_on" in extra else ""),
         *([f"- judge: {extra['judge']['id']}, fingerprint {extra['judge']['fingerprint'][:16]}"] if "judge" in extra else []),
+        *(f"- **warning**: {text}" for text in doubts(extra)),
         *(f"- made upon {role}: {parent['sha256'][:16]}" for role, parent in manifest["parents"].items()), "",
         "## Results", "", *measured, "", "## How to load it", "", "```python", f"{code}{load}", "```", "",
         "## Intended use and limits", "", f"Meant for {use}.", "", LIMITS + TOY * toy, "", "## Flags", "",

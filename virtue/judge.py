@@ -2,9 +2,10 @@
 
 The five questions about a pair share its text, so each order is encoded once: the shared prefix, then
 the five endings side by side, each of which sees the prefix and itself. That gives the probabilities
-of five separate prompts for little more than the price of one. Two orders cancel the judge's
-preference for a place (Wang et al. 2023, arXiv 2305.17926); reading probabilities instead of text
-keeps its doubt (Lee et al. 2023, RLAIF, arXiv 2309.00267).
+of five separate prompts for little more than the price of one. Reading probabilities instead of text
+keeps the judge's doubt (Lee et al. 2023, RLAIF, arXiv 2309.00267). Two orders are averaged (Wang et al.
+2023, arXiv 2305.17926), here in log-odds: a preference for a place that adds to the logits then
+cancels exactly, and a judge at 0.93 and 0.09 keeps its small opinion.
 
 Shell: imports core and modules; scripts may import it, the core may not.
 """
@@ -24,6 +25,8 @@ from virtue.models import hidden_states
 from virtue.parallel import share, total
 from virtue.resume import replay
 from virtue.runtime import progress
+
+TIE = 1e-4  # nats of log-odds
 
 
 def transcript(messages: list[dict]) -> str:
@@ -106,11 +109,12 @@ def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple
 def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], lens: str,
                 batch_size: int = 16, asked: Sequence[str] = VIRTUES, wording: str = "trained",
                 orders: int = 2, keep: Path | None = None) -> tuple[Tensor, float]:
-    """P(first of the pair is better) for each pair, order and question: (N, 2, Q) fp32; and the label mass.
+    """Log-odds, nats, that the first of the pair is better, for each pair, order and question:
+    (N, 2, Q) fp32, the difference of the two labels' logits; and the label mass.
 
     ``asked`` names the Q questions (default: the five virtues), ``wording`` one of ethics.JUDGE_QUESTIONS;
-    with ``orders=1`` the second order is left out: (N, 1, Q). ``keep`` is a file for finished batches
-    (see ``resume.replay``).
+    with ``orders=1`` the second order is left out: (N, 1, Q). ``keep`` names a file for finished batches
+    (see ``resume.replay``), to which "log-odds-" is added: an older version kept probabilities.
     ``[:, 0]`` was read with the first dialogue shown first, ``[:, 1]`` with it shown second. The caller
     sets the adapters (none, for the base as its own judge). The label mass is the mean probability that
     the judge's next token is one of the two labels at all: near 0, it does not answer the question.
@@ -127,16 +131,20 @@ def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], le
         ids, mask, positions, ends = (x.to(device) for x in pack([job[2] for job in batch], tokenizer.pad_token_id))
         hidden = hidden_states(model, ids, mask, position_ids=positions)
         last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, 5, D)
-        logprobs = model.lm_head(last).float().log_softmax(-1)[..., labels.to(device)]  # (B, 5, 2)
+        logits = model.lm_head(last).float()
+        of_labels = logits[..., labels.to(device)]  # (B, 5, 2)
+        logprobs = of_labels - logits.logsumexp(-1, keepdim=True)
         if not logprobs.isfinite().all():  # before it is kept
             raise VirtueError(f"judge {lens}, pairs {sorted({job[0] for job in batch})}: the model's logits are not finite: use another --dtype, or another judge")
-        return logprobs.softmax(-1)[..., 0].tolist(), logprobs.exp().sum().item()
+        return of_labels.diff(dim=-1)[..., 0].neg().tolist(), logprobs.exp().sum().item()
 
     batches = share([jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)])
-    for (probs, of_labels), batch in zip(replay(keep, progress(batches, f"judge {lens}"), read), batches):  # in this order the bar ends
-        mass += of_labels
-        for (i, order, _), first in zip(batch, torch.tensor(probs)):
-            result[i, order] = first if order == 0 else 1.0 - first
+    keep = keep and keep.with_name(f"log-odds-{keep.name}")
+    answers = replay(keep, progress(batches, f"judge {lens}"), read)
+    for (odds, on_labels), batch in zip(answers, batches):  # in this order the bar ends
+        mass += on_labels
+        for (i, order, _), first in zip(batch, torch.tensor(odds)):
+            result[i, order] = first if order == 0 else -first
     return total(result), total(torch.tensor(mass, dtype=torch.float64)).item() / max(1, result.numel())
 
 
@@ -145,18 +153,53 @@ def unanswered(label_mass: float) -> str:
     return f"the judge gives its two labels {label_mass:.3f} of the probability: it does not answer the question" if label_mass < 0.1 else ""
 
 
-def verdict(probs: Tensor, preference: str = "votes") -> dict:
-    """From the judge's probabilities (2, 5) of one pair to a preference record's fields.
+def preferred(odds: Tensor) -> Tensor:
+    """Which side log-odds prefer, of any shape: 1 the first, 0 the second, 0.5 neither (a tie).
 
-    ``first_is_chosen`` follows the majority of the five votes (five cannot tie), or the mean
-    probability with ``preference="mean"``. All else is said of the *chosen* dialogue: ``virtues`` and
-    ``label`` are probabilities that it is better, ``votes`` counts the virtues that prefer it,
-    ``position_flips`` the virtues whose answer changed with the order.
+    A tie is what rounding cannot tell from 0: another batch size moves log-odds by about as much.
     """
-    mean = probs.double().mean(0)  # (5,)
-    votes = int((mean > 0.5).sum())
-    first = votes * 2 > len(VIRTUES) if preference == "votes" else bool(mean.mean() > 0.5)
-    chosen = mean if first else 1.0 - mean
-    return {"first_is_chosen": first, "virtues": dict(zip(VIRTUES, chosen.tolist())), "label": chosen.mean().item(),
-            "votes": votes if first else len(VIRTUES) - votes,
-            "position_flips": int(((probs[0] > 0.5) != (probs[1] > 0.5)).sum())}
+    return 0.5 + 0.5 * torch.where(odds.abs() < TIE, 0, odds.double().sign())
+
+
+def opinion(odds: Tensor) -> Tensor:
+    """P(first is better) by question from log-odds of each order: (..., orders, Q) -> (..., Q) fp64.
+
+    The mean over the orders is that of log-odds, so what adds to the logits of one place cancels.
+    """
+    return odds.double().mean(-2).sigmoid()
+
+
+def choose(odds: Tensor, preference: str = "votes") -> Tensor:
+    """The chosen dialogue by log-odds of each order, (..., orders, Q) -> (...): 1 the first, 0 the
+    second, 0.5 none.
+
+    "votes": the majority of the questions, each the mean of its orders; a question that ties votes
+    for neither. Where as many vote for either side, and for "mean" always, the mean of `opinion`
+    decides.
+    """
+    by_mean = preferred(opinion(odds).mean(-1).logit())
+    votes = (preferred(odds.double().mean(-2)) - 0.5).sum(-1)
+    return by_mean if preference == "mean" else torch.where(votes == 0, by_mean, (votes > 0).double())
+
+
+def flipped(odds: Tensor) -> Tensor:
+    """Which questions change sides with the order: (..., 2, Q) -> (..., Q) bool; a tie has no side."""
+    return (preferred(odds).diff(dim=-2).abs() == 1)[..., 0, :]
+
+
+def verdict(odds: Tensor, preference: str = "votes") -> dict:
+    """From the judge's log-odds (orders, 5) of one pair to a preference record's fields.
+
+    ``first_is_chosen`` as `choose` decides, None where it chooses none: such a pair has no order
+    that a record could keep. All else is said of the *chosen* dialogue (of the first where there is
+    none): ``virtues`` and ``label``, their mean, are probabilities that it is better, ``votes`` counts
+    the virtues that prefer it, ``position_flips`` those whose answer changed sides with the order
+    (None: only one order was asked).
+    """
+    first = {1.0: True, 0.0: False, 0.5: None}[choose(odds, preference).item()]
+    toward = -1 if first is False else 1
+    virtues = opinion(toward * odds)
+    return {"first_is_chosen": first, "virtues": dict(zip(VIRTUES, virtues.tolist())),
+            "label": virtues.mean().item(),
+            "votes": int((preferred(toward * odds.double().mean(0)) == 1).sum()),
+            "position_flips": int(flipped(odds).sum()) if len(odds) == 2 else None}

@@ -220,6 +220,8 @@ def _preference(record: dict, lens: str) -> dict:
         _need(type(value) in (int, float) and 0 <= value <= 1,  # nan is not, True is no number
               f'"{name}" must be a probability, not {reprlib.repr(value)}')
     for name in ("votes", "position_flips"):
+        if name == "position_flips" and record[name] is None:  # the judge was asked in one order
+            continue
         _need(type(record[name]) is int and 0 <= record[name] <= len(VIRTUES),
               f'"{name}" must be a whole number from 0 to {len(VIRTUES)}')
     return record
@@ -235,7 +237,8 @@ def read_preferences(path: str | Path, lens: str) -> list[dict]:
     """Records {id, lens, chosen, rejected, virtues, label, votes, position_flips, truncated}.
 
     `chosen` and `rejected` share their prompt and end with the lens's turn; `virtues` maps each
-    virtue to P(chosen better); `label` is a probability too, votes and flips count virtues.
+    virtue to P(chosen better); `label` is a probability too, votes and flips count virtues
+    (position_flips None: not measured).
     """
     remedy = "correct it, or run run_data.py preferences again"
     return list(_records(path, lambda record: _preference(record, lens), remedy))

@@ -36,7 +36,8 @@ from virtue.runtime import main_rank
 FOLDER, SETTINGS, DONE = "resume", "settings.json", "done.json"
 KEPT = 2  # checkpoints on the disk: where the newest is damaged, the one before it serves
 # Flags that may differ when a run goes on: they change speed, memory and when it stops, and results by rounding only.
-FREE = ("out", "overwrite", "threads", "device", "micro_batch_size", "gradient_checkpointing", "save_every", "stop_kl")
+FREE = ("out", "overwrite", "threads", "device", "micro_batch_size", "gradient_checkpointing", "save_every", "stop_kl",
+        "any_judge")
 
 T = TypeVar("T")
 

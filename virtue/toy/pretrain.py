@@ -44,7 +44,8 @@ from torch.nn import functional as F
 from virtue.dialogue import encode_conversation, right_pad
 from virtue.ethics import (CONSTITUTION, CRITIQUE, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS,
                            LENSES, REVISION, VIRTUES)
-from virtue.judge import encode_questions, judge_pairs, label_ids, pack, pair_text, questions
+from virtue.judge import (encode_questions, judge_pairs, label_ids, opinion, pack, pair_text,
+                          questions)
 from virtue.runtime import make_parser
 from virtue.toy import grammar
 
@@ -193,13 +194,15 @@ def judge_accuracy(model, tokenizer, seed: int, unseen: bool, n: int = 150) -> d
     rng, result = random.Random(seed), {}
     for lens in LENSES:
         drawn = [draw_pair(rng, lens, unseen) for _ in range(n)]
-        probs, _ = judge_pairs(model, tokenizer, [(a[0], b[0]) for a, b in drawn], lens)
+        odds, _ = judge_pairs(model, tokenizer, [(a[0], b[0]) for a, b in drawn], lens)
         truth = torch.tensor([[grammar.judge_logit(lens, v, a[1], b[1]) + grammar.judge_logit(lens, v, b[1], a[1]) * -1
                                for v in VIRTUES] for a, b in drawn]) / 2  # biases by place cancel
         clear = truth.abs() > 1.4
-        hits = [((p > 0.5) == (truth > 0))[clear].float().mean().item() for p in (probs[:, 0], probs.mean(1))]
+        hits = [((x > 0) == (truth > 0))[clear].float().mean().item()
+                for x in (odds[:, 0], odds.mean(1))]
         overall = torch.tensor([sum(truth_row) for truth_row in truth.tolist()])
-        pairs = ((probs.mean((1, 2)) > 0.5) == (overall > 0))[overall.abs() > 1.4].float().mean().item()
+        by_pair = (opinion(odds).mean(1) > 0.5) == (overall > 0)
+        pairs = by_pair[overall.abs() > 1.4].float().mean().item()
         result[lens] = {"one_order": hits[0], "both_orders": hits[1], "pairs": pairs}
     return result
 
