@@ -293,7 +293,7 @@ def test_what_a_judge_is_worth_in_one_line():
     assert "50% [38%, 62%] of 60 pairs" in worth(coin)
     one = feedback.reliability(sure[:, :1]) | {"label_mass": 1.0}
     assert one["position_flips"] is None and one["first_place"] is None and one["coin"] is None
-    assert "flips with the order not measured" in worth(one) and "first place preferred not measured" in worth(one) and "a coin cannot be told" in worth(one)
+    assert "flips with the order not measured" in worth(one) and "first place preferred not measured" in worth(one) and "a coin that knows places was not measured" in worth(one)
 
 
 def test_doubts_read_what_an_artefact_records_and_nothing_else():
