@@ -59,7 +59,7 @@ def main(argv=None):
     from virtue.records import is_number, load_prompts
     from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
     from virtue.generate import check_context, fits, longest, sample_dialogues
-    from virtue.judge import judge_pairs, label_ids, pair_fits, unanswered, verdict
+    from virtue.judge import judge_log_odds, label_ids, pair_fits, unanswered, verdict
     from virtue.lora import use_stack
     from virtue.memory import used
     from virtue.parallel import barrier
@@ -148,7 +148,7 @@ def main(argv=None):
             if not pairs:
                 raise none_left(lens, dropped)
             with use_stack(judge):
-                odds, label_mass = judge_pairs(judge, judge_tokenizer, [texts for _, texts, _ in pairs],
+                odds, label_mass = judge_log_odds(judge, judge_tokenizer, [texts for _, texts, _ in pairs],
                                                 lens, args.judge_batch_size,
                                                 asked=VIRTUES if args.ask == "virtues" else ("rules",), orders=2 if args.orders == "both" else 1,
                                                 keep=state / f"judge-{lens}.jsonl")

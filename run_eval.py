@@ -276,7 +276,7 @@ def evaluate_judge(args):
     from virtue.records import read_pairs
     from virtue.ethics import LENSES, VIRTUES
     from virtue.feedback import agreement, truth, worth
-    from virtue.judge import judge_pairs, label_ids, pair_fits, unanswered
+    from virtue.judge import judge_log_odds, label_ids, pair_fits, unanswered
     from virtue.memory import used
     from virtue.resume import finish, may_write, start
 
@@ -300,7 +300,7 @@ def evaluate_judge(args):
         of_lens = [p for p in kept if p["lens"] == lens]
         if len(of_lens) < 2:
             continue
-        odds, mass = judge_pairs(base.model, base.tokenizer, [(p["chosen"], p["rejected"]) for p in of_lens], lens, args.batch_size,
+        odds, mass = judge_log_odds(base.model, base.tokenizer, [(p["chosen"], p["rejected"]) for p in of_lens], lens, args.batch_size,
                                   wording=args.wording, keep=state / f"{lens}.jsonl")
         truths = [truth(p) for p in of_lens]
         if all(truths):

@@ -222,7 +222,7 @@ def same(b: Bench) -> None:
         with use_stack(model):
             judged, _ = judge_pairs(model, tokenizer, list(zip(texts[::2], texts[1::2])), "consequence")
         found.append({"log-probs after three optimiser steps, nats": folded.cpu(), "the same by the plain path": plain.cpu(), "gradients of the third step, over the greatest": gradient.cpu(),
-                      "the judge's probabilities": judged.sigmoid()})
+                      "the judge's probabilities": judged})
     scale = found[0]["gradients of the third step, over the greatest"].abs().max()
     b.say("", f"Sampled from the same random numbers: {sum(x.ids == y.ids for x, y in zip(*dialogues))} of {len(prompts)} dialogues have the same tokens.", "",
           f"| fp32, toy | cpu against {b.device}, greatest difference |", "|---|---:|",

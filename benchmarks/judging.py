@@ -51,7 +51,7 @@ def main() -> None:
         found["separate"] = sum(probs) / len(probs)
 
     def shared():
-        probs = judge_pairs(model, tokenizer, pairs, "consequence")[0].sigmoid()
+        probs = judge_pairs(model, tokenizer, pairs, "consequence")[0]
         found["shared"] = torch.stack([probs[:, 0], 1 - probs[:, 1]]).mean().item()
 
     times = [(cpu_seconds(ten_prompts, 1)[0], cpu_seconds(shared, 1)[0]) for _ in range(args.repeats)]

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from virtue.dialogue import encode_conversation, right_pad
 from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES
-from virtue.judge import judge_pairs, opinion
+from virtue.judge import judge_log_odds, opinion
 from virtue.lora import use_stack
 from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, score_at, template_fingerprint
 from virtue.rollout import load_reward_models, load_sft
@@ -66,7 +66,7 @@ def main() -> None:
         for lens in LENSES[1:]:
             for a, b in PAIRS:
                 pairs = [(d[a], d[b]) for d in drawn[lens]]
-                p = opinion(judge_pairs(model, tokenizer, pairs, lens)[0]).mean(1)
+                p = opinion(judge_log_odds(model, tokenizer, pairs, lens)[0]).mean(1)
                 print(f"| {lens} | {a}, {b} | {p.mean():.3f} | {(p > 0.5).float().mean():.2f} |")
         return
     known = dict(base={"id": args.model, "fingerprint": base_fingerprint(resolve(args.model))}, template=template_fingerprint(tokenizer))

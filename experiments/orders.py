@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from virtue.ethics import LENSES, VIRTUES  # noqa: E402
 from virtue.feedback import agreement, truth  # noqa: E402
-from virtue.judge import choose, judge_pairs, opinion  # noqa: E402
+from virtue.judge import choose, judge_log_odds, opinion  # noqa: E402
 from virtue.models import load_model, load_tokenizer  # noqa: E402
 from virtue.records import read_preferences  # noqa: E402
 from virtue.runtime import make_parser  # noqa: E402
@@ -79,7 +79,7 @@ def on_the_toy(data: Path, model: str) -> list[str]:
     for lens in LENSES:
         records = read_preferences(data / f"{lens}.jsonl", lens)
         pairs = [(r["chosen"], r["rejected"]) for r in records]
-        odds, _ = judge_pairs(judge, tokenizer, pairs, lens)
+        odds, _ = judge_log_odds(judge, tokenizer, pairs, lens)
         truths = [truth(r) for r in records]
         signs = {name: np.array([t[name] for t in truths]) for name in (*VIRTUES, "overall")}
         cells = []

@@ -9,7 +9,7 @@ from virtue import VirtueError
 from virtue.dialogue import encode_prompt
 from virtue.ethics import LENSES, VIRTUES
 from virtue.feedback import versus, win_rates
-from virtue.judge import (encode_questions, judge_pairs, label_ids, opinion, pack, preferred, questions, transcript,
+from virtue.judge import (encode_questions, judge_log_odds, judge_pairs, label_ids, opinion, pack, preferred, questions, transcript,
                           verdict)
 from virtue.models import load_model, load_tokenizer
 from virtue.resume import replay
@@ -33,7 +33,7 @@ def tiny(folder):
 
 
 def test_its_bar_ends(tiny, capsys):
-    judge_pairs(*tiny, [pair("a", "b")] * 5, "action", batch_size=4)
+    judge_log_odds(*tiny, [pair("a", "b")] * 5, "action", batch_size=4)
     assert "judge action: 100%" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -45,7 +45,7 @@ def test_packed_questions_equal_ten_separate_prompts(tiny, folder):
     pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."), pair("x", "yes yes", turns=2)]
     labels = list(label_ids(tokenizer))
     for lens in ("action", "motivation"):
-        odds, mass = judge_pairs(model, tokenizer, pairs, lens, batch_size=3)
+        odds, mass = judge_log_odds(model, tokenizer, pairs, lens, batch_size=3)
         masses = []
         for i, (first, second) in enumerate(pairs):
             for order, shown in enumerate([(first, second), (second, first)]):
@@ -68,25 +68,25 @@ def test_a_sliding_window_is_that_of_transformers_question_by_question(tmp_path)
     pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."), pair("x", "yes yes", turns=2)]
     prefix, endings = encode_questions(tokenizer, *pairs[0], "action")
     assert 32 < len(prefix) and min(map(len, endings)) < 32 < sum(map(len, endings))  # it reaches into the prefix
-    odds, _ = judge_pairs(model, tokenizer, pairs, "action", batch_size=3)
+    probs, _ = judge_pairs(model, tokenizer, pairs, "action", batch_size=3)
     for i, (first, second) in enumerate(pairs):
         for order, shown in enumerate([(first, second), (second, first)]):
             for v, text in enumerate(questions(*shown, "action")):
                 with torch.no_grad():
                     ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
                     logits = plain(torch.tensor([ids])).logits[0, -1, labels]
-                first_better = (logits[0] - logits[1]) * (1 if order == 0 else -1)
-                assert odds[i, order, v].item() == pytest.approx(first_better.item(), abs=1e-4)
+                first_better = logits.softmax(0)[order].item()
+                assert probs[i, order, v].item() == pytest.approx(first_better, abs=1e-5)
 
 
 def test_log_odds_keep_what_probabilities_round_away(tiny):
     """Log-odds of about 200 are p = 1 in fp32; the two orders' difference must survive."""
     model, tokenizer = tiny
     pairs = [pair("I give it back.", "I keep it.")]
-    before, _ = judge_pairs(model, tokenizer, pairs, "action")
+    before, _ = judge_log_odds(model, tokenizer, pairs, "action")
     a, _ = label_ids(tokenizer)
     handle = model.lm_head.register_forward_hook(lambda module, given, logits: logits + 200 * (torch.arange(logits.shape[-1]) == a))
-    after, mass = judge_pairs(model, tokenizer, pairs, "action")
+    after, mass = judge_log_odds(model, tokenizer, pairs, "action")
     handle.remove()
     assert mass == pytest.approx(1) and (after[:, 0] > 150).all() and (after[:, 1] < -150).all()
     assert torch.allclose(after.mean(1), before.mean(1), atol=1e-4)  # what adds to a place cancels
@@ -96,11 +96,11 @@ def test_log_odds_keep_what_probabilities_round_away(tiny):
 def test_probabilities_that_an_older_version_kept_are_not_read_as_log_odds(tiny, tmp_path, monkeypatch):
     pairs = [pair("I give it back.", "I keep it.")]
     list(replay(tmp_path / "judge.jsonl", [0], lambda _: [[[0.75] * 5] * 2, 1.0]))
-    first, _ = judge_pairs(*tiny, pairs, "action", keep=tmp_path / "judge.jsonl")
+    first, _ = judge_log_odds(*tiny, pairs, "action", keep=tmp_path / "judge.jsonl")
     monkeypatch.setattr("virtue.judge.hidden_states", None)  # a resumed run reads its own and asks nothing
-    again, _ = judge_pairs(*tiny, pairs, "action", keep=tmp_path / "judge.jsonl")
+    again, _ = judge_log_odds(*tiny, pairs, "action", keep=tmp_path / "judge.jsonl")
     monkeypatch.undo()
-    assert torch.equal(first, again) and torch.equal(first, judge_pairs(*tiny, pairs, "action")[0])
+    assert torch.equal(first, again) and torch.equal(first, judge_log_odds(*tiny, pairs, "action")[0])
 
 
 def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):
@@ -114,10 +114,10 @@ def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):
 def test_other_questions_wordings_and_orders(tiny):
     model, tokenizer = tiny
     pairs = [pair("I give it back.", "I keep it."), pair("I ask.", "I wait for the answer.")]
-    everything, _ = judge_pairs(model, tokenizer, pairs, "action", asked=(*VIRTUES, "helpfulness"))
-    alone, _ = judge_pairs(model, tokenizer, pairs, "action", asked=("helpfulness",), orders=1)
-    five, _ = judge_pairs(model, tokenizer, pairs, "action")
-    other, _ = judge_pairs(model, tokenizer, pairs, "action", wording="other")
+    everything, _ = judge_log_odds(model, tokenizer, pairs, "action", asked=(*VIRTUES, "helpfulness"))
+    alone, _ = judge_log_odds(model, tokenizer, pairs, "action", asked=("helpfulness",), orders=1)
+    five, _ = judge_log_odds(model, tokenizer, pairs, "action")
+    other, _ = judge_log_odds(model, tokenizer, pairs, "action", wording="other")
     assert everything.shape == (2, 2, 6) and alone.shape == (2, 1, 1)
     assert torch.allclose(everything[:, :1, 5:], alone, atol=1e-5) and torch.allclose(everything[..., :5], five, atol=1e-5)
     assert (other - five).abs().max() > 1e-3
@@ -144,7 +144,7 @@ def test_answers_versus_another_are_judged_pair_by_pair_up_to_each_lens(tiny, mo
     assert found.shape == (2, 2) and which == [0, 1]  # prompts, answers
     for i in range(2):
         for c in range(2):
-            by_lens = [judge_pairs(*tiny, [(answers[c][i][:2 * k + 2], others[i][:2 * k + 2])], lens)[0][0].mean(0).sigmoid().mean() for k, lens in enumerate(LENSES)]
+            by_lens = [judge_log_odds(*tiny, [(answers[c][i][:2 * k + 2], others[i][:2 * k + 2])], lens)[0][0].mean(0).sigmoid().mean() for k, lens in enumerate(LENSES)]
             assert found[i, c] == pytest.approx(float(sum(by_lens)) / 3, abs=1e-5)
     monkeypatch.setattr("virtue.feedback.pair_fits", lambda model, tokenizer, first, second, lens: "I lie" not in first[1]["content"])
     assert versus(*tiny, answers, others, batch_size=3)[1] == [0]  # a prompt whose pairs do not all fit is left out

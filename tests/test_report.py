@@ -166,7 +166,7 @@ def test_reward_models_and_every_run_behind_a_policy_are_found(tmp_path):
 def judged(monkeypatch, odds):
     """The judge says `odds` (N,) in both orders to every question."""
     monkeypatch.setattr(feedback, "pair_fits", lambda judge, tokenizer, a, b, lens: a != "long")
-    monkeypatch.setattr(feedback, "judge_pairs", lambda judge, tokenizer, pairs, lens, size, asked, *a, **k: (odds[:, None, None].expand(-1, 2, len(asked)), 1.0))
+    monkeypatch.setattr(feedback, "judge_log_odds", lambda judge, tokenizer, pairs, lens, size, asked, *a, **k: (odds[:, None, None].expand(-1, 2, len(asked)), 1.0))
 
 
 def test_judge_against_gold_on_the_pairs_that_it_compared(monkeypatch):

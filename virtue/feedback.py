@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from virtue.ethics import LENSES, VIRTUES
-from virtue.judge import choose, flipped, judge_pairs, opinion, pair_fits, preferred
+from virtue.judge import choose, flipped, judge_log_odds, opinion, pair_fits, preferred
 from virtue.records import is_number
 from virtue.stats import wilson
 
@@ -198,7 +198,7 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
 
     Returns {"rate", "low", "high", "pairs", "questions", "label_mass"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
     tie counts half), Wilson's interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)};
-    "label_mass": as ``judge_pairs`` has it. With gold (n,), by how
+    "label_mass": as ``judge_log_odds`` has it. With gold (n,), by how
     much ``after`` is better, also "gold": {"share", "low", "high", "n"}, the share of the n pairs with
     a difference on which the judge prefers the better (a tie counts half there too).
     """
@@ -207,7 +207,7 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     if len(kept) < 2:
         return None
     pairs = [(after[i], before[i]) for i in kept]
-    odds, label_mass = judge_pairs(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)
+    odds, label_mass = judge_log_odds(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)
     won = choose(odds[..., :len(VIRTUES)], "mean")
     rate = dict(zip(("rate", "low", "high"), wilson(won.sum().item(), len(won))))
     if gold is not None:
@@ -221,14 +221,14 @@ def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[
     `judge.opinion` of both orders: (P, n); and the indices of the P prompts.
 
     answers: n lists of dialogues as messages, prompt by prompt; others: one dialogue a prompt. A prompt of which a pair does not fit the judge's context is left
-    out. ``keep``: a folder for finished batches. VirtueError: as ``judge_pairs``.
+    out. ``keep``: a folder for finished batches. VirtueError: as ``judge_log_odds``.
     """
     def cut(messages: list[dict], k: int) -> list[dict]:  # up to the turn of lens k of three
         return messages[:len(messages) - 2 * (len(LENSES) - 1 - k)]
 
     pairs = {lens: [[(cut(side[i], k), cut(other, k)) for side in answers] for i, other in enumerate(others)] for k, lens in enumerate(LENSES)}
     kept = [i for i in range(len(others)) if all(pair_fits(judge, tokenizer, *pair, lens) for lens in LENSES for pair in pairs[lens][i])]
-    odds = [judge_pairs(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]], lens, batch_size, keep=keep and keep / f"judge-{lens}.jsonl")[0]
+    odds = [judge_log_odds(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]], lens, batch_size, keep=keep and keep / f"judge-{lens}.jsonl")[0]
              for lens in LENSES if kept]
     if not kept:
         return np.zeros((0, len(answers))), kept

@@ -106,7 +106,7 @@ def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple
 
 
 @torch.no_grad()
-def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], lens: str,
+def judge_log_odds(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], lens: str,
                 batch_size: int = 16, asked: Sequence[str] = VIRTUES, wording: str = "trained",
                 orders: int = 2, keep: Path | None = None) -> tuple[Tensor, float]:
     """Log-odds, nats, that the first of the pair is better, for each pair, order and question:
@@ -146,6 +146,13 @@ def judge_pairs(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], le
         for (i, order, _), first in zip(batch, torch.tensor(odds)):
             result[i, order] = first if order == 0 else -first
     return total(result), total(torch.tensor(mass, dtype=torch.float64)).item() / max(1, result.numel())
+
+
+def judge_pairs(*args, **kwargs) -> tuple[Tensor, float]:
+    """As `judge_log_odds`, in probabilities P(first is better), (N, orders, Q), for who reads single
+    answers; two orders are combined in log-odds (`opinion`)."""
+    odds, label_mass = judge_log_odds(*args, **kwargs)
+    return odds.sigmoid(), label_mass
 
 
 def unanswered(label_mass: float) -> str:

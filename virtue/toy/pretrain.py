@@ -44,7 +44,7 @@ from torch.nn import functional as F
 from virtue.dialogue import encode_conversation, right_pad
 from virtue.ethics import (CONSTITUTION, CRITIQUE, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS,
                            LENSES, REVISION, VIRTUES)
-from virtue.judge import (encode_questions, judge_pairs, label_ids, opinion, pack, pair_text,
+from virtue.judge import (encode_questions, judge_log_odds, label_ids, opinion, pack, pair_text,
                           questions)
 from virtue.runtime import make_parser
 from virtue.toy import grammar
@@ -194,7 +194,7 @@ def judge_accuracy(model, tokenizer, seed: int, unseen: bool, n: int = 150) -> d
     rng, result = random.Random(seed), {}
     for lens in LENSES:
         drawn = [draw_pair(rng, lens, unseen) for _ in range(n)]
-        odds, _ = judge_pairs(model, tokenizer, [(a[0], b[0]) for a, b in drawn], lens)
+        odds, _ = judge_log_odds(model, tokenizer, [(a[0], b[0]) for a, b in drawn], lens)
         truth = torch.tensor([[grammar.judge_logit(lens, v, a[1], b[1]) + grammar.judge_logit(lens, v, b[1], a[1]) * -1
                                for v in VIRTUES] for a, b in drawn]) / 2  # biases by place cancel
         clear = truth.abs() > 1.4
