@@ -69,7 +69,7 @@ def parse(argv):
     ppo("--micro-batch-size", type=positive_int, default=8, help="dialogues a forward pass; changes memory, not the update")
     ppo("--lr", type=positive_float, default=2e-3,
         help="Adam learning rate of the policy adapter in the first iteration; it falls linearly "
-             "to a tenth in the last, and the iterations of --value-warmup count "
+             "to a tenth in the last, and the iterations of the value's warm-up count "
              "(Mistral-7B: 1e-5; the study reports none)")
     ppo("--value-lr", type=positive_float, default=4e-3,
         help="Adam learning rate of value adapter and head in the first iteration, "
