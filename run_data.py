@@ -162,7 +162,8 @@ def main(argv=None):
                     dropped["tied"] += 1
                     continue
                 chosen, rejected = texts if first_is_chosen else texts[::-1]
-                records.append({"id": prompt_id, "lens": lens, "chosen": chosen, "rejected": rejected, **said, "truncated": cut})
+                records.append({"id": prompt_id, "lens": lens, "chosen": chosen, "rejected": rejected, **said,
+                                "truncated": cut, "chosen_copy": 0 if first_is_chosen else 1})
             found[lens] = records
             faults = ("truncated", "empty", "identical", "too_long", "tied")
             summary[lens] = {**{f"dropped_{fault}": dropped[fault] for fault in faults},

@@ -330,7 +330,7 @@ def evaluate_rewards(args):
     import torch
     from virtue import VirtueError
     from virtue.checkpoint import check_made_by, data_hash, file_hash, read_manifest, sha256_file, write_json
-    from virtue.dialogue import encode_conversation, messages_of, right_pad
+    from virtue.dialogue import copies_of, encode_conversation, messages_of, pair_rows, right_pad
     from virtue.records import check_ids, read_dialogues, read_pairs, read_preferences
     from virtue.ethics import LENSES
     from virtue.lora import use_stack
@@ -369,10 +369,9 @@ def evaluate_rewards(args):
         return
 
     @torch.no_grad()
-    def score(k, conversations):
-        """Standardised scores (n,) at the end of conversations; NaN where one exceeds the context."""
+    def score(k, rows):
+        """Standardised scores (n,) at the end of rows of ids; NaN where one exceeds the context."""
         stack, head = reward_models[k]
-        rows = [encode_conversation(tokenizer, c)[0] for c in conversations]
         result = torch.full((len(rows),), float("nan"))
         order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: len(rows[i]))
         with use_stack(model, *stack):
@@ -383,11 +382,16 @@ def evaluate_rewards(args):
                 result[batch] = score_at(model, head, ids.to(model.device), attention.to(model.device), last.to(model.device))[:, 0].cpu()
         return (result - mean[k]) / std[k]
 
-    result = {}
+    def encode(conversations):
+        return [encode_conversation(tokenizer, c)[0] for c in conversations]
+
+    result, copies = {}, copies_of(dialogues)
     for k, lens in enumerate(LENSES):
         # 1. Held-out pairs: accuracy and calibration
         pairs = [r for r in data[lens] if r["id"] in unseen]
-        margins = (score(k, [r["chosen"] for r in pairs]) - score(k, [r["rejected"] for r in pairs])) * std[k]
+        sides = zip(*(pair_rows(tokenizer, r, copies.get(r["id"], ()), lens)[0] for r in pairs))
+        chosen, rejected = (score(k, rows) for rows in sides)
+        margins = (chosen - rejected) * std[k]
         known_margins = margins[~margins.isnan()]
         labels = torch.tensor([r["label"] for r in pairs])[~margins.isnan()]
         if not (labels != 0.5).any():
@@ -406,11 +410,12 @@ def evaluate_rewards(args):
         for messages in chosen:
             for kind, text in {"as sampled": messages[-1]["content"], **degenerate(messages[-2]["content"], messages[-1]["content"])}.items():
                 variants.setdefault(kind, []).append([*messages[:-1], {"role": "assistant", "content": text}])
-        means = {kind: score(k, conversations).nanmean().item() for kind, conversations in variants.items()}
+        means = {kind: score(k, encode(conversations)).nanmean().item() for kind, conversations in variants.items()}
         found["degenerate"] = {kind: value for kind, value in means.items() if np.isfinite(value)}  # none where no turn ended, or fits
         # 4. Any external preference file, at its last answer
         if external:
-            margins = score(k, [p["chosen"] for p in external]) - score(k, [p["rejected"] for p in external])
+            chosen, rejected = (score(k, encode(p[side] for p in external)) for side in ("chosen", "rejected"))
+            margins = chosen - rejected
             judged = margins[~margins.isnan()]
             found["external"] = {"pairs": len(judged), "too_long": len(margins) - len(judged), "skipped": skipped,
                                  "accuracy": accuracy(judged, torch.ones(len(judged))) if len(judged) else None}

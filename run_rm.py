@@ -15,6 +15,7 @@ also writes the merged model: base, SFT and reward adapter folded together, for 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
 from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, held_out_ids, lora_settings, make_parser, open_base,
@@ -51,7 +52,7 @@ def main(argv=None):
     import torch
     from virtue import VirtueError
     from virtue.checkpoint import check_made_by, data_hash, load_artifact, save_artifact, sha256_file
-    from virtue.dialogue import buckets, encode_conversation, right_pad
+    from virtue.dialogue import buckets, copies_of, pair_rows, right_pad
     from virtue.records import check_ids, prompt_record, read_dialogues, read_pairs, read_preferences
     from virtue.ethics import LENSES
     from virtue.feedback import doubts, judge_tests
@@ -104,13 +105,15 @@ def main(argv=None):
         unseen |= held_out_ids((r["id"] for r in data[args.lens]), args.seed, args.held_out)
     # 1. Pairs as tokens, (chosen ids, rejected ids, P(chosen better), record id), by lens and by whether they are held out
     pairs = {lens: ([], []) for lens in lenses}
-    over_long = dict.fromkeys(lenses, 0)
+    over_long, sampled = dict.fromkeys(lenses, 0), Counter()
+    copies = {} if args.pairs else copies_of(dialogues)
     most = min(args.max_tokens, model.config.max_position_embeddings)  # no position lies beyond
     for lens in lenses:
         for r in data[lens]:
             if args.share != "all" and ("first", "second")[int(r["id"], 16) % 2] != args.share:
                 continue
-            rows = [encode_conversation(tokenizer, r[side])[0] for side in ("chosen", "rejected")]
+            rows, as_sampled = pair_rows(tokenizer, r, copies.get(r["id"], ()), lens)
+            sampled[as_sampled] += 1
             if max(map(len, rows)) > most:
                 over_long[lens] += 1
                 rows = [row[:most] for row in rows]
@@ -124,6 +127,10 @@ def main(argv=None):
         if all(label == 0.5 for *_, label, _ in held_out):
             raise VirtueError(f"{args.data}: the label of every held-out pair of lens {lens} is 0.5, so nothing can be "
                               "measured: make more preferences, or take another judge")
+
+    if sampled[False] and not args.pairs:
+        print(f"{args.data}: {sampled[False]} of {sampled.total()} pairs do not say which dialogues they "
+              "are, or have other texts than these: they are encoded anew from their texts")
 
     if args.label_noise:
         for lens in lenses:

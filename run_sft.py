@@ -38,8 +38,8 @@ def main(argv=None):
     import torch
     from virtue import VirtueError
     from virtue.checkpoint import check_made_by, data_hash, read_manifest, save_artifact
-    from virtue.dialogue import buckets, encode_conversation, right_pad
-    from virtue.records import read_preferences, read_revisions
+    from virtue.dialogue import buckets, copies_of, encode_conversation, right_pad, sampled_pair
+    from virtue.records import read_dialogues, read_preferences, read_revisions
     from virtue.ethics import LENSES
     from virtue.feedback import doubts, judge_tests
     from virtue.lora import adapter_parameters, add_adapter, use_stack
@@ -53,7 +53,9 @@ def main(argv=None):
     made = read_manifest(args.data)
     chosen = made["stage"] == "preferences"
     if chosen:
-        conversations = [(r["chosen"], (r["id"], lens)) for lens in LENSES for r in read_preferences(args.data / f"{lens}.jsonl", lens)]
+        conversations = [(r, (r["id"], lens)) for lens in LENSES
+                         for r in read_preferences(args.data / f"{lens}.jsonl", lens)]
+        copies = copies_of(read_dialogues(args.data / "dialogues.jsonl"))
     else:
         if made["stage"] != "revisions":
             raise VirtueError(f"{args.data}: of stage {made['stage']!r}: give a folder of revisions or of preferences")
@@ -72,9 +74,17 @@ def main(argv=None):
         name, key, stack = "policy", "chosen", (*below, "policy")  # random numbers other than those of the SFT below
     add_adapter(model, name, **lora_settings(args), seed=torch_seed(args.seed, key))
     parameters = adapter_parameters(model, name)
-    rows = [(*encode_conversation(tokenizer, c), record) for c, record in conversations]
+
+    def encode(conversation, record):
+        """Ids, and the span of the last assistant turn, the new one: as it was sampled, if known."""
+        if chosen and (pair := sampled_pair(tokenizer, conversation, copies.get(record[0], ()), record[1])):
+            return pair[0].ids, [(pair[0].turns[-1].start, pair[0].turns[-1].end)]
+        ids, spans = encode_conversation(tokenizer, conversation["chosen"] if chosen else conversation)
+        return ids, spans[-1:]
+
+    rows = [(*encode(c, record), record) for c, record in conversations]
     most = min(args.max_tokens, model.config.max_position_embeddings)  # no position lies beyond
-    rows = [(ids, spans[-1:], record) for ids, spans, record in rows if len(ids) <= most]  # the last assistant turn is the new one
+    rows = [row for row in rows if len(row[0]) <= most]
     held_out, train = hold_out(rows, [prompt for *_, (prompt, *_) in rows], args.held_out, args.seed, key, "split")
     if not held_out or not train:
         raise VirtueError(f"{args.data}: {len(rows)} conversations of at most --max-tokens {args.max_tokens} cannot be split by "

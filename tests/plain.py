@@ -109,7 +109,8 @@ class Plain:
         return torch.stack([logp[t - 1, ids[t]] for start, end in spans for t in range(start, end)])
 
     def encode(self, messages: list[dict], reply: bool = False) -> list[int]:
-        """The chat template's ids; `reply`: up to where the assistant begins."""
+        """The chat template's ids of stripped texts; `reply`: up to where the assistant begins."""
+        messages = [m | {"content": m["content"].strip()} for m in messages]
         return self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=reply, return_dict=False
         )

@@ -125,6 +125,7 @@ def test_overlapping_control_tokens(tokenizer):
     class Odd:
         all_special_tokens = ["ab", "bc"]
         added_tokens_decoder = {7: AddedToken("xyz", special=True), 8: AddedToken("word")}
+        get_chat_template = apply_chat_template = lambda self, *_, **__: ""
     assert dialogue.sanitize(Odd(), "abc xyz word") == "a b c x yz word"
     assert dialogue.sanitize(tokenizer, "plain [text] <b>") == "plain [text] <b>"
 

@@ -7,7 +7,9 @@ Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
+import datetime
 import functools
+import json
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from virtue import VirtueError
-from virtue.ethics import FOLLOW_UPS
+from virtue.ethics import FOLLOW_UPS, LENSES
 
 Messages = list[dict[str, str]]
 QUESTIONS = tuple(FOLLOW_UPS.values())
@@ -49,55 +51,148 @@ class Dialogue(NamedTuple):
     turns: tuple[Turn, ...]
 
 
+# A template may write today's date into every prompt, and prompts would then change over night. Here it
+# always writes this one, which Llama 3's template names as its own default.
+TODAY = datetime.date(2024, 7, 26)
+PLACES = ("zq0qz", "zq1qz", "zq2qz", "zq3qz")  # contents whose places show a template's structure
+_PLACE = re.compile("zq[0-3]qz")
+_MARKER = re.compile(r"<+[^<>\s]+>+|\[+[^\[\]\s]+\]+|\{+[^{}\s]+\}+|[^\s\w]*[#@|<>\[\]{}]+[^\s\w]*")
+
+
+def dated(template: str | dict) -> str | dict:
+    """The chat template with `TODAY` in the place of today's date. VirtueError: it asks for the date
+    in a format that it does not write out."""
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return template
+    frozen = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""",
+                    lambda found: json.dumps(TODAY.strftime(found[2])), template)
+    if re.search(r"strftime_now\s*\(", frozen):
+        raise VirtueError("the chat template writes today's date in a way that cannot be frozen, so prompts "
+                          "would change over night: write a fixed date into chat_template.jinja")
+    return frozen
+
+
+def _text(tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
+    """`messages` through the template as text, contents as they are. VirtueError: it refuses them."""
+    import jinja2  # torch brings it; a fifth of a second
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=dated(tokenizer.get_chat_template()),
+            add_generation_prompt=add_generation_prompt, tokenize=False)
+    except jinja2.TemplateError as error:
+        system = messages[0]["role"] == "system"
+        raise VirtueError(
+            f"the chat template refuses the messages that begin {messages[0]['content'][:40]!r} "
+            f"({' '.join(str(error).split())[:200]}): " + ("leave the system message out, or take a "
+            "model whose template has a place for one" if system else "correct or remove them")
+        ) from None
+
+
 @functools.lru_cache(maxsize=8)
 def _control(tokenizer) -> re.Pattern[str]:
-    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    words = {*tokenizer.all_special_tokens, *added, "[INST]", "[/INST]"}
-    return re.compile("|".join(re.escape(w) for w in sorted(words, reverse=True) if len(w) > 1))
+    """Finds what would act as structure in a text: see `sanitize`."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": PLACES[i]} for i in range(3)]
+    texts = [_text(tokenizer, turns, True)]
+    try:
+        texts.append(_text(tokenizer, [{"role": "system", "content": PLACES[3]}, *turns], True))
+    except VirtueError:
+        pass
+    parts = [part for text in texts for part in _PLACE.split(text)]
+    added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+    words = {*tokenizer.all_special_tokens,
+             *(word for word, special in added.items() if special or any(word in p for p in parts))}
+    for part in parts:
+        for word in sorted(added, key=len, reverse=True):
+            part = part.replace(word, " ")
+        words |= set(_MARKER.findall(part))
+        if (last := part.rstrip().rpartition("\n")[2].split()[-1:]) and last[0].endswith(":"):
+            words.add(last[0])  # "ASSISTANT:" right before an answer
+    words = sorted((w for w in words if len(w) > 1 and w.strip()), reverse=True)
+    return re.compile("|".join(map(re.escape, words)) or "(?!)")
 
 
 def sanitize(tokenizer, text: str) -> str:
-    """`text` with a space inside every control token, so that none can open or close a turn."""
+    """`text` with a space inside each word that could open or close a turn.
+
+    These are the tokenizer's special tokens, its other added tokens where the template writes them,
+    and the template's own plain-text markers: words in brackets or with signs such as # and |, and
+    a word with a colon that stands right before a content. Not protected: markers that are ordinary
+    words without such signs, and words that act as structure for the model but that the template
+    never writes in a conversation of system, user and assistant, as those of tool calls.
+    """
     control = _control(tokenizer)
     while control.search(text):  # again, for one control token may overlap another
         text = control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
     return text
 
 
-def _render(tokenizer, messages: Messages, add_generation_prompt: bool) -> list[int]:
-    clean = [{"role": m["role"], "content": sanitize(tokenizer, m["content"])} for m in messages]
-    return tokenizer.apply_chat_template(
-        clean, add_generation_prompt=add_generation_prompt, return_dict=False)
+def _clean(tokenizer, messages: Messages) -> Messages:
+    """The one form in which texts of all sources are encoded: stripped, and without structure."""
+    return [{"role": m["role"], "content": sanitize(tokenizer, m["content"].strip())}
+            for m in messages]
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_prompt(tokenizer, messages: Messages) -> list[int]:
-    """Ids of `messages` (ending with the user's) up to where the assistant's turn starts. jinja2.TemplateError: the template refuses them."""
-    return _render(tokenizer, messages, add_generation_prompt=True)
+    """Ids of `messages` (ending with the user's) up to where the assistant's turn starts.
+
+    After an earlier answer they go on as `encode_conversation` does. VirtueError: the template
+    refuses the messages, has no place for their system message, or hides the turns.
+    """
+    return encode_conversation(tokenizer, messages)[0]
 
 
 def encode_conversation(tokenizer, messages: Messages) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of a whole conversation, and the span ``[start, end)`` of each assistant turn.
 
-    A span holds what the model is to produce: the text and its EOS. What the template adds after
-    the last EOS is left off, so that ids end as a sampled dialogue ends.
+    Turn by turn, as a dialogue is sampled: what the template writes up to an answer, the answer,
+    EOS. A span holds what the model is to produce: the text and its EOS. What the template adds
+    after the last EOS is left off, so that ids end as a sampled dialogue ends. Where the last
+    message is the user's, ids end where the next answer starts.
 
-    VirtueError: the template renders the beginning of a conversation otherwise than alone, or
-    ends assistant turns without EOS; spans would then point at wrong tokens.
+    The answer's tokens are those of the whole text; but where a token lies across its beginning,
+    or the template writes the answer right behind a word of its own ("[/INST]Yes"), it is encoded
+    alone, as no sampled answer begins in the middle of a word.
+
+    VirtueError: as `encode_prompt`; the template renders the beginning of a conversation otherwise
+    than alone, or ends assistant turns without EOS; spans would then point at wrong tokens.
     """
-    ids, spans = _render(tokenizer, messages, add_generation_prompt=False), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = encode_prompt(tokenizer, messages[:i])
-        if ids[: len(prompt)] != prompt:
+    clean, eos = _clean(tokenizer, messages), tokenizer.eos_token_id
+    answers = [i for i, message in enumerate(clean) if message["role"] == "assistant"]
+    ends_in_answer = answers[-1:] == [len(clean) - 1]
+    text = _text(tokenizer, clean, not ends_in_answer)
+    if clean[0]["role"] == "system" and clean[0]["content"] not in text:
+        raise VirtueError(f"the chat template leaves out the system message {clean[0]['content'][:40]!r}: "
+                          "leave it out, or take a model whose template has a place for one")
+    whole, ids, spans, read = _encode(tokenizer, text), [], [], 0  # whole[:read] is in ids
+    for i in answers:
+        before = _text(tokenizer, clean[:i], True)
+        if not text.startswith(before):
             raise VirtueError("the chat template does not render the messages before the answer "
-                              f"{message['content'][:40]!r} as a prefix of the whole: use a "
+                              f"{clean[i]['content'][:40]!r} as a prefix of the whole: use a "
                               "tokenizer whose template does, as Mistral's")
-        if tokenizer.eos_token_id not in ids[len(prompt):]:
+        prompt = _encode(tokenizer, before)
+        if prompt[:read] != whole[:read]:
+            raise VirtueError("the chat template changes turns when others follow: use a tokenizer "
+                              "whose template only appends, as Mistral's")
+        end = [j for j, token in enumerate(whole) if token == eos][prompt.count(eos):][:1]
+        if not end:
             raise VirtueError("the chat template does not end assistant turns with eos_token "
                               f"{tokenizer.eos_token!r}: use a tokenizer whose template does")
-        spans.append((len(prompt), ids.index(tokenizer.eos_token_id, len(prompt)) + 1))
-    return (ids[: spans[-1][1]] if messages[-1]["role"] == "assistant" else ids), spans
+        answer = whole[len(prompt):end[0]]
+        behind_a_word = not (before[-1:].isspace() or text[len(before):][:1].isspace()
+                             or before.endswith(tuple(map(str, tokenizer.added_tokens_decoder.values()))))
+        if behind_a_word or whole[:len(prompt)] != prompt:
+            answer = _encode(tokenizer, text[len(before):].partition(tokenizer.eos_token)[0])
+        ids += prompt[read:]
+        spans.append((len(ids), len(ids) + len(answer) + 1))
+        ids += [*answer, eos]
+        read = end[0] + 1
+    return (ids if ends_in_answer else ids + whole[read:]), spans
 
 
 @functools.lru_cache(maxsize=64)
@@ -124,6 +219,43 @@ def messages_of(tokenizer, dialogue: Dialogue, turns: int = 3,
                                 clean_up_tokenization_spaces=False)
         messages.append({"role": "assistant", "content": text.strip()})
     return messages
+
+
+def sampled_pair(tokenizer, record: dict, copies: Sequence[Dialogue],
+                 lens: str) -> tuple[Dialogue, Dialogue] | None:
+    """The dialogues (chosen, rejected) whose texts a preference record holds, cut after the turn of
+    `lens`, so that a reward model learns from the very tokens that PPO will show it.
+
+    `copies` are the record's two dialogues as they were sampled, of which its "chosen_copy" says
+    which was chosen. None where it does not say, or where its texts are others by now.
+    """
+    k = LENSES.index(lens)
+    if record.get("chosen_copy") is None or len(copies) != 2:
+        return None
+    pair = [copies[record["chosen_copy"]], copies[1 - record["chosen_copy"]]]
+    if any(messages_of(tokenizer, d, turns=k + 1) != record[side]
+           for d, side in zip(pair, ("chosen", "rejected"))):
+        return None
+    chosen, rejected = (d._replace(ids=d.ids[:d.turns[k].score_position + 1], turns=d.turns[:k + 1])
+                        for d in pair)
+    return chosen, rejected
+
+
+def pair_rows(tokenizer, record: dict, copies: Sequence[Dialogue],
+              lens: str) -> tuple[list[list[int]], bool]:
+    """Ids of a preference record's two sides, chosen first, and whether they are those that were
+    sampled (`sampled_pair`); else its texts are encoded."""
+    if pair := sampled_pair(tokenizer, record, copies, lens):
+        return [d.ids for d in pair], True
+    return [encode_conversation(tokenizer, record[s])[0] for s in ("chosen", "rejected")], False
+
+
+def copies_of(dialogues: Sequence[Dialogue]) -> dict[str, list[Dialogue]]:
+    """Prompt id -> its dialogues, in their order: the copies of `sampled_pair`."""
+    found: dict[str, list[Dialogue]] = {}
+    for dialogue in dialogues:
+        found.setdefault(dialogue.id, []).append(dialogue)
+    return found
 
 
 def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:

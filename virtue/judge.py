@@ -30,8 +30,9 @@ TIE = 1e-4  # nats of log-odds
 
 
 def transcript(messages: list[dict]) -> str:
-    """A conversation as plain text, one speaker a line. messages: {"role": "user" or "assistant", "content"}; KeyError on another role."""
-    names = {"user": "Human", "assistant": "Assistant"}
+    """A conversation as plain text, one speaker a line. messages: {"role": "system", "user" or
+    "assistant", "content"}; KeyError on another role."""
+    names = {"system": "System", "user": "Human", "assistant": "Assistant"}
     return "\n".join(f"{names[m['role']]}: {m['content']}" for m in messages)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import VirtueError
+from .dialogue import dated
 from .logprobs import gather_logprobs, logprobs_and_entropy, scatter, select_next
 from .lora import active_stack, adapter_names, use_stack
 from .memory import LOGITS_AT_ONCE
@@ -334,9 +335,10 @@ def base_fingerprint(folder: str | Path) -> str:
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex digest of the chat template, the vocabulary with its ids, and BOS, EOS and PAD."""
+    """Hex digest of the chat template (`dialogue.dated`), the vocabulary with its ids, and BOS, EOS
+    and PAD."""
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    content = [tokenizer.chat_template, sorted(tokenizer.get_vocab().items()), special]
+    content = [dated(tokenizer.chat_template), sorted(tokenizer.get_vocab().items()), special]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -224,6 +224,8 @@ def _preference(record: dict, lens: str) -> dict:
             continue
         _need(type(record[name]) is int and 0 <= record[name] <= len(VIRTUES),
               f'"{name}" must be a whole number from 0 to {len(VIRTUES)}')
+    copy = record.get("chosen_copy")  # which of the two dialogues in dialogues.jsonl
+    _need(copy is None or type(copy) is int and copy in (0, 1), '"chosen_copy" must be 0 or 1')
     return record
 
 
