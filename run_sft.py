@@ -37,7 +37,7 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, data_hash, read_manifest, save_artifact
+    from virtue.checkpoint import check_made_by, check_unedited, data_hash, read_manifest, save_artifact
     from virtue.dialogue import buckets, copies_of, encode_conversation, right_pad, sampled_pair
     from virtue.records import read_dialogues, read_preferences, read_revisions
     from virtue.ethics import LENSES
@@ -59,6 +59,7 @@ def main(argv=None):
     else:
         if made["stage"] != "revisions":
             raise VirtueError(f"{args.data}: of stage {made['stage']!r}: give a folder of revisions or of preferences")
+        check_unedited(args.data, made)
         conversations = [([*r["prompt"], {"role": "assistant", "content": r["revision"]}], (r["id"],)) for r in read_revisions(args.data / "revisions.jsonl")]
     out = may_write(args, args.out, [args.data, args.sft])
     if preview(args, {"data": f"{args.data}, {len(conversations)} conversations"}, "adapter, metrics.jsonl", trained=["new"],

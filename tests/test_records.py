@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import sys
 
 import pytest
 
@@ -85,13 +86,15 @@ GOOD = b'{"prompt": "a"}\n'
     ("a.jsonl", GOOD + b'{"prompt": "\xff"}', "line 2: not UTF-8"),
     ("a.jsonl.gz", gzip.compress(GOOD * 999, mtime=0)[:-9], "damaged gzip"),
     ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 30, "damaged gzip"),
-    ("a.jsonl", GOOD + b'{"text": "a"}', 'line 2: has neither "prompt"'),
-    ("a.jsonl", GOOD + b'{"prompt": null}', 'line 2: "prompt" must be'),
-    ("a.jsonl", GOOD + b'{"prompt": " "}', "line 2: .*non-empty"),
-    ("a.jsonl", GOOD + b'{"prompt": "\\ud800"}', "line 2: .*surrogate"),
-    ("a.jsonl", GOOD + b'{"chosen": "a"}', 'line 2: a transcript must start with'),
-    ("a.jsonl", GOOD + lines({"prompt": CHAT}), "line 2: .*end with a message of the user"),
-    ("a.jsonl", GOOD + lines({"prompt": CHAT[1:]}), "line 2: .*role 'user'"),
+    ("a.jsonl", b'{"text": "a"}', 'line 1: .*has neither "prompt".*its fields are text'),
+    ("a.jsonl", b"\n" + b'{"prompt": null}', 'line 2: .*"prompt" must be'),
+    ("a.jsonl", b'{"prompt": " "}', "line 1: .*non-empty"),
+    ("a.jsonl", b'{"prompt": "\\ud800"}', "line 1: .*surrogate"),
+    ("a.jsonl", b'{"chosen": "a"}', 'line 1: .*a transcript must start with'),
+    ("a.jsonl", lines({"prompt": CHAT}), "line 1: .*end with a message of the user"),
+    ("a.jsonl", lines({"prompt": CHAT[1:]}), "line 1: .*role 'user'"),
+    ("a.jsonl", b'[{"prompt": "a"}]', "an array, of which this command makes lines: python -c .*read_json"),
+    ("a.parquet", b"PAR1 and no more", "parquet"),
 ])
 def test_bad_files_name_file_line_and_remedy(tmp_path, name, raw, words):
     path = tmp_path / name
@@ -184,11 +187,6 @@ def test_pairs_of_any_kind(tmp_path):
     assert pairs[0]["chosen"] == [{"role": "user", "content": "Why: now?"}, {"role": "assistant", "content": "Yes."}]
     assert pairs[2] == pairs[3] and pairs[2]["chosen"] == message
     assert len(records.read_pairs(path, 1)[0]) == 1
-    system = [{"role": "system", "content": "Be good."}]
-    for record in ({"chosen": system + message, "rejected": system + message[:1]}, {"prompt": system + message[:1], "chosen": "a", "rejected": "b"}):
-        path.write_text(json.dumps(record) + "\n")  # all of such a file would be passed over
-        with pytest.raises(VirtueError, match="line 1: .*leave system messages out"):
-            records.read_pairs(path)
     with pytest.raises(VirtueError, match="Anthropic/hh-rlhf: no such file: .*load_dataset.\"Anthropic/hh-rlhf\", split=\"train\"..to_json"):
         records.read_pairs("Anthropic/hh-rlhf")
     with pytest.raises(VirtueError, match="stage that writes it$"):
@@ -216,6 +214,94 @@ def test_pairs_of_strangers(tmp_path):
     path.write_text(json.dumps(row) + "\n" + json.dumps(spaces))
     (pair,), skipped = records.read_pairs(path)
     assert [pair["chosen"], pair["rejected"]] == want and skipped.reasons == {"identical": (1, 2)}
+
+
+TEXT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: May I?\n\nAssistant:"
+TALK = [user("Hi"), assistant("Hello."), user("May I?")]
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize(("row", "prompt"), [
+    # one row of the true shape of: ultrafeedback_binarized, TRL's implicit and explicit prompts, rm-static
+    ({"prompt": "May I?", "prompt_id": "1", "messages": [user("May I?"), assistant("Yes.")], "score_chosen": 9.0,
+      "chosen": [user("May I?"), assistant("Yes.")], "rejected": [user("May I?"), assistant("No.")]}, TALK[2:]),
+    ({"chosen": [*TALK, assistant("Yes.")], "rejected": [*TALK, assistant("No.")]}, TALK),
+    ({"prompt": TALK, "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}, TALK),
+    ({"prompt": TEXT, "response": " Yes.", "chosen": " Yes.", "rejected": " No."}, TALK),
+    # whole transcripts beside the prompt; a system message
+    ({"prompt": TEXT, "chosen": TEXT + " Yes.", "rejected": TEXT + " No."}, TALK),
+    ({"chosen": [SYSTEM, *TALK, assistant("Yes.")], "rejected": [SYSTEM, *TALK, assistant("No.")]}, [SYSTEM, *TALK]),
+    ({"prompt": [SYSTEM, *TALK], "chosen": "Yes.", "rejected": "No."}, [SYSTEM, *TALK]),
+    # LLaMA-Factory's ShareGPT, PKU-SafeRLHF, the HHH evaluation twice, SHP
+    ({"conversations": [{"from": "human", "value": "May I?"}], "chosen": {"from": "gpt", "value": "Yes."},
+      "rejected": {"from": "gpt", "value": "No."}}, TALK[2:]),
+    ({"prompt": "May I?", "response_0": "No.", "response_1": "Yes.", "better_response_id": 1,
+      "is_response_0_safe": True}, TALK[2:]),
+    ({"prompt": TEXT, "corrects": ["Yes.", "Sure."], "incorrects": ["No."]}, TALK),
+    ({"input": TEXT, "targets": {"choices": ["No.", "Yes."], "labels": [0, 1]}}, TALK),
+    ({"history": "May I?", "human_ref_A": "Yes.", "human_ref_B": "No.", "labels": 1, "seconds_difference": 2.0}, TALK[2:]),
+    # the study's: as its code writes a record, and as its report prints one, of the third lens
+    ({"chosen": "\n\nHuman: May I?\n\nAssistant: Yes.\n", "rejected": "\n\nHuman: May I?\n\nAssistant: No.\n"}, TALK[2:]),
+    ({"chosen": "Human: Hi Assistant: Hello. Human: May I? Assistant: Yes.",
+      "rejected": "Human: Hi Assistant: Hello. Human: May I? Assistant: No."}, TALK),
+])
+def test_pairs_of_each_public_form(tmp_path, row, prompt):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row))
+    (pair,), passed = records.read_pairs(path)
+    assert pair == {"chosen": [*prompt, assistant("Yes.")], "rejected": [*prompt, assistant("No.")], "lens": "action"}
+    assert passed == 0
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ({"prompt": "q", "chosen": "Yes.\n\nHuman: And?\n\nAssistant: No.", "rejected": "No."}, "holds the markers"),
+    ({"prompt": "x\n\nHuman: q\n\nAssistant:", "chosen": "Yes.", "rejected": "No."}, "the prompt holds the markers"),
+    ({"prompt": "q", "chosen": [user("r"), assistant("a")], "rejected": [user("r"), assistant("b")]}, "does not begin with"),
+    ({"prompt": "q", "chosen": None, "rejected": "b"}, "non-empty text"), ({"question": "q", "answer": "a"}, "fields are question"),
+    ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 2}, "0 or 1"),
+    ({"prompt": "q", "corrects": [], "incorrects": ["b"]}, "must be lists"),
+    ({"input": "q", "targets": {"choices": ["a", "b"], "labels": [0, 0]}}, "one of two"),
+    ({"input": "q", "targets": {"choices": "ab", "labels": 3}}, "not iterable"),
+    ({"chosen": "Human: a Assistant: he said Assistant: twice", "rejected": "Human: a Assistant: b"}, "alternate"),
+    ({"prompt": [user("a"), SYSTEM, user("b")], "chosen": "c", "rejected": "d"}, "must have the role"),
+])
+def test_a_row_that_is_passed_over_says_why(tmp_path, row, reason):
+    path = tmp_path / "pairs.jsonl"
+    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path.write_text("\n".join(map(json.dumps, (good, row, row))))
+    pairs, passed = records.read_pairs(path)
+    assert len(pairs) == 1 and passed == 2 and reason in str(passed) and str(passed).startswith("2 from line 2 on: ")
+    path.write_text(json.dumps(row))
+    with pytest.raises(VirtueError, match=f"line 1: no pair of the file can be used: 1 from line 1 on: .*{reason}"):
+        records.read_pairs(path)
+
+
+def test_prompts_of_strangers(tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": TEXT}, {"messages": [*TALK, assistant("Yes.")]}, {"conversations": [{"from": "human", "value": "a"}]},
+            {"prompt": "x\n\nHuman: y\n\nAssistant:"}, {"text": 3}, {"prompt": [SYSTEM, user("b")]}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [r["prompt"] for r in records.read_prompts(path)] == [TALK, [user("a")], [SYSTEM, user("b")]]
+    said = capsys.readouterr().err
+    assert "2 rows passed over: 1 from line 4 on: the prompt holds" in said and "1 from line 5 on: has neither" in said
+    assert records.prompt_record([SYSTEM, user("b")])["id"] != records.prompt_record([user("b")])["id"]
+
+
+def test_parquet(tmp_path, monkeypatch):
+    row = {"prompt": TALK, "chosen": "Yes.", "rejected": "No."}
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "pairs.bin")
+    (pair,), _ = records.read_pairs(tmp_path / "pairs.bin")
+    assert pair["chosen"] == [*TALK, assistant("Yes.")]
+
+
+def test_parquet_without_a_library(tmp_path, monkeypatch):
+    (tmp_path / "p").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(VirtueError, match="p: a parquet file, for which pyarrow is needed.*read_parquet"):
+        records.read_pairs(tmp_path / "p")
 
 
 def test_a_pipe_is_refused_before_it_blocks(tmp_path):

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from virtue import VirtueError
+from virtue.ethics import LENSES
 from virtue.records import is_number
 from virtue.lora import adapter_config, adapter_state, load_adapter_state
 from virtue.models import DTYPES, QUANTIZE, ScalarHead, is_sound
@@ -101,9 +102,20 @@ def data_hash(folder: Path, names: Iterable[str]) -> str:
     return hashlib.sha256("".join(sha256_file(folder / name) for name in names).encode()).hexdigest()
 
 
+def check_unedited(folder: Path, manifest: Mapping) -> None:
+    """VirtueError where the files of a folder of data are not those that its manifest records."""
+    names = [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"] if manifest["stage"] == "preferences" else [
+        f"{manifest['stage']}.jsonl"]
+    if data_hash(folder, names) != manifest["sha256"]:
+        raise VirtueError(f"{folder}: {', '.join(names)}: changed since run_data.py {manifest['stage']} wrote them: "
+                          "run it again, or give edited pairs to run_rm.py by --pairs FILE")
+
+
 def check_made_by(folder: Path, base: Mapping[str, str] | None, template: str | None, sft: Path | None) -> dict:
-    """A preference folder's manifest; VirtueError where its dialogues came from another base, template (None: not compared) or SFT."""
+    """A preference folder's manifest; VirtueError where its files were edited, or
+    its dialogues came from another base, template (None: not compared) or SFT."""
     manifest = read_manifest(folder, "preferences")
+    check_unedited(folder, manifest)
     if base and manifest["base"].get("fingerprint") != base["fingerprint"] or template and manifest["template"] != template:
         raise VirtueError(f"{folder}: sampled by another base or tokenizer, {manifest['base'].get('id')}: give that --model")
     was, now = manifest["parents"].get("sft", {}), file_hash(sft) if sft else None

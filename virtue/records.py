@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import reprlib
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from virtue import VirtueError
 from virtue.dialogue import Dialogue, Messages, Turn
 from virtue.ethics import LENSES, VIRTUES
+from virtue.runtime import main_rank
 
 SPLITS = (("sft", 0.25), ("rm", 0.60), ("ppo", 0.90), ("eval", 1.00))  # cumulative shares
 LONGEST = 64 << 20  # bytes of a line: a small .gz can hold one that fills the memory
@@ -42,21 +44,18 @@ def _need_id(value: object) -> None:
     _need(isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value), '"id" must be 16 hex digits')
 
 
-_SYSTEM = '; leave system messages out: [m for m in messages if m["role"] != "system"]'
-
-
-def _is_system(message: object) -> bool:
-    return isinstance(message, dict) and message.get("role") == "system"
-
-
 def check_messages(messages: object, name: str, last: str) -> None:
     """ValueError unless `messages` are turns of user and assistant, the last of role `last`, whose
-    contents hold more than white space and can be UTF-8."""
+    contents hold more than white space and can be UTF-8. One system message may come first; whether
+    the chat template has a place for it shows when it is encoded."""
     _need(isinstance(messages, list) and messages, f'"{name}" must be a non-empty list of messages')
+    first = messages[0]
+    system = isinstance(first, dict) and first.get("role") == "system"
     for i, message in enumerate(messages):
-        role, where = ("user", "assistant")[i % 2], f'"{name}" message {i + 1}'
-        _need(isinstance(message, dict) and message.get("role") == role,
-              f"{where} must have the role {role!r} (user and assistant alternate)" + _SYSTEM * _is_system(message))
+        role, where = ("user", "assistant")[(i - system) % 2], f'"{name}" message {i + 1}'
+        if i or not system:
+            _need(isinstance(message, dict) and message.get("role") == role,
+                  f"{where} must have the role {role!r} (user and assistant alternate)")
         content = message.get("content")
         _need(isinstance(content, str) and content.strip(), f"{where} must have a non-empty text as content")
         _need_text(content, where)
@@ -76,8 +75,26 @@ def split(prompt_id: str) -> str:
     return next((name for name, bound in SPLITS if share < bound), "eval")
 
 
+_LINES = 'python -c "import pandas; pandas.read_{read}({path!r}).to_json(\'rows.jsonl\', orient=\'records\', lines=True)"'
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    """Rows of a parquet file, numbered from 1. VirtueError: damaged, or no library reads it here."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise VirtueError(f"{path}: a parquet file, for which pyarrow is needed: pip install pyarrow; or, where pandas "
+                          f"is, {_LINES.format(read='parquet', path=str(path))}") from None
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as e:
+        raise VirtueError(f"{path}: a damaged parquet file ({str(e).splitlines()[0][:200]}): fetch it again") from None
+    yield from enumerate(rows, 1)
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yields (line number from 1, object) of a JSON Lines file, UTF-8, plain or gzip by its first bytes.
+    """Yields (line number from 1, object) of a JSON Lines file, UTF-8, plain or gzip, or of parquet's
+    rows; the file's first bytes tell which.
 
     Blank lines are passed over. VirtueError that names file, line and remedy: a file missing,
     unreadable or empty, a line that is not one JSON object in UTF-8.
@@ -87,13 +104,19 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         if path.is_fifo():
             raise OSError(0, "a pipe, which waits for its other end and can be read only once")
         with open(path, "rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"  # its bytes tell, not its name
+            magic = file.read(4)  # its bytes tell, not its name
+        zipped = magic[:2] == b"\x1f\x8b"
+        if magic == b"PAR1":
+            yield from _parquet(path)
+            return
         with (gzip.open if zipped else open)(path, "rb") as lines:
             for number, raw in enumerate(iter(lambda: lines.readline(LONGEST + 1), b""), 1):  # of bytes: only \n ends a line
                 _need(len(raw) <= LONGEST, f"longer than {LONGEST >> 20} MiB")
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
                     record, found = json.loads(text), True
+                    _need(not isinstance(record, list), f"an array, of which this command makes lines: "
+                          f"{_LINES.format(read='json', path=str(path))}")
                     _need(isinstance(record, dict), "a bare value")
                     yield number, record
     except FileNotFoundError:
@@ -103,7 +126,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     except UnicodeDecodeError:
         problem = f", line {number}: not UTF-8: convert the file to UTF-8"
     except (ValueError, RecursionError) as e:  # the second: brackets nested a thousand deep
-        problem = (f", line {number}: not a JSON object ({str(e).split(':')[0]}): write one "
+        why = str(e) if "an array" in str(e) else str(e).split(":")[0]
+        problem = (f", line {number}: not a JSON object ({why}): write one "
                    '{"field": value, ...} a line, or remove the line')
     except (EOFError, zlib.error, gzip.BadGzipFile):
         problem = (f", after line {number}: damaged gzip: fetch the file again, or take .gz off "
@@ -116,24 +140,34 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         raise VirtueError(f"{path}{problem}")
 
 
+# The markers of a transcript, from the strictest form to that in which the study prints its records.
+_MARKERS = [re.compile(before + r"(Human|Assistant):(?=\s|$)") for before in (r"(?:^|\n\n)", r"(?:^|\n)", r"(?:^|\s)")]
+
+
 def _is_transcript(text: str) -> bool:
-    """Whether a text is a dialogue with markers: hh-rlhf's, or ``Human: ... Assistant: ...``, as the
-    study prints its records."""
+    """Whether a text is a dialogue with markers, as `parse_hh` reads it."""
     return text.startswith("\n\nHuman:") or bool(re.match(r"\s*Human:\s.*?\sAssistant:(\s|$)", text, re.S))
 
 
+def _no_markers(text: str, what: str) -> None:
+    _need(not re.search(r"\n\n(Human|Assistant):\s", text),
+          f"{what} holds the markers of a transcript, but does not begin as one")
+
+
 def parse_hh(text: str) -> Messages:
-    """An hh-rlhf transcript as messages, by its ``\\n\\nHuman:`` and ``\\n\\nAssistant:`` markers.
+    """A transcript as messages: hh-rlhf's, by its ``\\n\\nHuman:`` and ``\\n\\nAssistant:`` markers, or
+    one whose markers stand at the beginnings of lines, or, as the study prints its records, behind
+    any white space; those two must alternate, since an answer may quote such a word.
 
     The data holds empty turns, left out here, and two of one role in a row, joined by a blank
     line. ValueError: it does not start with a Human turn.
     """
     _need(_is_transcript(text), "a transcript must start with '\\n\\nHuman: '")
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):(?=\s|$)", text)
-    if "Assistant" not in parts[1::2] and not text.startswith("\n\n"):  # the study's: no blank line before
-        parts = re.split(r"(?:^|\s)(Human|Assistant):(?=\s|$)", text.strip())
-        turns = parts[1::2]
-        _need(all(a != b for a, b in zip(turns, turns[1:])), "the markers of a transcript must alternate")
+    strict, *loose = (marker.split(text if marker is _MARKERS[0] else text.strip()) for marker in _MARKERS)
+    parts = strict
+    if "Assistant" not in strict[1::2] and not text.startswith("\n\n"):
+        parts = next(found for found in loose if "Assistant" in found[1::2])
+        _need(all(a != b for a, b in zip(parts[1::2], parts[3::2])), "the markers of a transcript must alternate")
     _need(not parts[0].strip() and parts[1:2] == ["Human"],
           "a transcript must start with '\\n\\nHuman: '")
     messages: Messages = []
@@ -146,19 +180,36 @@ def parse_hh(text: str) -> Messages:
     return messages
 
 
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+def _talk(value: object) -> object:
+    """Messages of any spelling: {"from", "value"} as ShareGPT has them, or one message alone."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return [{"role": _ROLES.get(m["from"], m["from"]), "content": m["value"]}
+            if isinstance(m, dict) and isinstance(m.get("from"), str) and "value" in m else m for m in value]
+
+
 def prompt_of(record: dict) -> Messages:
     """The prompt of a record: ``{"prompt": text or messages}``, or ``{"chosen"}``, hh-rlhf's transcript or
-    TRL's messages, read up to and with its last user turn. ValueError: says what is wrong."""
-    name = "prompt" if "prompt" in record else "chosen"
-    _need(name in record, 'has neither "prompt" (a text or messages) nor "chosen" (hh-rlhf)')
-    value = record[name]
+    TRL's messages, or ``{"messages"}`` or ShareGPT's ``{"conversations"}``, read up to and with the last
+    user turn. ValueError: says what is wrong."""
+    name = next((n for n in ("prompt", "chosen", "messages", "conversations") if n in record), None)
+    _need(name, 'has neither "prompt" (a text or messages) nor "chosen" (hh-rlhf), "messages" or "conversations"; '
+                f"its fields are {', '.join(reprlib.repr(n)[1:-1] for n in [*record][:9])}")
+    value = _talk(record[name])
     if isinstance(value, str) and (name == "chosen" or _is_transcript(value)):
         value = parse_hh(value)
         if value and value[-1]["role"] == "assistant":
             value.pop()
     elif isinstance(value, str):
+        _no_markers(value, "the prompt")
         value = [{"role": "user", "content": value}]
-    elif name == "chosen" and isinstance(value, list):
+    elif name != "prompt" and isinstance(value, list) and (name == "chosen" or value[-1:] and isinstance(value[-1], dict)
+                                                           and value[-1].get("role") == "assistant"):
         check_messages(value, name, "assistant")
         value = value[:-1]
     check_messages(value, name, "user")
@@ -173,14 +224,47 @@ def _records(path: str | Path, convert: Callable[[dict], dict], remedy: str) -> 
             raise VirtueError(f"{path}, line {number}: {e}: {remedy}") from None
 
 
+class PassedOver(int):
+    """How many rows were passed over; `reasons` maps each reason to (rows, line of the first)."""
+
+    reasons: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, lines: dict[str, list[int]]) -> PassedOver:
+        """From reason -> line numbers."""
+        found = cls(sum(map(len, lines.values())))
+        found.reasons = {reason: (len(of), of[0]) for reason, of in lines.items()}
+        return found
+
+    def __str__(self) -> str:
+        return "; ".join(f"{n} from line {first} on: {why}" for why, (n, first) in self.reasons.items())
+
+
+def _none_left(path: str | Path, what: str, passed: PassedOver) -> VirtueError:
+    first = min(line for _, line in passed.reasons.values())
+    return VirtueError(f"{path}, line {first}: no {what} of the file can be used: {passed}: correct the rows, "
+                       "or give another file")
+
+
 def read_prompts(path: str | Path, limit: int | None = None) -> list[dict]:
-    """The file's first `limit` (None: all) different prompts, as records ``{"id", "prompt"}``.
-    VirtueError, here as in all that reads a file of records: it names file, line and what to mend."""
+    """The file's first `limit` (None: all) different prompts, as records ``{"id", "prompt"}``. Rows
+    without a sound prompt are passed over, and one line on stderr counts them by reason.
+    VirtueError: unreadable, or no prompt is left."""
     found: dict[str, dict] = {}
-    for record in _records(path, lambda r: prompt_record(prompt_of(r)), "correct or remove it"):
-        found.setdefault(record["id"], record)
+    reasons: dict[str, list[int]] = {}
+    for number, row in read_jsonl(path):
+        try:
+            record = prompt_record(prompt_of(row))
+            found.setdefault(record["id"], record)
+        except (ValueError, RecursionError) as e:
+            reasons.setdefault(str(e), []).append(number)
         if len(found) == limit:
             break
+    passed = PassedOver.of(reasons)
+    if not found:
+        raise _none_left(path, "prompt", passed)
+    if passed and main_rank():
+        print(f"{path}: {int(passed)} rows passed over: {passed}", file=sys.stderr)
     return list(found.values())
 
 
@@ -246,53 +330,75 @@ def read_preferences(path: str | Path, lens: str) -> list[dict]:
     return list(_records(path, lambda record: _preference(record, lens), remedy))
 
 
-class PassedOver(int):
-    """How many rows were passed over; `reasons` maps each reason to (rows, line of the first)."""
+def _sides(record: dict) -> dict:
+    """A pair of any form as {"chosen", "rejected"}, and "prompt" where it has one: TRL's and hh-rlhf's as
+    they are; ShareGPT's conversations, PKU's two responses, the HHH evaluation's two forms, Stanford's
+    SHP. ValueError: of no such form."""
+    def ask(*names: str) -> dict:
+        return next(({"prompt": record[name]} for name in names if name in record), {})
 
-    reasons: dict[str, tuple[int, int]]
+    if "chosen" in record or "rejected" in record:
+        _need("chosen" in record and "rejected" in record, 'lacks "chosen" or "rejected"')
+        return {"chosen": record["chosen"], "rejected": record["rejected"], **ask("prompt", "conversations")}
+    if {"response_0", "response_1", "better_response_id"} <= record.keys():
+        better = record["better_response_id"]
+        _need(better in (0, 1), '"better_response_id" must be 0 or 1')
+        return {"chosen": record[f"response_{better}"], "rejected": record[f"response_{1 - better}"], **ask("prompt")}
+    if {"corrects", "incorrects"} <= record.keys():
+        sides = record["corrects"], record["incorrects"]
+        _need(all(isinstance(side, list) and side for side in sides), '"corrects" and "incorrects" must be lists')
+        return {"chosen": sides[0][0], "rejected": sides[1][0], **ask("prompt")}
+    if {"history", "human_ref_A", "human_ref_B", "labels"} <= record.keys():
+        _need(record["labels"] in (0, 1), '"labels" must be 0 or 1')
+        sides = record["human_ref_B"], record["human_ref_A"]
+        return {"chosen": sides[record["labels"]], "rejected": sides[1 - record["labels"]], **ask("history")}
+    if isinstance(targets := record.get("targets"), dict) and {"choices", "labels"} <= targets.keys():
+        ranked = sorted(zip(targets["labels"], targets["choices"]), key=lambda pair: -pair[0])
+        _need(len(ranked) == 2 and ranked[0][0] > ranked[1][0], '"targets" must tell one of two choices')
+        return {"chosen": ranked[0][1], "rejected": ranked[1][1], **ask("input")}
+    raise ValueError('lacks "chosen" or "rejected", and has no other form that is read; its fields are '
+                     + ", ".join(reprlib.repr(name)[1:-1] for name in [*record][:9]))
 
-    def __str__(self) -> str:
-        return "; ".join(f"{n} from line {first} on: {why}" for why, (n, first) in self.reasons.items())
+
+def _side(value: object, prompt: Messages | None) -> Messages:
+    """One side of a pair as a whole conversation; `prompt` is what stands before it, if the row says."""
+    value = _talk("" if value is None else value)  # a null answer is an empty one
+    if isinstance(value, str):
+        if prompt is None or _is_transcript(value):
+            value = parse_hh(value)
+        else:
+            _no_markers(value, "an answer")
+            value = [{"role": "assistant", "content": value.strip()}]
+    _need(isinstance(value, list), "a side must be a text or messages")
+    roles = [m.get("role") if isinstance(m, dict) else None for m in value]
+    if prompt is None or roles[:1] == ["assistant"]:
+        return [*(prompt or []), *value]
+    begins = len(value) > len(prompt) and all(  # a whole conversation, which repeats the prompt
+        role == p["role"] and isinstance(m.get("content"), str) and m["content"].strip() == p["content"].strip()
+        for role, p, m in zip(roles, prompt, value))
+    _need(begins, "a side is a conversation that does not begin with the row's prompt")
+    return value
 
 
-def read_pairs(path: str | Path, limit: int | None = None, lens: str = "action") -> tuple[list[dict], int]:
-    """Any preference file as records {"chosen", "rejected": messages, "lens"}; and how many were passed over.
+def read_pairs(path: str | Path, limit: int | None = None, lens: str = "action") -> tuple[list[dict], PassedOver]:
+    """Any preference file as records {"chosen", "rejected": messages, "lens"}; and what was passed over.
 
-    Takes hh-rlhf's transcripts, this project's own files, and {"prompt", "chosen", "rejected"} with texts or
-    messages, as TRL writes; system messages are refused. Where the file names no lens, `lens` counts. Passed over and counted: pairs that
-    do not end with the assistant, hold an empty text, or are identical (hh-rlhf has some of each).
+    Takes this project's own files, hh-rlhf's transcripts, the study's, and rows with or without a
+    prompt beside the sides (see `_sides`), each a text, messages or a whole conversation. Where a row
+    names no lens, `lens` counts. A row that is unfit, identical on both sides, or does not end with
+    the assistant's text is passed over and counted by its reason. VirtueError: no pair is left, or a
+    file of this project's own has a bad row.
     """
-    def side(record: dict, name: str) -> list:
-        _need(name in record, 'lacks "chosen" or "rejected"')
-        value = "" if record[name] is None else record[name]  # a null answer is an empty one
-        if isinstance(value, str):
-            if "prompt" not in record or _is_transcript(value):
-                value = parse_hh(value)
-            else:
-                value = [{"role": "assistant", "content": value}]
-        _need(isinstance(value, list), f'"{name}" must be a text or messages')
-        _need(not any(map(_is_system, value)), f'"{name}" holds a system message, which has no place in the template{_SYSTEM}')
-        if "prompt" not in record:
-            return value
-        prompt = prompt_of({"prompt": record["prompt"]})
-        if not (value and isinstance(value[0], dict) and value[0].get("role") == "user"):
-            return [*prompt, *value]
-        # A whole conversation, which repeats the prompt
-        begins = len(value) > len(prompt) and all(
-            isinstance(m, dict) and m.get("role") == p["role"] and isinstance(m.get("content"), str)
-            and m["content"].strip() == p["content"].strip() for p, m in zip(prompt, value))
-        return value if begins else []  # none: counted as passed over
-
-    def convert(record: dict) -> dict:
-        own = record.get("lens", lens)
-        _need(own in LENSES, f"unknown lens {reprlib.repr(own)}, known are {', '.join(LENSES)}")
-        return {"chosen": side(record, "chosen"), "rejected": side(record, "rejected"), "lens": own}
-
-    found, reasons = [], {}
+    found: list[dict] = []
+    reasons: dict[str, list[int]] = {}
     for number, record in read_jsonl(path):
         try:
-            pair = convert(record)
-        except (ValueError, RecursionError) as e:
+            own = record.get("lens", lens)
+            _need(own in LENSES, f"unknown lens {reprlib.repr(own)}, known are {', '.join(LENSES)}")
+            row = _sides(record)
+            prompt = prompt_of({"prompt": row["prompt"]}) if "prompt" in row else None
+            pair = {side: _side(row[side], prompt) for side in ("chosen", "rejected")}
+        except (ValueError, TypeError, RecursionError) as e:
             if "virtues" in record:  # a file of ours
                 raise VirtueError(f"{path}, line {number}: {e}: correct or remove it") from None
             reasons.setdefault(str(e), []).append(number)
@@ -302,18 +408,15 @@ def read_pairs(path: str | Path, limit: int | None = None, lens: str = "action")
                 check_messages(pair[name], name, "assistant")
             _need([m["content"].strip() for m in pair["chosen"]]
                   != [m["content"].strip() for m in pair["rejected"]], "identical")
-            found.append(pair)
+            found.append({**pair, "lens": own})
         except ValueError as e:
             reasons.setdefault(str(e), []).append(number)
         if len(found) == limit:
             break
-    skipped = PassedOver(sum(map(len, reasons.values())))
-    skipped.reasons = {reason: (len(lines), lines[0]) for reason, lines in reasons.items()}
+    passed = PassedOver.of(reasons)
     if not found:
-        first = min(line for _, line in skipped.reasons.values())
-        raise VirtueError(f"{path}, line {first}: no pair of the file can be used: {skipped}: "
-                          "correct the rows, or give another file")
-    return found, skipped
+        raise _none_left(path, "pair", passed)
+    return found, passed
 
 
 def load_prompts(name: str, part: str, limit: int | None = None) -> list[dict]:
