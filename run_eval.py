@@ -282,7 +282,7 @@ def evaluate_judge(args):
 
     pairs, skipped = read_pairs(args.pairs, args.limit)
     out = may_write(args, args.out)
-    if preview(args, {"pairs": f"{args.pairs}, {len(pairs)} pairs, {skipped} without two answers"}, "judge.json",
+    if preview(args, {"pairs": f"{args.pairs}, {len(pairs)} pairs, {int(skipped)} passed over"}, "judge.json",
                judging=dict(rows=args.batch_size, tokens=600 + max((sum(len(m["content"]) for side in ("chosen", "rejected") for m in p[side])
                                                                     for p in pairs), default=0) // 3)):  # a token has about three characters
         return
@@ -290,12 +290,12 @@ def evaluate_judge(args):
     label_ids(base.tokenizer)
     kept = [p for p in pairs if pair_fits(base.model, base.tokenizer, p["chosen"], p["rejected"], p["lens"])]
     if len(kept) < 2:
-        raise VirtueError(f"{args.pairs}: {len(kept)} pairs are left ({skipped} without two answers, {len(pairs) - len(kept)} too long): "
+        raise VirtueError(f"{args.pairs}: {len(kept)} pairs are left ({int(skipped)} passed over, {len(pairs) - len(kept)} too long): "
                           "give more pairs, or raise --limit")
     state = start(args, out, base=base.info["fingerprint"], pairs=sha256_file(args.pairs))
     if state is None:
         return
-    result = {"pairs": len(kept), "skipped": skipped, "too_long": len(pairs) - len(kept), "wording": args.wording, "model": args.model}
+    result = {"pairs": len(kept), "skipped": int(skipped), "too_long": len(pairs) - len(kept), "wording": args.wording, "model": args.model}
     for lens in LENSES:
         of_lens = [p for p in kept if p["lens"] == lens]
         if len(of_lens) < 2:
@@ -311,7 +311,8 @@ def evaluate_judge(args):
 
     write_json(out / "judge.json", result)
     finish(out)
-    print(f"{len(kept)} pairs ({int(skipped)} passed over, {len(pairs) - len(kept)} too long), judge {args.model}, {args.wording} wording")
+    print(f"{len(kept)} pairs ({int(skipped)} passed over, {len(pairs) - len(kept)} too long), judge {args.model}, "
+          f"{args.wording} wording" + f"\npassed over: {skipped}" * bool(skipped))
     for lens in LENSES:
         if lens in result:
             found = result[lens]
@@ -417,7 +418,7 @@ def evaluate_rewards(args):
             chosen, rejected = (score(k, encode(p[side] for p in external)) for side in ("chosen", "rejected"))
             margins = chosen - rejected
             judged = margins[~margins.isnan()]
-            found["external"] = {"pairs": len(judged), "too_long": len(margins) - len(judged), "skipped": skipped,
+            found["external"] = {"pairs": len(judged), "too_long": len(margins) - len(judged), "skipped": int(skipped),
                                  "accuracy": accuracy(judged, torch.ones(len(judged))) if len(judged) else None}
         result[lens] = found
 

@@ -59,8 +59,8 @@ def main(argv=None):
     else:
         if made["stage"] != "revisions":
             raise VirtueError(f"{args.data}: of stage {made['stage']!r}: give a folder of revisions or of preferences")
-        check_unedited(args.data, made)
         conversations = [([*r["prompt"], {"role": "assistant", "content": r["revision"]}], (r["id"],)) for r in read_revisions(args.data / "revisions.jsonl")]
+    check_unedited(args.data, made)
     out = may_write(args, args.out, [args.data, args.sft])
     if preview(args, {"data": f"{args.data}, {len(conversations)} conversations"}, "adapter, metrics.jsonl", trained=["new"],
                update=dict(rows=args.batch_size, tokens=args.max_tokens, positions=args.batch_size * args.max_tokens, stacks=1)):

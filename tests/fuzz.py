@@ -91,8 +91,10 @@ class Kit:
             self.put(f"preferences/{lens}.jsonl", [{"id": p["id"], "lens": lens, **{side: chat(p["prompt"][0]["content"], side, *tail) for side in ("chosen", "rejected")},
                                                     "virtues": dict.fromkeys(VIRTUES, 0.7), "label": 0.7, "votes": 5, "position_flips": 1, "truncated": False} for p in prompts])
         self.put("preferences/dialogues.jsonl", [{**p, "ids": [*range(1, 40)], "turns": [[5, 9, False], [12, 20, True], [25, 39, False]]} for p in prompts])
-        for stage in ("revisions", "preferences"):
-            checkpoint.write_manifest(self.seeds / stage, stage=stage, parents={}, **made)
+        files = {"revisions": ["revisions.jsonl"], "preferences": [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"]}
+        for stage, names in files.items():
+            checkpoint.write_manifest(self.seeds / stage, stage=stage, parents={}, **made,
+                                      sha256=checkpoint.data_hash(self.seeds / stage, names))
         self.put("policy/rollouts.jsonl", [{"iteration": i, "id": "0" * 16, "prompt": "q", "kl": 0.5, "scores": [0.1, 0.2, 0.3], "turns": dict.fromkeys(LENSES, "a")} for i in (1, 2)])
         self.put("policy/metrics.jsonl", [{"iteration": i, "objective/kl": 0.5, "objective/aggregate/mean": 0.1, "val/explained_variance": None} for i in (1, 2)])
         # artefacts: SFT, and three reward models upon it

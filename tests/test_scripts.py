@@ -415,7 +415,7 @@ def test_a_reward_model_of_other_people_s_preferences(fp32, tmp_path, capsys):
         call("run_rm", "--data", fp32 / "preferences", "--pairs", tmp_path / f"{name}.jsonl", "--lens", "action", "--out", tmp_path / name, "--epochs", 2, *SMALL)
     extra = json.loads((tmp_path / "hh/action/virtue.json").read_text())["extra"]
     found = capsys.readouterr().out
-    assert "trl.jsonl: 1 pairs passed over: identical" in found and "hh.jsonl: " not in found
+    assert "trl.jsonl: 1 pairs passed over: 1 from line 41 on: identical" in found and "hh.jsonl: " not in found
     low, high = (extra["held_out"][f"log_loss_{end}"] for end in ("low", "high"))
     assert 0 < (low + high) / 2 == pytest.approx(extra["held_out"]["log_loss"], abs=1e-6) and low < high
     assert extra["trained_on"] == 34 and extra["held_out_pairs"] == 6 and extra["held_out"]["accuracy"] == 1 and extra["score_std"] > 0
@@ -563,7 +563,7 @@ STAGES = {  # flags, and words of what is read, written and planned
     "policy": (["run_ppo", "--rm", "{}/rm", "--rollout-size", 8, "--minibatch-size", 8, "--limit", 16, "--whole"],
                ["--sft {}/sft", "--quantize none", "reads consequence: {}/rm/consequence, an adapter of rank 4", "prompts: toy, 16 records", "rollouts.jsonl", "sampling", "update"]),
     "report": (["run_eval", "models", "--policy", "{}/policy", "--limit", 8], ["--rm {}/rm", "reads policy: {}/policy", "report.html", "judging"]),
-    "judge": (["run_eval", "judge", "--pairs", "{}/preferences/action.jsonl"], ["pairs, 0 without", "judge.json", "judging"]),
+    "judge": (["run_eval", "judge", "--pairs", "{}/preferences/action.jsonl"], ["pairs, 0 passed over", "judge.json", "judging"]),
     "rewards": (["run_eval", "rewards", "--rm", "{}/rm", "--data", "{}/preferences"], ["reads action: {}/rm/action", "rewards.json", "scoring"]),
     "chat": (["run_eval", "chat", "--policy", "{}/policy"], ["--rm {}/rm", "reads motivation: {}/rm/motivation", "sampling"]),
     "best": (["run_eval", "best-of-n", "--rm", "{}/rm"], ["prompts: toy, 64 records", "best_of_n.json", "sampling", "judging"]),
