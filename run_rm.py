@@ -123,7 +123,8 @@ def main(argv=None):
         train, held_out = pairs[lens]
         if not train or not held_out or not held_out_dialogues:
             raise VirtueError(f"{args.data}: {len(train)} pairs to train on and {len(held_out)} held out for lens {lens} "
-                              f"({over_long[lens]} over-long): make more preferences, or change --held-out or --max-tokens")
+                              f"({over_long[lens]} beyond {most} tokens, of --max-tokens {args.max_tokens} and the model's context "
+                              f"{model.config.max_position_embeddings}): make more preferences, or change --held-out or --max-tokens")
         if all(label == 0.5 for *_, label, _ in held_out):
             raise VirtueError(f"{args.data}: the label of every held-out pair of lens {lens} is 0.5, so nothing can be "
                               "measured: make more preferences, or take another judge")

@@ -88,7 +88,7 @@ def main(argv=None):
     rows = [row for row in rows if len(row[0]) <= most]
     held_out, train = hold_out(rows, [prompt for *_, (prompt, *_) in rows], args.held_out, args.seed, key, "split")
     if not held_out or not train:
-        raise VirtueError(f"{args.data}: {len(rows)} conversations of at most --max-tokens {args.max_tokens} cannot be split by "
+        raise VirtueError(f"{args.data}: {len(rows)} conversations of at most {most} tokens (--max-tokens, or the model's context) cannot be split by "
                           f"--held-out {args.held_out}: make more data, or change these flags")
 
     def nll(batch):

@@ -186,3 +186,19 @@ def test_without_the_packages_one_line_says_where_they_are():
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: torch: not installed for ") and done.stderr.count("\n") == 1
     assert "source .venv/bin/activate" in done.stderr
+
+
+@pytest.mark.parametrize("output", ["stdout", "stderr"])
+def test_a_closed_pipe_ends_quietly(output, tmp_path):
+    code = f"""import sys
+from virtue.runtime import run_main
+def main():
+    open({str(tmp_path / 'result')!r}, "w").write("whole")
+    for _ in range(9999):
+        print("x" * 99, file=sys.{output})
+run_main(main)"""
+    pipe = {"stdout": "|", "stderr": "2>&1 >/dev/null |"}[output]
+    command = f'"$0" -c "$1" {pipe} head -1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command, sys.executable, code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x" * 99 + "\n", "")
+    assert (tmp_path / "result").read_text() == "whole"

@@ -469,6 +469,14 @@ def test_bad_input(fp32, tmp_path, toy_folder, monkeypatch, capsys):
         shutil.copytree(fp32 / "revisions", tmp_path / name)
         bad_line(tmp_path / name / "revisions.jsonl", text)
         return tmp_path / name
+
+    def edited(stage, name):  # one record less
+        shutil.copytree(fp32 / stage, tmp_path / f"{stage}-edited")
+        path = tmp_path / f"{stage}-edited/{name}.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+        return path.parent
+    long = bad_line(tmp_path / "long.jsonl", "".join(json.dumps(
+        {"prompt": f"Question {i}?", "chosen": "Bring it back. " * 600, "rejected": "Keep it."}) + "\n" for i in range(4)))
     swapped = tmp_path / "swapped"
     shutil.copytree(fp32 / "rm", swapped)
     shutil.rmtree(swapped / "action")
@@ -498,6 +506,13 @@ def test_bad_input(fp32, tmp_path, toy_folder, monkeypatch, capsys):
         ("run_ppo", ["--rm", fp32 / "rm", "--iterations", 2, "--value-warmup", 0, "--value-warmup", 2], ["--value-warmup 2", "--iterations 2"]),
         ("run_ppo", ["--rm", fp32 / "rm", "--weights", "nan", 1, 1], ["--weights", "finite"]),
         ("run_rm", ["--data", fp32 / "preferences", "--sft", tmp_path / "other_sft"], ["sampled upon", "--sft"]),
+        ("run_rm", ["--data", fp32 / "preferences", "--lens", "action", "--pairs", fp32 / "preferences/motivation.jsonl"],
+         ["motivation.jsonl", "lens motivation"]),
+        ("run_rm", ["--data", fp32 / "preferences", "--lens", "action", "--pairs", long, "--max-tokens", 4000],
+         ["(4 beyond 2048 tokens", "the model's context"]),
+        ("run_rm", ["--data", edited("preferences", "action")], ["preferences-edited", "action.jsonl", "changed since"]),
+        ("run_sft", ["--data", edited("revisions", "revisions")], ["revisions-edited", "changed since"]),
+        ("run_eval", ["rewards", "--rm", fp32 / "rm", "--data", tmp_path / "preferences-edited"], ["changed since"]),
         ("run_eval", ["models", "--policy", fp32 / "sft"], ["stage"]),
         ("run_eval", ["models", "--policy", fp32 / "policy", "--limit", 1], ["at least 2"]),
     ]

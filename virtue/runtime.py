@@ -246,7 +246,9 @@ def _run(main: Callable[[], object]) -> NoReturn:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # who read our output went away, as `head` does; nothing more is to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for output in (sys.stdout, sys.stderr):  # else the interpreter complains when it flushes them
+            os.dup2(nowhere, output.fileno())
         sys.exit(128 + 13)  # as a shell reports SIGPIPE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
