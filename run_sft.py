@@ -76,16 +76,16 @@ def main(argv=None):
     add_adapter(model, name, **lora_settings(args), seed=torch_seed(args.seed, key))
     parameters = adapter_parameters(model, name)
 
-    def encode(conversation, record):
-        """Ids, and the span of the last assistant turn, the new one: as it was sampled, if known."""
-        if chosen and (pair := sampled_pair(tokenizer, conversation, copies.get(record[0], ()), record[1])):
-            return pair[0].ids, [(pair[0].turns[-1].start, pair[0].turns[-1].end)]
-        ids, spans = encode_conversation(tokenizer, conversation["chosen"] if chosen else conversation)
-        return ids, spans[-1:]
+    def encode(row, record, side="chosen"):
+        """Ids, and the spans of the assistant's turns; of preferences as they were sampled, if known."""
+        if chosen and (pair := sampled_pair(tokenizer, row, copies.get(record[0], ()), record[1])):
+            dialogue = pair[side == "rejected"]
+            return dialogue.ids, [(turn.start, turn.end) for turn in dialogue.turns]
+        return encode_conversation(tokenizer, row[side] if chosen else row)
 
-    rows = [(*encode(c, record), record) for c, record in conversations]
+    rows = [(*encode(row, record), record) for row, record in conversations]
     most = min(args.max_tokens, model.config.max_position_embeddings)  # no position lies beyond
-    rows = [row for row in rows if len(row[0]) <= most]
+    rows = [(ids, spans[-1:], record) for ids, spans, record in rows if len(ids) <= most]  # the last turn is the new one
     held_out, train = hold_out(rows, [prompt for *_, (prompt, *_) in rows], args.held_out, args.seed, key, "split")
     if not held_out or not train:
         raise VirtueError(f"{args.data}: {len(rows)} conversations of at most {most} tokens (--max-tokens, or the model's context) cannot be split by "
