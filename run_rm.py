@@ -30,8 +30,10 @@ def parse(argv):
     group("--data", type=Path, required=True, help="folder written by run_data.py preferences")
     group("--sft", type=Path, help="SFT adapter below the reward models: the one that answered (the study: none)")
     group("--lens", choices=(*LENSES, "all"), default="all", help="train one lens, or all three on one loaded base")
-    group("--pairs", type=Path, help="preferences to train the one --lens on instead: hh-rlhf .jsonl(.gz) or TRL's, read at the last answer, as hard labels; "
-                                     "--data still gives the dialogues for the score statistics")
+    group("--pairs", type=Path,
+          help="preferences to train the one --lens on instead, as hard labels: hh-rlhf's, TRL's, ultrafeedback's, "
+               "ShareGPT's, PKU's, the HHH evaluation's or the study's own (README names all forms), .jsonl, .gz or "
+               "parquet; --data still gives the dialogues for the score statistics")
     group("--labels", choices=("soft", "hard"), default="soft", help="target: the judge's probability, or its choice (the study: hard)")
     group("--held-out", type=fraction, default=0.15, help="share of prompts kept for accuracy, calibration and score statistics")
     group("--max-tokens", type=positive_int, default=1024, help="longer conversations are over-long (the study: 100, cut)")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny import make_tiny_model
 
 from virtue import VirtueError, hub
+from virtue.checkpoint import data_hash
 from virtue.ethics import LENSES, VIRTUES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -402,6 +403,22 @@ def test_batch_size_changes_no_draw(fp32, tmp_path):
     for lens in LENSES:
         for a, b in zip(lines(tmp_path / f"p/{lens}.jsonl"), (r for r in lines(fp32 / f"preferences/{lens}.jsonl") if r["id"] in prompts), strict=True):
             assert a["label"] == pytest.approx(b["label"], abs=1e-4) and a["id"] == b["id"]
+
+
+def test_reward_models_learn_from_the_tokens_that_were_sampled(fp32, tmp_path, capsys):
+    """Each record says which dialogue was chosen; a folder of before has texts only, and a word says so."""
+    data, names = tmp_path / "data", [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"]
+    shutil.copytree(fp32 / "preferences", data)
+    text = (data / "action.jsonl").read_text()
+    assert {json.loads(line)["chosen_copy"] for line in text.splitlines()} == {0, 1}
+    call("run_rm", "--data", data, "--lens", "action", "--out", tmp_path / "a", "--epochs", 1, *SMALL)
+    assert "encoded anew" not in capsys.readouterr().out
+    (data / "action.jsonl").write_text(text.replace('"chosen_copy"', '"old"'))
+    made = json.loads((data / "virtue.json").read_text())
+    (data / "virtue.json").write_text(json.dumps(made | {"sha256": data_hash(data, names)}))
+    call("run_rm", "--data", data, "--lens", "action", "--out", tmp_path / "b", "--epochs", 1, *SMALL)
+    n = len(text.splitlines())
+    assert f"{n} of {n} pairs do not say which dialogues they are" in capsys.readouterr().out
 
 
 def test_a_reward_model_of_other_people_s_preferences(fp32, tmp_path, capsys):
