@@ -57,6 +57,7 @@ check: .venv/installed
 
 interop: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-interop.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps mistral-common==1.13.1
 	$(RUN) $(TESTS) tests/interop
 
 oldest newest: %: .venv-%/installed

@@ -187,3 +187,5 @@ def test_a_template_with_todays_date_writes_the_same_one_every_day(monkeypatch):
     odd = make("{% set f = '%d' %}{{ strftime_now(f) }}" + CHATML, True, [])
     with pytest.raises(VirtueError, match="date"):
         encode_prompt(odd, [user("Hi")])
+    monkeypatch.setattr("virtue.dialogue.TODAY", datetime.date(2025, 1, 1))  # other prompts, another fingerprint
+    assert template_fingerprint(tokenizer) != mark
