@@ -123,7 +123,7 @@ def test_control_tokens_in_text_are_neutral(tokenizer, text):
 
 def test_overlapping_control_tokens(tokenizer):
     class Odd:
-        all_special_tokens = ["ab", "bc"]
+        all_special_tokens, eos_token = ["ab", "bc"], "bc"
         added_tokens_decoder = {7: AddedToken("xyz", special=True), 8: AddedToken("word")}
         get_chat_template = apply_chat_template = lambda self, *_, **__: ""
     assert dialogue.sanitize(Odd(), "abc xyz word") == "a b c x yz word"

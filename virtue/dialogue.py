@@ -51,8 +51,8 @@ class Dialogue(NamedTuple):
     turns: tuple[Turn, ...]
 
 
-# A template may write today's date into every prompt, and prompts would then change over night. Here it
-# always writes this one, which Llama 3's template names as its own default.
+# A template may write today's date into every prompt, and prompts would then change over night.
+# Here it always writes this one, which Llama 3's template names as its own default.
 TODAY = datetime.date(2024, 7, 26)
 PLACES = ("zq0qz", "zq1qz", "zq2qz", "zq3qz")  # contents whose places show a template's structure
 _PLACE = re.compile("zq[0-3]qz")
@@ -61,14 +61,15 @@ _MARKER = re.compile(r"<+[^<>\s]+>+|\[+[^\[\]\s]+\]+|\{+[^{}\s]+\}+|[^\s\w]*[#@|
 
 def dated(template: str | dict) -> str | dict:
     """The chat template with `TODAY` in the place of today's date. VirtueError: it asks for the date
-    in a format that it does not write out."""
+    otherwise than by strftime_now and a format that it writes out there."""
     if not isinstance(template, str) or "strftime_now" not in template:
         return template
-    frozen = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""",
+    frozen = re.sub(r"""\bstrftime_now\(\s*(['"])((?:(?!\1).)*)\1\s*\)""",
                     lambda found: json.dumps(TODAY.strftime(found[2])), template)
-    if re.search(r"strftime_now\s*\(", frozen):
-        raise VirtueError("the chat template writes today's date in a way that cannot be frozen, so prompts "
-                          "would change over night: write a fixed date into chat_template.jinja")
+    if re.search(r"\bstrftime_now\b(?!\s+is\s+(not\s+)?defined)", frozen):
+        raise VirtueError("the chat template writes today's date in a way that cannot be frozen, "
+                          "so prompts would change over night: write a fixed date into "
+                          "chat_template.jinja")
     return frozen
 
 
@@ -98,7 +99,8 @@ def _control(tokenizer) -> re.Pattern[str]:
         texts.append(_text(tokenizer, [{"role": "system", "content": PLACES[3]}, *turns], True))
     except VirtueError:
         pass
-    parts = [part for text in texts for part in _PLACE.split(text)]
+    parts_of = [_PLACE.split(text) for text in texts]
+    parts = [part for split in parts_of for part in split]
     added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
     words = {*tokenizer.all_special_tokens,
              *(word for word, special in added.items() if special or any(word in p for p in parts))}
@@ -108,22 +110,34 @@ def _control(tokenizer) -> re.Pattern[str]:
         words |= set(_MARKER.findall(part))
         if (last := part.rstrip().rpartition("\n")[2].split()[-1:]) and last[0].endswith(":"):
             words.add(last[0])  # "ASSISTANT:" right before an answer
-    words = sorted((w for w in words if len(w) > 1 and w.strip()), reverse=True)
-    return re.compile("|".join(map(re.escape, words)) or "(?!)")
+    words = sorted((w for w in words if len(w.strip()) > 1), reverse=True)
+    found = [*map(re.escape, words)]
+    for part in parts_of[0][-2:]:  # before a later question and its answer: no system prompt in it
+        line = part.rstrip().rpartition("\n")[2].rpartition(tokenizer.eos_token)[2].strip()
+        if len(line) > 1 and not any(word in line for word in words):
+            if re.search(r"[^\w\s]", line):  # "=== assistant ==="
+                found.append(re.escape(line))
+            elif part.rstrip(" ").endswith("\n"):  # "assistant", with a line of its own
+                found.append(rf"(?m:^[ \t]*{re.escape(line)}[ \t\r]*$)")
+    return re.compile("|".join(found) or "(?!)")
 
 
 def sanitize(tokenizer, text: str) -> str:
     """`text` with a space inside each word that could open or close a turn.
 
     These are the tokenizer's special tokens, its other added tokens where the template writes them,
-    and the template's own plain-text markers: words in brackets or with signs such as # and |, and
-    a word with a colon that stands right before a content. Not protected: markers that are ordinary
-    words without such signs, and words that act as structure for the model but that the template
-    never writes in a conversation of system, user and assistant, as those of tool calls.
+    and the template's own plain-text markers: words in brackets or with signs such as # and |, a
+    word with a colon that stands right before a content, and the line that the template writes
+    before a turn ("=== assistant ==="; "assistant", where it has a line of its own). Not protected:
+    markers that are ordinary words within a line; a single character and white space, which a space
+    cannot part; what becomes a marker only through the tokenizer's own normalisation; and words
+    that act as structure for the model but that the template never writes in a conversation of
+    system, user and assistant, as those of tool calls.
     """
     control = _control(tokenizer)
     while control.search(text):  # again, for one control token may overlap another
-        text = control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+        # behind the first character that is not white space: before it, " A:" remains in "  A:"
+        text = control.sub(lambda m: re.sub(r"\S", r"\g<0> ", m[0], count=1), text)
     return text
 
 
@@ -165,9 +179,14 @@ def encode_conversation(tokenizer, messages: Messages) -> tuple[list[int], list[
     answers = [i for i, message in enumerate(clean) if message["role"] == "assistant"]
     ends_in_answer = answers[-1:] == [len(clean) - 1]
     text = _text(tokenizer, clean, not ends_in_answer)
-    if clean[0]["role"] == "system" and clean[0]["content"] not in text:
-        raise VirtueError(f"the chat template leaves out the system message {clean[0]['content'][:40]!r}: "
-                          "leave it out, or take a model whose template has a place for one")
+    if clean[0]["role"] == "system":  # of a prompt, too: once its answers are there it is too late
+        answer = [] if ends_in_answer else [{"role": "assistant", "content": PLACES[1]}]
+        before = _text(tokenizer, clean[:2], True)
+        if clean[0]["content"] not in before or not _text(
+                tokenizer, [*clean, *answer], False).startswith(before):
+            raise VirtueError("the chat template leaves out or moves the system message "
+                              f"{clean[0]['content'][:40]!r}: leave it out, or take a model whose "
+                              "template keeps one in its place")
     whole, ids, spans, read = _encode(tokenizer, text), [], [], 0  # whole[:read] is in ids
     for i in answers:
         before = _text(tokenizer, clean[:i], True)
