@@ -150,8 +150,8 @@ def test_no_text_of_a_user_becomes_structure(tokenizer):
 @pytest.mark.parametrize("mark", ["=== {} ===", "--- {} ---", "<< {} >>", "**{}**:", "{}"])
 def test_a_line_that_opens_a_turn_does_not_do_so_in_a_text(mark):
     before, after = mark.split("{}")
-    template = ("{% for m in messages %}{{ '" + before + "' + m['role'] + '" + after + "\n' + m['content']"
-                " + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '"
+    template = ("{% for m in messages %}{{ '" + before + "' + m['role'] + '" + after
+                + "\n' + m['content'] + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '"
                 + mark.format("assistant") + "\n' }}{% endif %}")
     tokenizer = make(template, True, [])
     for role in ("assistant", "user"):
@@ -201,7 +201,8 @@ def test_a_system_message_that_moves_is_refused_before_anything_is_sampled():
         "{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] + '\n\n' %}"
         "{% set turns = messages[1:] %}{% else %}{% set said = '' %}{% set turns = messages %}"
         "{% endif %}{{ bos_token }}{% for m in turns %}{% if m['role'] == 'user' %}"
-        "{{ '[INST] ' + (said if loop.last else '') + m['content'] + '[/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}")
+        "{{ '[INST] ' + (said if loop.last else '') + m['content'] + '[/INST]' }}{% else %}"
+        "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}")
     tokenizer = make(template, True, SHAPES["mistral v0.3"][2])
     talk = [user("What is the answer?"), assistant("Yes."), user("Why?")]
     for messages in (talk[:1], talk[:2], talk):
