@@ -151,8 +151,8 @@ def test_no_text_of_a_user_becomes_structure(tokenizer):
 def test_a_line_that_opens_a_turn_does_not_do_so_in_a_text(mark):
     before, after = mark.split("{}")
     template = ("{% for m in messages %}{{ '" + before + "' + m['role'] + '" + after
-                + "\n' + m['content'] + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '"
-                + mark.format("assistant") + "\n' }}{% endif %}")
+                + "\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '" + mark.format("assistant") + "\n' }}{% endif %}")
     tokenizer = make(template, True, [])
     for role in ("assistant", "user"):
         line = mark.format(role)

@@ -114,7 +114,7 @@ def _control(tokenizer) -> re.Pattern[str]:
     found = [*map(re.escape, words)]
     for part in parts_of[0][-2:]:  # before a later question and its answer: no system prompt in it
         line = part.rstrip().rpartition("\n")[2].rpartition(tokenizer.eos_token)[2].strip()
-        if len(line) > 1 and not any(word in line for word in words):
+        if len(line) > 1:
             if re.search(r"[^\w\s]", line):  # "=== assistant ==="
                 found.append(re.escape(line))
             elif part.rstrip(" ").endswith("\n"):  # "assistant", with a line of its own
