@@ -104,7 +104,7 @@ def test_bad_files_name_file_line_and_remedy(tmp_path, name, raw, words):
         records.read_prompts(path)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message
-    assert any(w in message for w in ("check", "give", "write", "fetch", "convert", "correct"))
+    assert any(w in message for w in ("check", "give", "write", "fetch", "convert", "correct", "install"))
 
 
 def test_a_folder_is_no_file(tmp_path):
