@@ -33,7 +33,8 @@ def parse(argv):
         add_common_flags(sub)
         add_sampling_flags(sub)
         group = sub.add_argument_group("data").add_argument
-        group("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
+        group("--prompts", default="toy",
+              help="toy, or a file of prompts or conversations, of any form that README names")
         group("--split", choices=("sft", "rm", "ppo", "eval"), default=split, help="which disjoint share of the prompts to use")
         group("--limit", type=positive_int, default=limit, help="use the first so many prompts of the split")
         group("--truncated", choices=("drop", "keep"), default="drop", help="answers cut by --max-new-tokens: drop and count them, or keep them as the study did")

@@ -66,13 +66,16 @@ def parse(argv):
     group("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
     group("--show", type=positive_int, default=3, help="dialogues to print side by side")
     group = judge.add_argument_group("pairs").add_argument
-    group("--pairs", type=Path, required=True, help="preferences: hh-rlhf .jsonl(.gz), this project's, or TRL's")
+    group("--pairs", type=Path, required=True,
+          help="preferences of this project or of any form that README names")
     group("--wording", choices=("trained", "other"), default="trained", help="the question as in training, or in other words")
     for sub in (rewards, best):
         add[sub]("--rm", type=Path, required=True, help="folder of run_rm.py")
     group = rewards.add_argument_group("pairs").add_argument
     group("--data", type=Path, required=True, help="folder of run_data.py preferences: its held-out part")
-    group("--pairs", type=Path, help="an external preference file, scored at its last answer")
+    group("--pairs", type=Path,
+          help="an external preference file of any form that README names, scored at "
+               "its last answer")
     for sub, limit, what in ((models, 240, "held-out prompts"), (judge, 200, "pairs"), (rewards, 500, "external pairs"), (best, 64, "held-out prompts")):
         add[sub]("--limit", type=positive_int, default=limit, help=f"use the first so many {what}")
     for sub in (models, rewards, best, talk):
@@ -80,7 +83,8 @@ def parse(argv):
     for sub in (models, talk):
         add[sub]("--rm", type=Path, help="folder of run_rm.py: the reward models of the training, for a folder that was moved")
     for sub in (models, best):
-        add[sub]("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
+        add[sub]("--prompts", default="toy",
+                 help="toy, or a file of prompts or conversations, of any form that README names")
     add_aggregator_flags(best.add_argument_group("aggregators").add_argument)
     add[best]("--n", type=positive_int, default=16, help="answers to each prompt")
     group = best.add_argument_group("judge: the base, adapters off").add_argument
@@ -347,6 +351,8 @@ def evaluate_rewards(args):
     data = {lens: read_preferences(args.data / f"{lens}.jsonl", lens) for lens in LENSES}
     dialogues = read_dialogues(args.data / "dialogues.jsonl")
     external, skipped = read_pairs(args.pairs, args.limit) if args.pairs else ([], 0)
+    if skipped:
+        print(f"{args.pairs}: {int(skipped)} pairs passed over: {skipped}")
     out = may_write(args, args.out, [args.rm, args.data, args.sft])
     if preview(args, {"data": f"{args.data}, {len(dialogues)} dialogues", **{f"pairs of {lens}": len(of_lens) for lens, of_lens in data.items()},
                       **({"pairs": f"{args.pairs}, {len(external)}"} if args.pairs else {})}, "rewards.json",

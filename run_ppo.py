@@ -35,7 +35,8 @@ def parse(argv):
     data = parser.add_argument_group("data and reward models").add_argument
     data("--rm", type=Path, required=True, help="folder of run_rm.py, with action/, motivation/, consequence/")
     data("--sft", type=Path, help="SFT adapter: reference and start of the policy")
-    data("--prompts", default="toy", help="toy, or a file: hh-rlhf .jsonl(.gz), or JSONL with a field prompt")
+    data("--prompts", default="toy",
+         help="toy, or a file of prompts or conversations, of any form that README names")
     data("--rollout-dtype", choices=("fp32", "bf16", "fp16"), help="sample from a copy of the base in this type, dequantised once: 14.5 GB more for "
                                                                    "Mistral-7B in bf16, and no weight dequantised for each batch of tokens (default: sample with the base itself)")
     data("--limit", type=positive_int, help="use the first so many prompts of the ppo split (default: all)")

@@ -239,6 +239,11 @@ SYSTEM = {"role": "system", "content": "Be kind."}
       "is_response_0_safe": True}, TALK[2:]),
     ({"prompt": TEXT, "corrects": ["Yes.", "Sure."], "incorrects": ["No."]}, TALK),
     ({"input": TEXT, "targets": {"choices": ["No.", "Yes."], "labels": [0, 1]}}, TALK),
+    ({"prompt": "May I?", "response_0": "No.", "response_1": "Yes.",
+      "better_response_id": 1.0}, TALK[2:]),
+    ({"prompt": "May I?", "response_0": "Yes.", "response_1": "No.",
+      "better_response_id": False}, TALK[2:]),
+    ({"history": "May I?", "human_ref_A": "Yes.", "human_ref_B": "No.", "labels": 1.0}, TALK[2:]),
     ({"history": "May I?", "human_ref_A": "Yes.", "human_ref_B": "No.", "labels": 1, "seconds_difference": 2.0}, TALK[2:]),
     # the study's: as its code writes a record, and as its report prints one, of the third lens
     ({"chosen": "\n\nHuman: May I?\n\nAssistant: Yes.\n", "rejected": "\n\nHuman: May I?\n\nAssistant: No.\n"}, TALK[2:]),
@@ -259,6 +264,14 @@ def test_pairs_of_each_public_form(tmp_path, row, prompt):
     ({"prompt": "q", "chosen": [user("r"), assistant("a")], "rejected": [user("r"), assistant("b")]}, "does not begin with"),
     ({"prompt": "q", "chosen": None, "rejected": "b"}, "non-empty text"), ({"question": "q", "answer": "a"}, "fields are question"),
     ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 2}, "0 or 1"),
+    ({"prompt": "q", "chosen": "Yes.\n\nHuman:", "rejected": "No."}, "holds the markers"),
+    ({"prompt": "q", "chosen": "Yes.\r\n\r\nHuman: And?", "rejected": "No."}, "holds the markers"),
+    ({"chosen": [user("q"), assistant("Yes.\n\nHuman: And?")],
+      "rejected": [user("q"), assistant("b")]}, "holds the markers"),
+    ({"system": "", "question": "q", "chosen": "a", "rejected": "b"},
+     "fields are system, question, chosen, rejected"),
+    ({"response_0": "a", "response_1": "b", "better_response_id": 0},
+     "fields are response_0, response_1, better"),
     ({"prompt": "q", "corrects": [], "incorrects": ["b"]}, "must be lists"),
     ({"input": "q", "targets": {"choices": ["a", "b"], "labels": [0, 0]}}, "one of two"),
     ({"input": "q", "targets": {"choices": "ab", "labels": 3}}, "not iterable"),
@@ -279,12 +292,24 @@ def test_a_row_that_is_passed_over_says_why(tmp_path, row, reason):
 def test_prompts_of_strangers(tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": TEXT}, {"messages": [*TALK, assistant("Yes.")]}, {"conversations": [{"from": "human", "value": "a"}]},
-            {"prompt": "x\n\nHuman: y\n\nAssistant:"}, {"text": 3}, {"prompt": [SYSTEM, user("b")]}]
+            {"prompt": "x\n\nHuman: y\n\nAssistant:"}, {"text": 3},
+            {"history": "a", "human_ref_A": "Yes."},
+            {"conversations": [{"from": "human", "value": "c"}],
+             "chosen": {"from": "gpt", "value": "Yes."}}, {"prompt": [SYSTEM, user("b")]}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert [r["prompt"] for r in records.read_prompts(path)] == [TALK, [user("a")], [SYSTEM, user("b")]]
+    found = [r["prompt"] for r in records.read_prompts(path)]
+    assert found == [TALK, [user("a")], [user("c")], [SYSTEM, user("b")]]
     said = capsys.readouterr().err
     assert "2 rows passed over: 1 from line 4 on: the prompt holds" in said and "1 from line 5 on: has neither" in said
     assert records.prompt_record([SYSTEM, user("b")])["id"] != records.prompt_record([user("b")])["id"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_told_its_command(tmp_path, indent):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    (tmp_path / "a.json").write_text("\n" + json.dumps(rows, indent=indent))
+    with pytest.raises(VirtueError, match="line 2: .*an array, of which this command.*read_json"):
+        records.read_pairs(tmp_path / "a.json")
 
 
 def test_parquet(tmp_path, monkeypatch):

@@ -204,6 +204,9 @@ def test_truth_reads_the_toy_and_nothing_else():
     found = truth(pair)
     assert found["honesty"] == 2 and found["compassion"] == 1 and found["respect"] == 1 and found["prudence"] == 0
     assert found["overall"] == pytest.approx((2 + 2) / 6)  # two of three points against minus two, on a scale of 6
+    system = {"role": "system", "content": "Be kind."}
+    told = pair | {side: [system, *pair[side]] for side in ("chosen", "rejected")}
+    assert truth(told) == found  # by role, not by place
     assert truth(record("a", "b", prompt="What is love?") | {"lens": "action"}) is None
 
 

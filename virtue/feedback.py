@@ -48,13 +48,14 @@ def truth(pair: dict) -> dict[str, float] | None:
     pair: {"chosen", "rejected": messages, "lens"}. None where the prompt is not the toy world's.
     """
     from virtue.toy.gold import gold, slots
-    prompt, lens, sides = pair["chosen"][0]["content"], pair["lens"], []
+    prompt = next(m["content"] for m in pair["chosen"] if m["role"] == "user")
+    lens, sides = pair["lens"], []
     try:
         slots(prompt)
     except ValueError:
         return None
     for name in ("chosen", "rejected"):
-        turns = [m["content"] for m in pair[name][1::2]]
+        turns = [m["content"] for m in pair[name] if m["role"] == "assistant"]
         golden = gold(prompt, turns + [""] * (len(LENSES) - len(turns))).lenses[lens]
         sides.append({**points(prompt, turns)[lens], "overall": golden})
     return {name: sides[0][name] - sides[1][name] for name in sides[0]}

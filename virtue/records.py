@@ -114,9 +114,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
                 _need(len(raw) <= LONGEST, f"longer than {LONGEST >> 20} MiB")
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
+                    _need(found or not text.lstrip().startswith("["), "an array, of which this "
+                          f"command makes lines: {_LINES.format(read='json', path=str(path))}")
                     record, found = json.loads(text), True
-                    _need(not isinstance(record, list), f"an array, of which this command makes lines: "
-                          f"{_LINES.format(read='json', path=str(path))}")
                     _need(isinstance(record, dict), "a bare value")
                     yield number, record
     except FileNotFoundError:
@@ -150,7 +150,7 @@ def _is_transcript(text: str) -> bool:
 
 
 def _no_markers(text: str, what: str) -> None:
-    _need(not re.search(r"\n\n(Human|Assistant):\s", text),
+    _need(not re.search(r"\r?\n\r?\n(Human|Assistant):(\s|$)", text),
           f"{what} holds the markers of a transcript, but does not begin as one")
 
 
@@ -180,6 +180,10 @@ def parse_hh(text: str) -> Messages:
     return messages
 
 
+def _fields(record: dict) -> str:
+    return "its fields are " + ", ".join(reprlib.repr(name)[1:-1] for name in [*record][:9])
+
+
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -195,11 +199,12 @@ def _talk(value: object) -> object:
 
 def prompt_of(record: dict) -> Messages:
     """The prompt of a record: ``{"prompt": text or messages}``, or ``{"chosen"}``, hh-rlhf's transcript or
-    TRL's messages, or ``{"messages"}`` or ShareGPT's ``{"conversations"}``, read up to and with the last
-    user turn. ValueError: says what is wrong."""
-    name = next((n for n in ("prompt", "chosen", "messages", "conversations") if n in record), None)
-    _need(name, 'has neither "prompt" (a text or messages) nor "chosen" (hh-rlhf), "messages" or "conversations"; '
-                f"its fields are {', '.join(reprlib.repr(n)[1:-1] for n in [*record][:9])}")
+    TRL's messages, or ``{"messages"}``, ShareGPT's ``{"conversations"}`` or SHP's ``{"history"}``, read
+    up to and with the last user turn. ValueError: says what is wrong."""
+    names = ("prompt", "conversations", "chosen", "messages", "history")
+    name = next((n for n in names if n in record), None)
+    _need(name, 'has neither "prompt" (a text or messages) nor "chosen" (hh-rlhf), "messages", '
+                f'"conversations" or "history"; {_fields(record)}')
     value = _talk(record[name])
     if isinstance(value, str) and (name == "chosen" or _is_transcript(value)):
         value = parse_hh(value)
@@ -343,6 +348,7 @@ def _sides(record: dict) -> dict:
     if {"response_0", "response_1", "better_response_id"} <= record.keys():
         better = record["better_response_id"]
         _need(better in (0, 1), '"better_response_id" must be 0 or 1')
+        better = int(better)  # 1.0 where pandas met a gap in the column, or true
         return {"chosen": record[f"response_{better}"], "rejected": record[f"response_{1 - better}"], **ask("prompt")}
     if {"corrects", "incorrects"} <= record.keys():
         sides = record["corrects"], record["incorrects"]
@@ -350,14 +356,14 @@ def _sides(record: dict) -> dict:
         return {"chosen": sides[0][0], "rejected": sides[1][0], **ask("prompt")}
     if {"history", "human_ref_A", "human_ref_B", "labels"} <= record.keys():
         _need(record["labels"] in (0, 1), '"labels" must be 0 or 1')
-        sides = record["human_ref_B"], record["human_ref_A"]
-        return {"chosen": sides[record["labels"]], "rejected": sides[1 - record["labels"]], **ask("history")}
+        sides, better = (record["human_ref_B"], record["human_ref_A"]), int(record["labels"])
+        return {"chosen": sides[better], "rejected": sides[1 - better], **ask("history")}
     if isinstance(targets := record.get("targets"), dict) and {"choices", "labels"} <= targets.keys():
         ranked = sorted(zip(targets["labels"], targets["choices"]), key=lambda pair: -pair[0])
         _need(len(ranked) == 2 and ranked[0][0] > ranked[1][0], '"targets" must tell one of two choices')
         return {"chosen": ranked[0][1], "rejected": ranked[1][1], **ask("input")}
-    raise ValueError('lacks "chosen" or "rejected", and has no other form that is read; its fields are '
-                     + ", ".join(reprlib.repr(name)[1:-1] for name in [*record][:9]))
+    raise ValueError('lacks "chosen" or "rejected", and has no other form that is read; '
+                     + _fields(record))
 
 
 def _side(value: object, prompt: Messages | None) -> Messages:
@@ -396,6 +402,10 @@ def read_pairs(path: str | Path, limit: int | None = None, lens: str = "action")
             own = record.get("lens", lens)
             _need(own in LENSES, f"unknown lens {reprlib.repr(own)}, known are {', '.join(LENSES)}")
             row = _sides(record)
+            text = isinstance(row["chosen"], str)
+            _need("prompt" in row or not text or _is_transcript(row["chosen"]),
+                  'has no "prompt", and "chosen" is no transcript, which starts with "Human:"; '
+                  + _fields(record))
             prompt = prompt_of({"prompt": row["prompt"]}) if "prompt" in row else None
             pair = {side: _side(row[side], prompt) for side in ("chosen", "rejected")}
         except (ValueError, TypeError, RecursionError) as e:
@@ -406,6 +416,8 @@ def read_pairs(path: str | Path, limit: int | None = None, lens: str = "action")
         try:
             for name in ("chosen", "rejected"):
                 check_messages(pair[name], name, "assistant")
+                if "virtues" not in record:  # a model of ours may have said so
+                    _no_markers(pair[name][-1]["content"], "an answer")
             _need([m["content"].strip() for m in pair["chosen"]]
                   != [m["content"].strip() for m in pair["rejected"]], "identical")
             found.append({**pair, "lens": own})
