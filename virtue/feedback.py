@@ -90,9 +90,10 @@ def coin_test(odds: Tensor) -> dict:
     the share of the N pairs ("judged") on which x1 - b and x2 + b prefer the same dialogue, where a
     tie counts half. For no coin is it above 1/2 in expectation: where a share q of the answers lies
     above b it is 2 q (1 - q), and a bias that varies lowers it. "coin" is True unless Wilson's 95 %
-    interval lies above 1/2: at most one coin in forty is believed. A judge whose bias varies between
-    pairs by more than its opinions do is not told from a coin either; one that always prefers what
-    is no better, such as length, passes. With one order all but "judged" is None: not measured.
+    interval lies above 1/2: one coin in forty is believed, of few pairs up to one in 25. A judge
+    whose bias varies between pairs by more than its opinions do is not told from a coin either; one
+    that always prefers what is no better, such as length, passes. With one order all but "judged"
+    is None: not measured.
     """
     n = len(odds)
     test = dict.fromkeys(("coin", "consistent", "consistent_low", "consistent_high"))
