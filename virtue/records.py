@@ -92,12 +92,14 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
     yield from enumerate(rows, 1)
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+def read_jsonl(path: str | Path, foreign: bool = False) -> Iterator[tuple[int, dict]]:
     """Yields (line number from 1, object) of a JSON Lines file, UTF-8, plain or gzip, or of parquet's
     rows; the file's first bytes tell which.
 
     Blank lines are passed over. VirtueError that names file, line and remedy: a file missing,
-    unreadable or empty, a line that is not one JSON object in UTF-8.
+    unreadable or empty, a line that is not one JSON object in UTF-8. Of a `foreign` file a line that
+    holds another JSON value (null, a number) is a bad row like others, yielded for who counts them;
+    one that is no JSON at all is a damaged file.
     """
     path, number, found = Path(path), 0, False
     try:
@@ -117,7 +119,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
                     _need(found or not text.lstrip().startswith("["), "an array, of which this "
                           f"command makes lines: {_LINES.format(read='json', path=str(path))}")
                     record, found = json.loads(text), True
-                    _need(isinstance(record, dict), "a bare value")
+                    _need(isinstance(record, dict) or foreign, "a bare value")
                     yield number, record
     except FileNotFoundError:
         hub = not path.suffix and len(path.parts) == 2  # owner/name
@@ -130,8 +132,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         problem = (f", line {number}: not a JSON object ({why}): write one "
                    '{"field": value, ...} a line, or remove the line')
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        problem = (f", after line {number}: damaged gzip: fetch the file again, or take .gz off "
-                   "its name if it is not compressed")
+        problem = f", after line {number}: damaged gzip: fetch the file again"
     except OSError as e:
         problem = f": cannot be read ({e.strerror}): give a readable file"
     else:
@@ -257,8 +258,9 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict]:
     VirtueError: unreadable, or no prompt is left."""
     found: dict[str, dict] = {}
     reasons: dict[str, list[int]] = {}
-    for number, row in read_jsonl(path):
+    for number, row in read_jsonl(path, foreign=True):
         try:
+            _need(isinstance(row, dict), "is no JSON object")
             record = prompt_record(prompt_of(row))
             found.setdefault(record["id"], record)
         except (ValueError, RecursionError) as e:
@@ -397,8 +399,9 @@ def read_pairs(path: str | Path, limit: int | None = None, lens: str = "action")
     """
     found: list[dict] = []
     reasons: dict[str, list[int]] = {}
-    for number, record in read_jsonl(path):
+    for number, record in read_jsonl(path, foreign=True):
         try:
+            _need(isinstance(record, dict), "is no JSON object")
             own = record.get("lens", lens)
             _need(own in LENSES, f"unknown lens {reprlib.repr(own)}, known are {', '.join(LENSES)}")
             row = _sides(record)
@@ -409,7 +412,7 @@ def read_pairs(path: str | Path, limit: int | None = None, lens: str = "action")
             prompt = prompt_of({"prompt": row["prompt"]}) if "prompt" in row else None
             pair = {side: _side(row[side], prompt) for side in ("chosen", "rejected")}
         except (ValueError, TypeError, RecursionError) as e:
-            if "virtues" in record:  # a file of ours
+            if isinstance(record, dict) and "virtues" in record:  # a file of ours
                 raise VirtueError(f"{path}, line {number}: {e}: correct or remove it") from None
             reasons.setdefault(str(e), []).append(number)
             continue
