@@ -166,7 +166,7 @@ def preferences(kit: Kit, path: Path) -> None:
     for r in records.read_preferences(path, path.stem):
         sound(r["chosen"], "assistant"), sound(r["rejected"], "assistant")
         assert r["virtues"].keys() == set(VIRTUES) and all(0.0 <= float(p) <= 1.0 for p in (r["label"], *r["virtues"].values()))
-        assert r["votes"] in range(6) and r["position_flips"] in range(6) and r["lens"] == path.stem and int(r["id"], 16) >= 0
+        assert r["votes"] in range(6) and r["position_flips"] in (None, *range(6)) and r["lens"] == path.stem and int(r["id"], 16) >= 0
 
 
 def dialogues(kit: Kit, path: Path) -> None:
