@@ -58,7 +58,13 @@ class Bench:
     """What all parts share: the flags, the folders, the report."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.device, self.out, self.size = args, args.device, args.out.resolve(), SIZES[args.shape]
+        self.args, self.device, self.out, self.size = args, args.device, args.out.resolve(), dict(SIZES[args.shape])
+        if args.micro_batch:  # as many rows a step, in fewer and larger passes
+            for part in ("sft", "rm"):
+                rows, passes, steps = self.size[part]
+                micro = min(args.micro_batch, rows * passes)
+                self.size[part] = micro, rows * passes // micro, steps
+            self.size["ppo"] = (*self.size["ppo"][:3], min(args.micro_batch, self.size["ppo"][2]))
         self.dtype = "bf16" if self.device == "cuda" else "fp32"  # on a CPU bf16 is a hundred times slower
         self.model = self.out / "model"
 
@@ -70,6 +76,7 @@ class Bench:
 
     def script(self, *command, cap: bool = True) -> dict:
         """Runs one of the scripts as a user does, by `inside`; says what it took -> its peaks, seconds and plan (GiB)."""
+        cap = cap and not self.args.micro_batch
         words = [*map(str, command), "--device", self.device, "--overwrite"]
         result, start = self.out / "peak.json", time.perf_counter()
         done = subprocess.run([sys.executable, __file__, "inside", str(CAP if cap else 0), str(result), *words], cwd=ROOT, capture_output=True, text=True)
@@ -586,6 +593,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7b", help="7b: Mistral's; small: to see that all runs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --shape small only")
     parser.add_argument("--part", nargs="+", choices=RUN, default=list(PARTS), metavar="PART", help=f"{', '.join(PARTS)} (default: all, in this order)")
+    parser.add_argument("--micro-batch", type=int, metavar="N",
+                        help="rows a pass in sft, rm (pairs) and ppo, for cards larger than 24 GB (default: README's for 24 GB)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the toy demo")
     parser.add_argument("--trl-python", help="an interpreter that imports TRL")
     args = parser.parse_args()
