@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from virtue.runtime import (add_common_flags, add_sampling_flags, make_parser, open_base, parse_with_parent, positive_int,
+from virtue.plumbing.runtime import (add_common_flags, add_sampling_flags, make_parser, open_base, parse_with_parent, positive_int,
                             preview, run_main, stream)
 
 
@@ -55,16 +55,16 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     from virtue import VirtueError
-    from virtue.checkpoint import data_hash, prompts_hash, write_json, write_jsonl, write_manifest
+    from virtue.plumbing.checkpoint import data_hash, prompts_hash, write_json, write_jsonl, write_manifest
     from virtue.dialogue import messages_of
-    from virtue.records import is_number, load_prompts
+    from virtue.plumbing.records import is_number, load_prompts
     from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.judge import judge_log_odds, label_ids, pair_fits, unanswered, verdict
     from virtue.lora import use_stack
-    from virtue.memory import used
-    from virtue.parallel import barrier
-    from virtue.resume import finish, may_write, settings_of, start
+    from virtue.plumbing.memory import used
+    from virtue.plumbing.parallel import barrier
+    from virtue.plumbing.resume import finish, may_write, settings_of, start
     from virtue.rollout import load_sft
 
     # Build
@@ -118,7 +118,7 @@ def main(argv=None):
         write_jsonl(out / "revisions.jsonl", sorted(records, key=lambda r: r["id"]))
         summary = {name: counts[name] for name in ("prompts", "prompts_too_long", "truncated", "empty", "unchanged", "revisions")}
     else:
-        from virtue.feedback import coin_test, doubts, summarize, worth
+        from virtue.evaluation.feedback import coin_test, doubts, summarize, worth
         # 1. two independent dialogues for each prompt
         with use_stack(model, *stack):
             first, second = (sample_dialogues(model, tokenizer, kept, stage="preferences", copy=copy, desc=f"dialogues {copy + 1} of 2",

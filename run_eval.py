@@ -32,7 +32,7 @@ import functools
 import json
 from pathlib import Path
 
-from virtue.runtime import (add_aggregator_flags, add_common_flags, add_sampling_flags, aggregator_settings, held_out_ids, make_parser, nonnegative_int, open_base, parse_with_parent, positive_int,
+from virtue.plumbing.runtime import (add_aggregator_flags, add_common_flags, add_sampling_flags, aggregator_settings, held_out_ids, make_parser, nonnegative_int, open_base, parse_with_parent, positive_int,
                             preview, progress, run_main)
 
 NO_FIGURES = 'no figures: they need matplotlib, pip install ".[report]"'
@@ -99,7 +99,7 @@ def main(argv=None):
         from virtue import VirtueError
         raise VirtueError(f"{args.policy}: names no reward models: give --rm")
     if args.command == "chat":
-        from virtue.chat import chat
+        from virtue.evaluation.chat import chat
         from virtue.generate import longest
         if not preview(args, {}, "", flat=[["sft", "policy"]],
                        sampling=dict(rows=1, tokens=longest(args.max_prompt_tokens, args.max_new_tokens), new=args.max_new_tokens)):
@@ -111,23 +111,24 @@ def main(argv=None):
 def compare_models(args):
     import numpy as np
     import torch
-    from virtue import VirtueError, html, plots
-    from virtue.checkpoint import (MANIFEST, file_hash, load_artifact, prompts_hash, read_manifest, write_atomic, write_json, write_jsonl,
+    from virtue import VirtueError
+    from virtue.evaluation import html, plots
+    from virtue.plumbing.checkpoint import (MANIFEST, file_hash, load_artifact, prompts_hash, read_manifest, write_atomic, write_json, write_jsonl,
                                    write_manifest)
     from virtue.dialogue import encode_prompt, messages_of, right_pad
-    from virtue.records import load_prompts, prompt_record, read_jsonl, read_metrics, read_rollouts
+    from virtue.plumbing.records import load_prompts, prompt_record, read_jsonl, read_metrics, read_rollouts
     from virtue.ensemble import standardize
     from virtue.ethics import LENSES, PROBES, VIRTUES
-    from virtue.feedback import doubts, judge_tests, points, win_rates
+    from virtue.evaluation.feedback import doubts, judge_tests, points, win_rates
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.judge import label_ids
     from virtue.logprobs import kl_k1
     from virtue.lora import flatten, use_stack
-    from virtue.memory import used
+    from virtue.plumbing.memory import used
     from virtue.models import logprobs_at
-    from virtue.parallel import barrier
-    from virtue.report import correct, curve_of, differences, made_by, mask_names, measure, reward_model_facts, side_by_side, table, warnings_of
-    from virtue.resume import finish, may_write, settings_of, start
+    from virtue.plumbing.parallel import barrier
+    from virtue.evaluation.report import correct, curve_of, differences, made_by, mask_names, measure, reward_model_facts, side_by_side, table, warnings_of
+    from virtue.plumbing.resume import finish, may_write, settings_of, start
     from virtue.rollout import dialogue_logprobs, load_reward_models, load_sft, score_dialogues
     from virtue.toy.gold import gold as gold_of, slots
 
@@ -276,13 +277,13 @@ def compare_models(args):
 def evaluate_judge(args):
     import numpy as np
     from virtue import VirtueError
-    from virtue.checkpoint import sha256_file, write_json
-    from virtue.records import read_pairs
+    from virtue.plumbing.checkpoint import sha256_file, write_json
+    from virtue.plumbing.records import read_pairs
     from virtue.ethics import LENSES, VIRTUES
-    from virtue.feedback import agreement, truth, worth
+    from virtue.evaluation.feedback import agreement, truth, worth
     from virtue.judge import judge_log_odds, label_ids, pair_fits, unanswered
-    from virtue.memory import used
-    from virtue.resume import finish, may_write, start
+    from virtue.plumbing.memory import used
+    from virtue.plumbing.resume import finish, may_write, start
 
     pairs, skipped = read_pairs(args.pairs, args.limit)
     out = may_write(args, args.out)
@@ -334,18 +335,18 @@ def evaluate_rewards(args):
     import numpy as np
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, data_hash, file_hash, read_manifest, sha256_file, write_json
+    from virtue.plumbing.checkpoint import check_made_by, data_hash, file_hash, read_manifest, sha256_file, write_json
     from virtue.dialogue import copies_of, encode_conversation, messages_of, pair_rows, right_pad
-    from virtue.records import check_ids, read_dialogues, read_pairs, read_preferences
+    from virtue.plumbing.records import check_ids, read_dialogues, read_pairs, read_preferences
     from virtue.ethics import LENSES
     from virtue.lora import use_stack
-    from virtue.memory import used
+    from virtue.plumbing.memory import used
     from virtue.models import score_at
     from virtue.preference import accuracy, calibration_bins, calibration_error, log_loss
-    from virtue.resume import finish, may_write, start
+    from virtue.plumbing.resume import finish, may_write, start
     from virtue.rollout import load_reward_models, load_sft, score_dialogues
-    from virtue.stats import rank_correlation
-    from virtue.textstats import degenerate
+    from virtue.evaluation.stats import rank_correlation
+    from virtue.evaluation.textstats import degenerate
 
     # Build
     data = {lens: read_preferences(args.data / f"{lens}.jsonl", lens) for lens in LENSES}
@@ -448,19 +449,20 @@ def evaluate_rewards(args):
 def best_of_n(args):
     import numpy as np
     import torch
-    from virtue import AGGREGATORS, VirtueError, plots
-    from virtue.checkpoint import file_hash, prompts_hash, write_atomic, write_json
+    from virtue import AGGREGATORS, VirtueError
+    from virtue.evaluation import plots
+    from virtue.plumbing.checkpoint import file_hash, prompts_hash, write_atomic, write_json
     from virtue.dialogue import messages_of
-    from virtue.records import load_prompts
+    from virtue.plumbing.records import load_prompts
     from virtue.ensemble import aggregate, standardize
     from virtue.ethics import LENSES
-    from virtue.feedback import versus
+    from virtue.evaluation.feedback import versus
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.lora import flatten, use_stack
-    from virtue.memory import used
-    from virtue.resume import finish, may_write, start
+    from virtue.plumbing.memory import used
+    from virtue.plumbing.resume import finish, may_write, start
     from virtue.rollout import load_reward_models, load_sft, score_dialogues
-    from virtue.stats import best_of_n as estimate, best_of_n_kl, paired_bootstrap
+    from virtue.evaluation.stats import best_of_n as estimate, best_of_n_kl, paired_bootstrap
     from virtue.toy.gold import gold as gold_of
 
     # Build

@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_aggregator_flags, add_common_flags, add_lora_flags, add_sampling_flags, aggregator_settings, check_finite,
+from virtue.plumbing.runtime import (MetricsLog, add_aggregator_flags, add_common_flags, add_lora_flags, add_sampling_flags, aggregator_settings, check_finite,
                             finite_float, fraction, lora_settings, main_rank, make_parser, nonnegative_float, nonnegative_int, open_base,
                             parse_with_parent, positive_float, positive_int, preview, progress, run_main, stream, torch_seed)
 
@@ -91,24 +91,25 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     import torch
-    from virtue import AGGREGATORS, VirtueError, plots
-    from virtue.checkpoint import (file_hash, prepare_output, prompts_hash, read_manifest, save_artifact,
+    from virtue import AGGREGATORS, VirtueError
+    from virtue.evaluation import plots
+    from virtue.plumbing.checkpoint import (file_hash, prepare_output, prompts_hash, read_manifest, save_artifact,
                                    write_atomic)
     from virtue.dialogue import messages_of, right_pad
-    from virtue.records import load_prompts, read_jsonl
+    from virtue.plumbing.records import load_prompts, read_jsonl
     from virtue.ensemble import aggregate, standardize
     from virtue.ethics import LENSES
-    from virtue.feedback import doubts, judge_tests
+    from virtue.evaluation.feedback import doubts, judge_tests
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.logprobs import kl_k1, kl_k3
     from virtue.lora import adapter_parameters, add_adapter, flatten, requantize, sampling_copy, use_stack
     from virtue.masked import whiten
-    from virtue.memory import used
+    from virtue.plumbing.memory import used
     from virtue.models import DTYPES, ScalarHead, logprobs_at
     from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
-    from virtue.parallel import share, size as processes, sum_gradients, total
-    from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
-    from virtue.report import run_away
+    from virtue.plumbing.parallel import share, size as processes, sum_gradients, total
+    from virtue.plumbing.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
+    from virtue.evaluation.report import run_away
     from virtue.rollout import by_length, ended_share, in_chunks, load_reward_models, load_sft, loss_mask, place_scores, score_dialogues, values_at
 
     if (args.aggregate == "weighted") != (args.weights is not None):

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, held_out_ids, lora_settings, make_parser, open_base,
+from virtue.plumbing.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, held_out_ids, lora_settings, make_parser, open_base,
                             parse_with_parent, positive_int, preview, progress, run_main, stream, torch_seed)
 
 
@@ -53,18 +53,18 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, data_hash, load_artifact, save_artifact, sha256_file
+    from virtue.plumbing.checkpoint import check_made_by, data_hash, load_artifact, save_artifact, sha256_file
     from virtue.dialogue import buckets, copies_of, pair_rows, right_pad
-    from virtue.records import check_ids, prompt_record, read_dialogues, read_pairs, read_preferences
+    from virtue.plumbing.records import check_ids, prompt_record, read_dialogues, read_pairs, read_preferences
     from virtue.ethics import LENSES
-    from virtue.feedback import doubts, judge_tests
+    from virtue.evaluation.feedback import doubts, judge_tests
     from virtue.lora import adapter_parameters, add_adapter, use_stack
-    from virtue.memory import used
+    from virtue.plumbing.memory import used
     from virtue.models import ScalarHead, score_at
     from virtue.preference import accuracy, calibration_error, log_loss, pairwise_loss
-    from virtue.stats import t_interval
-    from virtue.parallel import share, sum_gradients, total as over_ranks
-    from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
+    from virtue.evaluation.stats import t_interval
+    from virtue.plumbing.parallel import share, sum_gradients, total as over_ranks
+    from virtue.plumbing.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
     from virtue.rollout import load_sft, score_dialogues
 
     # Build
@@ -236,7 +236,7 @@ def main(argv=None):
                 f"log-loss {result['log_loss']:.3f}, calibration error {result['calibration_error']:.3f}; "
                 f"scores {extra['score_mean']:.3f} +- {extra['score_std']:.3f}; wrote {folder}")
         if args.merge:
-            from virtue.merge import write_merged
+            from virtue.plumbing.merge import write_merged
             change = write_merged(folder / "merged", model, tokenizer, (*sft, name), head, held_out_dialogues[:16], LENSES.index(lens))
             line += f"; merged model in {folder / 'merged'}, largest change of score {change:.2g}"
         finish(folder)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from virtue.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, hold_out, lora_settings, make_parser, open_base,
+from virtue.plumbing.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, hold_out, lora_settings, make_parser, open_base,
                             parse_with_parent, positive_int, preview, progress, run_main, stream, torch_seed)
 
 
@@ -37,16 +37,16 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.checkpoint import check_made_by, check_unedited, data_hash, read_manifest, save_artifact
+    from virtue.plumbing.checkpoint import check_made_by, check_unedited, data_hash, read_manifest, save_artifact
     from virtue.dialogue import buckets, copies_of, encode_conversation, right_pad, sampled_pair
-    from virtue.records import read_dialogues, read_preferences, read_revisions
+    from virtue.plumbing.records import read_dialogues, read_preferences, read_revisions
     from virtue.ethics import LENSES
-    from virtue.feedback import doubts, judge_tests
+    from virtue.evaluation.feedback import doubts, judge_tests
     from virtue.lora import adapter_parameters, add_adapter, use_stack
-    from virtue.memory import used
+    from virtue.plumbing.memory import used
     from virtue.models import logprobs_at
-    from virtue.parallel import share, sum_gradients, total as over_ranks
-    from virtue.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
+    from virtue.plumbing.parallel import share, sum_gradients, total as over_ranks
+    from virtue.plumbing.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
     from virtue.rollout import load_sft, span_mask
 
     # Build

@@ -121,7 +121,7 @@ class Bench:
 
     def weights_of(self) -> tuple[int, int]:
         """Weights of all decoder layers' linears, and of lm_head."""
-        from virtue.memory import linears
+        from virtue.plumbing.memory import linears
         from virtue.models import read_config
         sizes = {name: i * o * n for name, (i, o, n) in linears(read_config(self.model)).items()}
         return sum(sizes.values()) - sizes["lm_head"], sizes["lm_head"]
@@ -201,7 +201,7 @@ def same(b: Bench) -> None:
     """The toy in fp32 on the device and on the CPU, the dialogues of the CPU's policy read on both: what the tests hold on a CPU alone."""
     import torch
     from virtue.dialogue import messages_of, right_pad
-    from virtue.records import load_prompts
+    from virtue.plumbing.records import load_prompts
     from virtue.generate import sample_dialogues
     from virtue.judge import judge_pairs
     from virtue.lora import LoRALinear, adapter_parameters, add_adapter, use_stack
@@ -398,8 +398,8 @@ def text(rng: random.Random, tokens: int, vocab_size: int) -> str:
 
 def made_prompts(b: Bench) -> Path:
     """A file of prompts of full length, enough in every split that is sampled from."""
-    from virtue.records import prompt_record, split
-    from virtue.checkpoint import write_jsonl
+    from virtue.plumbing.records import prompt_record, split
+    from virtue.plumbing.checkpoint import write_jsonl
 
     rng, path, want, found = random.Random(1), b.out / "prompts.jsonl", {"rm": b.size["data"], "ppo": b.size["ppo"][1], "eval": b.size["data"]}, []
     while any(want.values()):
@@ -418,9 +418,9 @@ def common(b: Bench) -> list:
 
 def made_data(b: Bench, stage: str, n: int) -> Path:
     """A folder of revisions or preferences as run_data.py leaves it, n records of full length (a lens)."""
-    from virtue.checkpoint import data_hash, write_jsonl, write_manifest
+    from virtue.plumbing.checkpoint import data_hash, write_jsonl, write_manifest
     from virtue.dialogue import QUESTIONS, encode_conversation
-    from virtue.records import prompt_record
+    from virtue.plumbing.records import prompt_record
     from virtue.ethics import LENSES, VIRTUES
     from virtue.models import base_fingerprint, load_tokenizer, template_fingerprint
 
@@ -548,7 +548,7 @@ def demo(b: Bench) -> None:
 
 def gold_table(found: dict, devices: list[str], seeds: list[int]) -> list[str]:
     """Gold by device, and the devices' difference with Student's interval over seeds: a difference is not seen where it holds zero, and none larger than its ends is excluded."""
-    from virtue.stats import t_interval
+    from virtue.evaluation.stats import t_interval
     lines = ["", "| gold | " + " | ".join(f"{device}, seeds {' '.join(map(str, seeds))}" for device in devices) + " | difference, 95 % | holds zero |",
              f"|---|{'---:|' * (len(devices) + 2)}"]
     for name in ("base", "sft", "ppo"):

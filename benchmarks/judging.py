@@ -22,7 +22,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
     from virtue.dialogue import encode_prompt, messages_of, right_pad
-    from virtue.records import load_prompts
+    from virtue.plumbing.records import load_prompts
     from virtue.ethics import VIRTUES
     from virtue.generate import sample_dialogues
     from virtue.judge import encode_questions, judge_pairs, label_ids, questions

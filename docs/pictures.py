@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 def tokens_of(run: Path, record: int, base: str | None = None) -> dict:
     """One dialogue of a run: a list for each quantity, one number a sampled token; `words`, and `ends`, the turns' last tokens."""
     import torch
-    from virtue.checkpoint import load_artifact, read_manifest
+    from virtue.plumbing.checkpoint import load_artifact, read_manifest
     from virtue.dialogue import Dialogue, Turn, encode_conversation, right_pad
-    from virtue.records import read_jsonl
+    from virtue.plumbing.records import read_jsonl
     from virtue.ensemble import standardize
     from virtue.ethics import FOLLOW_UPS, LENSES
     from virtue.logprobs import kl_k1
@@ -75,7 +75,7 @@ def tokens_of(run: Path, record: int, base: str | None = None) -> dict:
 def token_flow(row: dict) -> str:
     """The four steps of a reward, one above the other: SVG."""
     from virtue.ethics import LENSES
-    from virtue.plots import BLUE, GREEN, INK, PURPLE, RED, _svg
+    from virtue.evaluation.plots import BLUE, GREEN, INK, PURPLE, RED, _svg
 
     def draw(axes):
         edges = [i - 0.5 for i in range(len(row["words"]) + 1)]

@@ -23,7 +23,7 @@ from virtue.judge import judge_log_odds, opinion
 from virtue.lora import use_stack
 from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, score_at, template_fingerprint
 from virtue.rollout import load_reward_models, load_sft
-from virtue.runtime import make_parser
+from virtue.plumbing.runtime import make_parser
 from virtue.toy import grammar
 
 KINDS = ("fit", "unfit", "one", "repeat", "same virtue")

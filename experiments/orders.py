@@ -19,11 +19,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from virtue.ethics import LENSES, VIRTUES  # noqa: E402
-from virtue.feedback import agreement, truth  # noqa: E402
+from virtue.evaluation.feedback import agreement, truth  # noqa: E402
 from virtue.judge import choose, judge_log_odds, opinion  # noqa: E402
 from virtue.models import load_model, load_tokenizer  # noqa: E402
-from virtue.records import read_preferences  # noqa: E402
-from virtue.runtime import make_parser  # noqa: E402
+from virtue.plumbing.records import read_preferences  # noqa: E402
+from virtue.plumbing.runtime import make_parser  # noqa: E402
 
 
 def in_probabilities(odds: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from virtue.lora import adapter_parameters, add_adapter, use_stack
 from virtue.models import (ScalarHead, base_fingerprint, load_model, load_tokenizer, resolve,
                            score_at, template_fingerprint)
 from virtue.preference import pairwise_loss
-from virtue.records import read_preferences
+from virtue.plumbing.records import read_preferences
 from virtue.rollout import load_sft
-from virtue.runtime import make_parser, stream, torch_seed
+from virtue.plumbing.runtime import make_parser, stream, torch_seed
 
 
 def main(argv=None) -> None:

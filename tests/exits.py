@@ -24,8 +24,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def stage() -> None:
     import torch
 
-    from virtue import parallel
-    from virtue.runtime import progress
+    from virtue.plumbing import parallel
+    from virtue.plumbing.runtime import progress
 
     parallel.join(torch.device("cpu"))
     importlib.import_module("torch.distributed.nn.functional")  # holds the group; transformers imports it
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--interpreter", action="store_true", help="end by the end of the interpreter")
     args = parser.parse_args()
     if "RANK" in os.environ:  # torchrun's processes
-        from virtue import runtime
+        from virtue.plumbing import runtime
         (runtime._run if args.interpreter else runtime.run_main)(stage)
     with ThreadPoolExecutor(args.at_once) as pool:
         ends = collections.Counter()

@@ -42,10 +42,11 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
 from tiny import make_tiny_model  # noqa: E402
-from virtue import VirtueError, checkpoint, dialogue, models, records, resume, runtime  # noqa: E402
+from virtue import VirtueError, dialogue, models  # noqa: E402
+from virtue.plumbing import checkpoint, records, resume, runtime
 from virtue.ethics import LENSES, VIRTUES  # noqa: E402
 from virtue.lora import active_stack, adapter_names, adapter_parameters, add_adapter, remove_adapter, use_stack  # noqa: E402
-from virtue.report import curve_of  # noqa: E402
+from virtue.evaluation.report import curve_of  # noqa: E402
 from virtue.rollout import load_reward_models  # noqa: E402
 
 LIMIT = 20  # seconds a case

@@ -32,7 +32,7 @@ from virtue.ethics import (
     LENSES,
     VIRTUES,
 )
-from virtue.runtime import stream
+from virtue.plumbing.runtime import stream
 
 FOLLOWING = tuple(FOLLOW_UPS.values())
 FINAL_RATE = 0.1  # of the linear schedule
@@ -353,7 +353,7 @@ def make_adapter(
     extra=(),
 ) -> Path:
     """An artefact as the scripts leave one, with random A, B and head."""
-    from virtue.checkpoint import save_artifact
+    from virtue.plumbing.checkpoint import save_artifact
     from virtue.lora import adapter_parameters, add_adapter
     from virtue.models import ScalarHead, load_model
 
@@ -385,8 +385,8 @@ WORDS = "I would give the letter back to owner What is motivation utility of act
 def make_preferences(world: dict, plain: Plain, folder: Path, prompts: int) -> Path:
     """A folder as run_data.py preferences leaves one: two dialogues of each prompt, some cut, and
     pairs of them, of other prompts and with other labels in each lens."""
-    from virtue.checkpoint import data_hash, write_jsonl, write_manifest
-    from virtue.records import read_prompts
+    from virtue.plumbing.checkpoint import data_hash, write_jsonl, write_manifest
+    from virtue.plumbing.records import read_prompts
 
     rng, dialogues, files = random.Random(prompts), [], {lens: [] for lens in LENSES}
     for n, record in enumerate(read_prompts(world["prompts"])[:prompts]):

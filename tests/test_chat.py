@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import virtue.generate
-import virtue.runtime
+import virtue.plumbing.runtime
 from virtue import VirtueError
-from virtue.chat import HELP, TOY_QUESTION, chat, columns
-from virtue.checkpoint import save_artifact
+from virtue.evaluation.chat import HELP, TOY_QUESTION, chat, columns
+from virtue.plumbing.checkpoint import save_artifact
 from virtue.dialogue import encode_conversation
 from virtue.ethics import FOLLOW_UPS, LENSES
 from virtue.lora import adapter_parameters, add_adapter, use_stack
 from virtue.models import ScalarHead, score_at
-from virtue.runtime import open_base
+from virtue.plumbing.runtime import open_base
 from virtue.toy.grammar import prompts as toy_prompts
 
 MOTIVATION, CONSEQUENCE = FOLLOW_UPS.values()
@@ -152,7 +152,7 @@ def test_a_conversation_that_fills_the_context_is_told(talk, said, monkeypatch):
         base = open_base(args)
         base.model.config.max_position_embeddings = 400
         return base
-    monkeypatch.setattr(virtue.runtime, "open_base", small)
+    monkeypatch.setattr(virtue.plumbing.runtime, "open_base", small)
     said += ["a..."] * 20  # cut answers: an EOS is forced after each
     out = talk(*["word " * 90] * 5, "/new", "One?", "/quit")
     assert out.count("too long for the model: /new") == 2 and "a... ..." in out and len(said) == 20 - 2 * (3 + 1)
@@ -184,7 +184,7 @@ def test_a_policy_upon_another_sft_adapter_is_refused(chain, talk, tmp_path):
 def test_the_command_takes_what_the_policy_was_made_with(chain, monkeypatch):
     import run_eval
     seen = []
-    monkeypatch.setattr("virtue.chat.chat", seen.append)
+    monkeypatch.setattr("virtue.evaluation.chat.chat", seen.append)
     args = chain[0]
     run_eval.main(["chat", "--policy", str(args.policy), "--max-new-tokens", "7"])
     assert (seen[0].policy, seen[0].max_new_tokens, seen[0].rm) == (args.policy, 7, args.rm) and not hasattr(seen[0], "out")

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
-from virtue import VirtueError, checkpoint
-from virtue.checkpoint import load_artifact, read_manifest, save_artifact
+from virtue import VirtueError
+from virtue.plumbing import checkpoint
+from virtue.plumbing.checkpoint import load_artifact, read_manifest, save_artifact
 from virtue.lora import adapter_config, adapter_parameters, adapter_state, add_adapter, remove_adapter, use_stack
 from virtue.models import ScalarHead, hidden_states
-from virtue.runtime import open_base
+from virtue.plumbing.runtime import open_base
 
 BASE = {"id": "tiny", "fingerprint": "f1"}
 MINE = dict(base=BASE, template="t1")

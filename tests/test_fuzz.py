@@ -10,9 +10,11 @@ import pytest
 
 import fuzz
 from test_html import render, sample
-from virtue import VirtueError, html, printable, records, runtime
+from virtue import VirtueError, printable
+from virtue.evaluation import html
+from virtue.plumbing import records, runtime
 from virtue.models import load_tokenizer
-from virtue.report import side_by_side
+from virtue.evaluation.report import side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*sorted((ROOT / "virtue").rglob("*.py")), *sorted(ROOT.glob("run_*.py"))]

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from virtue import html, plots
+from virtue.evaluation import html, plots
 from virtue.ethics import LENSES, VIRTUES
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}

@@ -14,14 +14,15 @@ from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub import HfApi as REAL
 from tiny import make_tiny_model
 
-from virtue import VirtueError, hub
-from virtue.checkpoint import data_hash, file_hash, load_artifact, save_artifact, write_json, write_jsonl, write_manifest
+from virtue import VirtueError
+from virtue.plumbing import hub
+from virtue.plumbing.checkpoint import data_hash, file_hash, load_artifact, save_artifact, write_json, write_jsonl, write_manifest
 from virtue.dialogue import Dialogue, Turn
 from virtue.ethics import LENSES
 from virtue.lora import adapter_parameters, add_adapter, use_stack
-from virtue.merge import write_merged
+from virtue.plumbing.merge import write_merged
 from virtue.models import ScalarHead, load_model, load_tokenizer
-from virtue.stats import wilson
+from virtue.evaluation.stats import wilson
 
 BASE = {"id": "mistralai/Mistral-7B-Instruct-v0.2", "fingerprint": "f" * 64}
 KNOWN = dict(base=BASE, template="t")
@@ -254,7 +255,7 @@ def test_a_dry_run_asks_nobody(run, monkeypatch, api, capsys):
 def test_a_wrong_flag_names_the_command(capsys):
     with pytest.raises(SystemExit):
         hub.main(["x", "--name", "me/x", "--overwrite"])
-    assert "see python -m virtue.hub --help" in capsys.readouterr().err
+    assert "see python -m virtue.plumbing.hub --help" in capsys.readouterr().err
 
 
 def test_refusals(run, api):

@@ -8,12 +8,12 @@ from tiny import make_tiny_model
 from virtue import VirtueError
 from virtue.dialogue import encode_prompt
 from virtue.ethics import LENSES, VIRTUES
-from virtue.feedback import versus, win_rates
+from virtue.evaluation.feedback import versus, win_rates
 from virtue.judge import (encode_questions, judge_log_odds, judge_pairs, label_ids, opinion, pack, preferred, questions, transcript,
                           verdict)
 from virtue.models import load_model, load_tokenizer
-from virtue.resume import replay
-from virtue.stats import wilson
+from virtue.plumbing.resume import replay
+from virtue.evaluation.stats import wilson
 
 
 def pair(a: str, b: str, turns: int = 1) -> tuple[list[dict], list[dict]]:
@@ -146,9 +146,9 @@ def test_answers_versus_another_are_judged_pair_by_pair_up_to_each_lens(tiny, mo
         for c in range(2):
             by_lens = [judge_log_odds(*tiny, [(answers[c][i][:2 * k + 2], others[i][:2 * k + 2])], lens)[0][0].mean(0).sigmoid().mean() for k, lens in enumerate(LENSES)]
             assert found[i, c] == pytest.approx(float(sum(by_lens)) / 3, abs=1e-5)
-    monkeypatch.setattr("virtue.feedback.pair_fits", lambda model, tokenizer, first, second, lens: "I lie" not in first[1]["content"])
+    monkeypatch.setattr("virtue.evaluation.feedback.pair_fits", lambda model, tokenizer, first, second, lens: "I lie" not in first[1]["content"])
     assert versus(*tiny, answers, others, batch_size=3)[1] == [0]  # a prompt whose pairs do not all fit is left out
-    monkeypatch.setattr("virtue.feedback.pair_fits", lambda *_: False)
+    monkeypatch.setattr("virtue.evaluation.feedback.pair_fits", lambda *_: False)
     none, which = versus(*tiny, answers, others, batch_size=3)
     assert none.shape == (0, 2) and which == []
 

@@ -692,7 +692,7 @@ def test_a_sampling_copy_has_the_same_weights_and_adapters(tmp_path, quantize):
 
 def test_rollouts_in_bf16_have_the_log_probs_of_the_fp32_policy(toy_folder):
     """The tolerance that --rollout-dtype bf16 is used with: of the toy's own samples 0.005 nats a token in the mean, 0.1 at most."""
-    from virtue.records import load_prompts
+    from virtue.plumbing.records import load_prompts
     from virtue.generate import sample_dialogues
     from virtue.models import load_tokenizer
     from virtue.rollout import dialogue_logprobs

@@ -13,7 +13,8 @@ from tiny import make_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from virtue import TARGETS, VirtueError, lora, memory
+from virtue import TARGETS, VirtueError, lora
+from virtue.plumbing import memory
 from virtue.generate import sample
 from virtue.models import ScalarHead, checkpoint_layers, hidden_states, load_model, logprobs_at
 from virtue.rollout import values_at

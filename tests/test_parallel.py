@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from virtue import parallel
+from virtue.plumbing import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 WORKER = """
 import json, os, runpy, sys, torch
 sys.path.insert(0, sys.argv[1])
-from virtue import parallel
-from virtue.runtime import main_rank
+from virtue.plumbing import parallel
+from virtue.plumbing.runtime import main_rank
 commands, ports, stdout = json.loads(sys.argv[2]), iter(sys.argv[3:]), sys.stdout
 device = parallel.join(torch.device("cpu"))
 rank, size = parallel.rank(), parallel.size()
@@ -149,7 +149,7 @@ def test_a_rank_that_dies_ends_the_others(runs):
 LAST = """
 import atexit, importlib, sys
 from virtue import VirtueError
-from virtue.runtime import run_main
+from virtue.plumbing.runtime import run_main
 
 class Never:
     def __del__(self):  # the end of the interpreter would call it
@@ -160,7 +160,7 @@ atexit.register(print, "atexit")
 
 def group():
     import torch
-    from virtue import parallel
+    from virtue.plumbing import parallel
     parallel.join(torch.device("cpu"))
     importlib.import_module("torch.distributed.nn.functional")  # it holds the group: leave does not end the threads
     for _ in range(3):

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from virtue import VirtueError, records
+from virtue import VirtueError
+from virtue.plumbing import records
 from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES
 
 

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from virtue import VirtueError, feedback, html
+from virtue import VirtueError
+from virtue.evaluation import feedback, html
 from virtue.dialogue import Dialogue, Turn
-from virtue.records import read_dialogues
+from virtue.plumbing.records import read_dialogues
 from virtue.ethics import LENSES, VIRTUES
-from virtue.feedback import (agreement, coin_test, doubts, gold_agreement, points, summarize, truth, virtue_agreement,
+from virtue.evaluation.feedback import (agreement, coin_test, doubts, gold_agreement, points, summarize, truth, virtue_agreement,
                              win_rates, worth)
-from virtue.stats import wilson
-from virtue.report import (correct, curve_of, differences, distinct_share, made_by, mask_names, measure, reward_model_facts, run_away, same_pairs, side_by_side, table,
+from virtue.evaluation.stats import wilson
+from virtue.evaluation.report import (correct, curve_of, differences, distinct_share, made_by, mask_names, measure, reward_model_facts, run_away, same_pairs, side_by_side, table,
                            warnings_of)
-from virtue.runtime import add_common_flags, make_parser, parse_with_parent
+from virtue.plumbing.runtime import add_common_flags, make_parser, parse_with_parent
 
 
 def test_measure_by_hand():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from virtue import VirtueError
-from virtue.resume import KEPT, finish, load_checkpoint, may_write, replay, save_checkpoint, start
+from virtue.plumbing.resume import KEPT, finish, load_checkpoint, may_write, replay, save_checkpoint, start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -203,7 +203,7 @@ def test_a_finished_stage_is_left_alone_and_another_command_refused(tmp_path):
 LIMITED = """
 import resource, sys
 sys.path.insert(0, {root!r})
-from virtue.runtime import run_main
+from virtue.plumbing.runtime import run_main
 import run_sft
 sys.argv = ["run_sft.py", *{flags!r}]
 for limit in {limits!r}:
@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(monkeypatch, capsys):
 
 
 def test_another_sft_adapter_or_other_prompts_are_refused(tmp_path):
-    from virtue.checkpoint import prompts_hash
+    from virtue.plumbing.checkpoint import prompts_hash
     sft, prompts = tmp_path / "sft", tmp_path / "p.jsonl"
     sft.mkdir()
     (sft / "adapter_model.safetensors").write_bytes(b"one")

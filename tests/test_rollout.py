@@ -7,7 +7,7 @@ from tiny import make_tiny_model
 
 from virtue import VirtueError
 from virtue.dialogue import Dialogue, Turn, right_pad
-from virtue.records import prompt_record
+from virtue.plumbing.records import prompt_record
 from virtue.generate import sample_dialogues
 from virtue.logprobs import kl_k1, kl_k3
 from virtue.lora import adapter_parameters, add_adapter, flatten, use_stack

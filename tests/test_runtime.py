@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from virtue import VirtueError, runtime
+from virtue import VirtueError
+from virtue.plumbing import runtime
 
 
 def parser():
@@ -177,12 +178,12 @@ def test_device_and_threads():
 
 
 def test_importing_it_loads_no_torch():
-    code = "import sys, virtue.runtime; sys.exit('torch' in sys.modules or 'tqdm' in sys.modules)"
+    code = "import sys, virtue.plumbing.runtime; sys.exit('torch' in sys.modules or 'tqdm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_without_the_packages_one_line_says_where_they_are():
-    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a); import virtue.runtime"
+    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a); import virtue.plumbing.runtime"
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: torch: not installed for ") and done.stderr.count("\n") == 1
     assert "source .venv/bin/activate" in done.stderr
@@ -191,7 +192,7 @@ def test_without_the_packages_one_line_says_where_they_are():
 @pytest.mark.parametrize("output", ["stdout", "stderr"])
 def test_a_closed_pipe_ends_quietly(output, tmp_path):
     code = f"""import sys
-from virtue.runtime import run_main
+from virtue.plumbing.runtime import run_main
 def main():
     open({str(tmp_path / 'result')!r}, "w").write("whole")
     for _ in range(9999):

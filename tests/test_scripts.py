@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_tiny_model
 
-from virtue import VirtueError, hub
-from virtue.checkpoint import data_hash
+from virtue import VirtueError
+from virtue.plumbing import hub
+from virtue.plumbing.checkpoint import data_hash
 from virtue.ethics import LENSES, VIRTUES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ def fp32(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """PPO draws its curves anew at each iteration; those of `fp32`, which is made before this, are enough."""
-    monkeypatch.setattr("virtue.plots.available", lambda: False)
+    monkeypatch.setattr("virtue.evaluation.plots.available", lambda: False)
 
 
 def lines(path: Path) -> list[dict]:
@@ -229,7 +230,7 @@ def test_a_judge_that_judges_nothing_is_not_believed(tmp_path, capsys, monkeypat
         monkeypatch.setattr(name, None)  # what was sampled and judged is not sampled and judged again
     call(*flags, "--resume", "--any-judge")
     monkeypatch.undo()
-    monkeypatch.setattr("virtue.plots.available", lambda: False)
+    monkeypatch.setattr("virtue.evaluation.plots.available", lambda: False)
     summary, tests = json.loads((out / "summary.json").read_text()), json.loads((out / "virtue.json").read_text())["extra"]["judge_test"]
     coins = [lens for lens in LENSES if summary[lens]["coin"]]
     assert coins and all(tests[lens].items() <= summary[lens].items() and tests[lens]["judged"] == summary[lens]["pairs"] + summary[lens]["dropped_tied"] for lens in LENSES)
@@ -450,7 +451,7 @@ def test_merge_loads_in_transformers_with_the_same_scores(fp32, tmp_path, capsys
 def test_an_untrained_policy_is_refused(fp32, tmp_path):
     """The adapter that was never loaded: before and after are equal, and no score may be reported."""
     from safetensors.torch import load_file, save_file
-    from virtue.checkpoint import file_hash
+    from virtue.plumbing.checkpoint import file_hash
     shutil.copytree(fp32 / "policy", tmp_path / "policy")
     path = tmp_path / "policy/adapter_model.safetensors"
     save_file({k: v * (".lora_A." in k) for k, v in load_file(path).items()}, path)
@@ -563,7 +564,7 @@ def test_every_flag_is_read_and_explained(script, monkeypatch):
     monkeypatch.setattr(argparse._ActionsContainer, "add_argument", lambda self, *a, **k: seen.append(add(self, *a, **k)) or seen[-1])
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse(["--help"])
-    sources = [(ROOT / name).read_text() for name in (f"{script}.py", "virtue/runtime.py", "virtue/resume.py")]
+    sources = [(ROOT / name).read_text() for name in (f"{script}.py", "virtue/plumbing/runtime.py", "virtue/plumbing/resume.py")]
     read = {node.attr for source in sources for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"}
     flags = {a.dest: a for a in seen if a.option_strings and a.dest != "help"}
@@ -706,14 +707,14 @@ def test_a_run_upon_another_base_than_the_toy_prints_its_plan(tmp_path, capsys):
 
 
 def test_a_run_that_dies_while_it_finishes_loses_nothing(fp32, tmp_path, monkeypatch):
-    import virtue.resume
-    from virtue.checkpoint import read_manifest
+    import virtue.plumbing.resume
+    from virtue.plumbing.checkpoint import read_manifest
     flags = ["--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 1, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 8]
 
     def die(out):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(virtue.resume, "finish", die)
+        patch.setattr(virtue.plumbing.resume, "finish", die)
         with pytest.raises(KeyboardInterrupt):
             call("run_ppo", *flags)
     call("run_ppo", *flags, "--resume")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from virtue.ensemble import study_score
-from virtue.stats import (best_of_n, best_of_n_kl, effect_size, hierarchical_bootstrap, holm, length_controlled,
+from virtue.evaluation.stats import (best_of_n, best_of_n_kl, effect_size, hierarchical_bootstrap, holm, length_controlled,
                           length_controlled_interval, paired_bootstrap, permutation_test, rank_correlation, t_interval, wilson)
 
 A = np.array([1.0, 2.0, 4.0, 3.0, 5.0])

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from virtue.records import load_prompts, split
+from virtue.plumbing.records import load_prompts, split
 from virtue.ethics import LENSES, VIRTUES
 from virtue.models import load_model, load_tokenizer
 from virtue.toy import grammar

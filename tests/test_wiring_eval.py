@@ -25,9 +25,9 @@ from plain import (
 )
 
 from virtue.ethics import LENSES, PROBES, VIRTUES
-from virtue.records import prompt_record, read_prompts, split
-from virtue.runtime import held_out_ids
-from virtue.textstats import degenerate
+from virtue.plumbing.records import prompt_record, read_prompts, split
+from virtue.plumbing.runtime import held_out_ids
+from virtue.evaluation.textstats import degenerate
 from virtue.toy.gold import Gold
 from virtue.toy.grammar import split_prompts
 
@@ -101,7 +101,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
-    monkeypatch.setattr("virtue.plots.available", lambda: False)
+    monkeypatch.setattr("virtue.evaluation.plots.available", lambda: False)
 
 
 def gold_like(prompt: str, turns: list[str]) -> Gold:

@@ -23,7 +23,7 @@ from torch.func import functional_call
 import run_ppo
 import virtue.generate
 from virtue import AGGREGATORS, TARGETS
-from virtue.checkpoint import save_artifact
+from virtue.plumbing.checkpoint import save_artifact
 from virtue.ethics import FOLLOW_UPS, LENSES
 from virtue.lora import add_adapter, adapter_parameters
 from virtue.models import (
@@ -33,8 +33,8 @@ from virtue.models import (
     load_tokenizer,
     template_fingerprint,
 )
-from virtue.records import prompt_record, split
-from virtue.runtime import stream, torch_seed
+from virtue.plumbing.records import prompt_record, split
+from virtue.plumbing.runtime import stream, torch_seed
 
 EOS, NEW, N_PROMPTS = 2, 7, 17
 MEAN, STD = (
@@ -514,7 +514,7 @@ def run(world, out, monkeypatch, flags, *, die_at=None):
         return taken[kwargs["step"]]
 
     monkeypatch.setattr(virtue.generate, "sample_dialogues", sample_dialogues)
-    monkeypatch.setattr("virtue.plots.available", lambda: False)
+    monkeypatch.setattr("virtue.evaluation.plots.available", lambda: False)
     flags = f"""--out {out} --model {world.at}/base --prompts {world.at}/prompts.jsonl {PPO}
         --limit {N_PROMPTS + 1} --max-new-tokens {NEW} {flags}""".split()
     if die_at:

@@ -90,7 +90,7 @@ def study_score(scores, coef: float = 0.5):
     """The study's Score: mean - coef * population std, both over all K*n scores at once -> scalar.
 
     H. Li, "Virtue Ethics Guidance of LLMs with RLAIF and Ensemble of Reward Models" (EPFL, 2024).
-    scores (K, n) or (n, K), torch or NumPy (a `statistic` for `virtue.stats`). On raw scores, std
+    scores (K, n) or (n, K), torch or NumPy (a `statistic` for `virtue.evaluation.stats`). On raw scores, std
     holds the arbitrary offsets between the models; standardise to be rid of them. ValueError: not two dimensions, or empty.
     """
     if scores.ndim != 2 or 0 in scores.shape:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from virtue import VirtueError
 from virtue.dialogue import QUESTIONS, Dialogue, Messages, Turn
 from virtue.dialogue import encode_prompt, followup_ids, left_pad
-from virtue.parallel import gather, share
-from virtue.resume import replay
-from virtue.runtime import progress, stream
+from virtue.plumbing.parallel import gather, share
+from virtue.plumbing.resume import replay
+from virtue.plumbing.runtime import progress, stream
 
 DROP = 8  # finished rows leave the cache when they are at least 1/DROP of the batch
 

@@ -22,9 +22,9 @@ from virtue import VirtueError
 from virtue.dialogue import encode_conversation, encode_prompt
 from virtue.ethics import CONSTITUTION, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS, VIRTUES
 from virtue.models import hidden_states
-from virtue.parallel import share, total
-from virtue.resume import replay
-from virtue.runtime import progress
+from virtue.plumbing.parallel import share, total
+from virtue.plumbing.resume import replay
+from virtue.plumbing.runtime import progress
 
 TIE = 1e-4  # nats of log-odds
 

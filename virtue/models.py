@@ -32,8 +32,8 @@ from . import VirtueError
 from .dialogue import dated
 from .logprobs import gather_logprobs, logprobs_and_entropy, scatter, select_next
 from .lora import active_stack, adapter_names, use_stack
-from .memory import LOGITS_AT_ONCE
-from .runtime import main_rank, progress
+from virtue.plumbing.memory import LOGITS_AT_ONCE
+from virtue.plumbing.runtime import main_rank, progress
 
 if TYPE_CHECKING:
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase

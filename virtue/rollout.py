@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from virtue.checkpoint import load_artifact
+from virtue.plumbing.checkpoint import load_artifact
 from virtue.dialogue import Dialogue, right_pad
 from virtue.ensemble import ADDITIVE, aggregate, shares
 from virtue.ethics import LENSES
 from virtue.logprobs import scatter
 from virtue.lora import use_stack
 from virtue.models import hidden_states, logprobs_at, score_at, used_columns
-from virtue.parallel import share, total
+from virtue.plumbing.parallel import share, total
 from virtue.ppo import place_rewards
 
 

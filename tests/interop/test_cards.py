@@ -1,4 +1,4 @@
-"""The code on a card of virtue.hub, run as it stands, on the files that would go up: the scores and logits of the stack."""
+"""The code on a card of virtue.plumbing.hub, run as it stands, on the files that would go up: the scores and logits of the stack."""
 from __future__ import annotations
 
 import re
@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 
-from virtue import hub
-from virtue.checkpoint import save_artifact, write_json, write_jsonl, write_manifest
+from virtue.plumbing import hub
+from virtue.plumbing.checkpoint import save_artifact, write_json, write_jsonl, write_manifest
 from virtue.dialogue import Dialogue, Turn, encode_conversation
 from virtue.lora import use_stack
-from virtue.merge import write_merged
+from virtue.plumbing.merge import write_merged
 from virtue.models import ScalarHead, load_tokenizer
 from virtue.rollout import score_dialogues
 

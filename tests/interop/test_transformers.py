@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from virtue.dialogue import Dialogue, Turn, encode_conversation
 from virtue.lora import use_stack
-from virtue.merge import write_merged
+from virtue.plumbing.merge import write_merged
 from virtue.models import ScalarHead, load_model, load_tokenizer
 from virtue.rollout import score_dialogues
 

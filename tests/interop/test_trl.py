@@ -13,14 +13,14 @@ peft = pytest.importorskip("peft")
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
 
-from virtue import hub  # noqa: E402
-from virtue.checkpoint import write_jsonl  # noqa: E402
+from virtue.plumbing import hub  # noqa: E402
+from virtue.plumbing.checkpoint import write_jsonl  # noqa: E402
 from virtue.dialogue import encode_conversation, right_pad  # noqa: E402
 from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES  # noqa: E402
 from virtue.lora import load_adapter_state, use_stack  # noqa: E402
 from virtue.models import ScalarHead, load_tokenizer, logprobs_at, score_at  # noqa: E402
 from virtue.preference import pairwise_loss  # noqa: E402
-from virtue.records import parse_hh, read_dialogues, read_pairs, read_preferences, read_prompts, read_revisions  # noqa: E402
+from virtue.plumbing.records import parse_hh, read_dialogues, read_pairs, read_preferences, read_prompts, read_revisions  # noqa: E402
 from virtue.rollout import span_mask  # noqa: E402
 
 ANSWERS = [("I would give the letter back.", "Keep it."), ("Ask the owner first, and then decide.", "Burn it!"), ("Yes, and say why.", "No.")]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from virtue.records import prompt_record, split
+from virtue.plumbing.records import prompt_record, split
 from virtue.ethics import CONSTITUTION, CRITIQUE, FOLLOW_UPS, LENSES, REVISION, VIRTUES
 
 PERSONS = "Anna Ben Clara David Emma Felix Grace Hugo Ida Jonas Karl Lena Mia Noah Olga Paul".split()

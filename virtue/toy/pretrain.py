@@ -46,7 +46,7 @@ from virtue.ethics import (CONSTITUTION, CRITIQUE, EXTRA_QUESTIONS, JUDGE_ABOUT,
                            LENSES, REVISION, VIRTUES)
 from virtue.judge import (encode_questions, judge_log_odds, label_ids, opinion, pack, pair_text,
                           questions)
-from virtue.runtime import make_parser
+from virtue.plumbing.runtime import make_parser
 from virtue.toy import grammar
 
 SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]"]

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from virtue import VirtueError, textstats
-from virtue.checkpoint import read_manifest
+from virtue import VirtueError
+from virtue.evaluation import textstats
+from virtue.plumbing.checkpoint import read_manifest
 from virtue.dialogue import Dialogue
-from virtue.records import is_number
+from virtue.plumbing.records import is_number
 from virtue.ensemble import study_score
 from virtue.ethics import LENSES
 from virtue.judge import unanswered
-from virtue.stats import effect_size, holm, length_controlled_interval, paired_bootstrap, permutation_test, wilson
+from virtue.evaluation.stats import effect_size, holm, length_controlled_interval, paired_bootstrap, permutation_test, wilson
 
 # name in the table -> what it is
 ROWS = {

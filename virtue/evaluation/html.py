@@ -13,10 +13,10 @@ import unicodedata
 from collections.abc import Sequence
 from html import escape
 
-from virtue import plots
+from virtue.evaluation import plots
 from virtue.ethics import VIRTUES
-from virtue.feedback import judge_tests
-from virtue.report import ROWS
+from virtue.evaluation.feedback import judge_tests
+from virtue.evaluation.report import ROWS
 
 SHOWN, EXTREMES, PRINTED = 12, 3, 3  # transcripts from the top, of the largest rises and falls, and of each group on paper
 _MINUS = "\N{MINUS SIGN}"

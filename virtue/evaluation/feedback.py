@@ -15,8 +15,8 @@ from torch import Tensor
 
 from virtue.ethics import LENSES, VIRTUES
 from virtue.judge import choose, flipped, judge_log_odds, opinion, pair_fits, preferred
-from virtue.records import is_number
-from virtue.stats import wilson
+from virtue.plumbing.records import is_number
+from virtue.evaluation.stats import wilson
 
 
 def virtue_agreement(probs: Tensor) -> float | None:

@@ -23,10 +23,10 @@ from torch import nn
 
 from virtue import VirtueError
 from virtue.ethics import LENSES
-from virtue.records import is_number
+from virtue.plumbing.records import is_number
 from virtue.lora import adapter_config, adapter_state, load_adapter_state
 from virtue.models import DTYPES, QUANTIZE, ScalarHead, is_sound
-from virtue.runtime import main_rank
+from virtue.plumbing.runtime import main_rank
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "virtue.json"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy")

@@ -1,8 +1,8 @@
 """Publish a folder of a run on the Hugging Face hub, with a card that says what it is and what was measured of it.
 
-  python -m virtue.hub runs/demo/policy --name user/virtue-policy --report runs/demo/report --dry-run
-  python -m virtue.hub runs/demo/rm/action --name user/virtue-action
-  python -m virtue.hub runs/demo/preferences --name user/virtue-preferences --public
+  python -m virtue.plumbing.hub runs/demo/policy --name user/virtue-policy --report runs/demo/report --dry-run
+  python -m virtue.plumbing.hub runs/demo/rm/action --name user/virtue-action
+  python -m virtue.plumbing.hub runs/demo/preferences --name user/virtue-preferences --public
 
 FOLDER is an adapter (of run_sft.py, run_ppo.py or one lens of run_rm.py), the merged model below it, or data. An adapter
 trained upon SFT is the wrong model when it stands alone: the two go up as one flat adapter. The card's numbers are those
@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import load_file, save
 
 from virtue import VirtueError
-from virtue.checkpoint import CONFIG, MANIFEST, WEIGHTS, file_hash, read_manifest, sha256_file
+from virtue.plumbing.checkpoint import CONFIG, MANIFEST, WEIGHTS, file_hash, read_manifest, sha256_file
 from virtue.ethics import LENSES, VIRTUES
-from virtue.feedback import doubts
-from virtue.report import ROWS
-from virtue.runtime import make_parser, run_main
-from virtue.stats import wilson
+from virtue.evaluation.feedback import doubts
+from virtue.evaluation.report import ROWS
+from virtue.plumbing.runtime import make_parser, run_main
+from virtue.evaluation.stats import wilson
 
 REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"
 # stage: (what it is, what it is for, how to load it)
@@ -235,7 +235,7 @@ def upload(name: str, files: Mapping[str, bytes | Path], repo_type: str, private
 def main(argv=None):
     """Makes the card; writes (--out), previews (--dry-run) or uploads the files. VirtueError: as `contents` and `upload`, an --out that is not empty."""
     parser = make_parser(__doc__)
-    parser.prog = "python -m virtue.hub"
+    parser.prog = "python -m virtue.plumbing.hub"
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="adapter, merged model or data")
     parser.add_argument("--name", "--push-to-hub", dest="name", help="the repository, owner/name; not needed with --out")
     parser.add_argument("--out", type=Path, help="write the files into this new folder and upload nothing: PEFT's form of an adapter, SFT folded in")

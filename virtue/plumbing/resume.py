@@ -27,11 +27,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from virtue import VirtueError, printable
-from virtue.checkpoint import MANIFEST, check_output, file_hash, prepare_output, write_atomic, write_json
-from virtue.parallel import rank, size, total
-from virtue.records import is_number
+from virtue.plumbing.checkpoint import MANIFEST, check_output, file_hash, prepare_output, write_atomic, write_json
+from virtue.plumbing.parallel import rank, size, total
+from virtue.plumbing.records import is_number
 from virtue.models import is_sound
-from virtue.runtime import main_rank
+from virtue.plumbing.runtime import main_rank
 
 FOLDER, SETTINGS, DONE = "resume", "settings.json", "done.json"
 KEPT = 2  # checkpoints on the disk: where the newest is damaged, the one before it serves

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from virtue.checkpoint import write_atomic
+from virtue.plumbing.checkpoint import write_atomic
 from virtue.dialogue import Dialogue
 from virtue.lora import merged_state_dict
-from virtue.parallel import barrier
+from virtue.plumbing.parallel import barrier
 from virtue.rollout import score_dialogues
-from virtue.runtime import main_rank
+from virtue.plumbing.runtime import main_rank
 
 
 def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: torch.nn.Module,

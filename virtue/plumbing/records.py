@@ -19,7 +19,7 @@ from pathlib import Path
 from virtue import VirtueError
 from virtue.dialogue import Dialogue, Messages, Turn
 from virtue.ethics import LENSES, VIRTUES
-from virtue.runtime import main_rank
+from virtue.plumbing.runtime import main_rank
 
 SPLITS = (("sft", 0.25), ("rm", 0.60), ("ppo", 0.90), ("eval", 1.00))  # cumulative shares
 LONGEST = 64 << 20  # bytes of a line: a small .gz can hold one that fills the memory

@@ -187,7 +187,7 @@ def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     folder = getattr(args, flag) if flag else None
     if folder is None:
         return args
-    from virtue.checkpoint import MANIFEST, read_manifest
+    from virtue.plumbing.checkpoint import MANIFEST, read_manifest
     if inside and (folder / MANIFEST).is_file():
         raise VirtueError(f"{folder}: one artefact (of stage {read_manifest(folder)['stage']!r}): give the folder of run_rm.py, in which {inside}/ lies")
     settings = read_manifest(folder / inside, stage)["settings"]
@@ -240,7 +240,7 @@ def _run(main: Callable[[], object]) -> NoReturn:
         main()
         sys.stdout.flush()  # here, where a closed pipe is caught
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from virtue.parallel import leave
+            from virtue.plumbing.parallel import leave
             leave()
     except VirtueError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
@@ -392,7 +392,7 @@ class Base(NamedTuple):
 def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
     """The model that the common flags name (or `name`, with the same flags) and its tokenizer. VirtueError: no such model or device, or its files are unfit."""
     from virtue.models import base_fingerprint, checkpoint_layers, load_model, load_tokenizer, resolve, template_fingerprint
-    from virtue.parallel import join
+    from virtue.plumbing.parallel import join
 
     torch_threads(args.threads)
     name = name or args.model
@@ -413,12 +413,12 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
     --policy, those `trained`, and the `flat` ones, each made of some roles. `moments`: see ``memory.plan``. VirtueError: as in a run.
     """
     from types import SimpleNamespace
-    from virtue import memory
-    from virtue.checkpoint import check_artifact, check_made_by, read_manifest
+    from virtue.plumbing import memory
+    from virtue.plumbing.checkpoint import check_artifact, check_made_by, read_manifest
     from virtue.ethics import LENSES
     from virtue.generate import check_context
     from virtue.models import base_fingerprint, load_tokenizer, read_config, resolve, template_fingerprint
-    from virtue.resume import settings_of
+    from virtue.plumbing.resume import settings_of
 
     if args.model == "toy" and not args.dry_run:
         return False
