@@ -22,7 +22,7 @@ STAGE      = GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 .venv/bin/torchrun --standa
 TESTS      = -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 # The tests that meet other packages where versions of them differ: transformers and its tokenizers, bitsandbytes, torch's kernels,
 # autograd and processes, numpy's statistics, matplotlib; and the whole method once. What the others test is our own text, files and flags.
-EDGES      = $(patsubst %,tests/test_%.py,chat checkpoint dialogue generate html judge logprobs lora memory models parallel ppo rollout stats templates) \
+EDGES      = $(patsubst %,tests/test_%.py,artefacts chat dialogue generate html judge logprobs lora memory models parallel ppo rollout stats templates) \
              tests/interop/test_transformers.py tests/test_scripts.py::test_chain_on_nf4
 COMMON     = --seed $(SEED) --device $(DEVICE) --overwrite
 

@@ -20,8 +20,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from virtue.plumbing.runtime import (add_common_flags, add_sampling_flags, make_parser, open_base, parse_with_parent, positive_int,
-                            preview, run_main, stream)
+from virtue.plumbing.flags import (add_common_flags, add_sampling_flags, make_parser,
+                                   parse_with_parent, positive_int)
+from virtue.plumbing.loading import open_base
+from virtue.plumbing.preview import preview
+from virtue.plumbing.runtime import run_main
+from virtue.randomness import stream
 
 
 def parse(argv):
@@ -55,7 +59,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     from virtue import VirtueError
-    from virtue.plumbing.checkpoint import data_hash, prompts_hash, write_json, write_jsonl, write_manifest
+    from virtue.plumbing.artefacts import data_hash, prompts_hash, write_json, write_jsonl, write_manifest
     from virtue.dialogue import messages_of
     from virtue.plumbing.records import is_number, load_prompts
     from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
@@ -64,8 +68,8 @@ def main(argv=None):
     from virtue.lora import use_stack
     from virtue.plumbing.memory import used
     from virtue.plumbing.parallel import barrier
-    from virtue.plumbing.resume import finish, may_write, settings_of, start
-    from virtue.rollout import load_sft
+    from virtue.plumbing.resume import finish, may_write, settings_of, spread, start
+    from virtue.plumbing.artefacts import load_sft
 
     # Build
     prompts = load_prompts(args.prompts, args.split, args.limit)
@@ -101,8 +105,8 @@ def main(argv=None):
             questions = (CRITIQUE.format(virtue=virtue, asks=asks, deficiency=deficiency, excess=excess), REVISION.format(virtue=virtue))
             batch = [p for p in kept if drawn[p["id"]] == virtue]
             with use_stack(model, *stack):
-                dialogues = sample_dialogues(model, tokenizer, batch, stage="revisions", questions=questions, desc=f"revise by {virtue}",
-                                             keep=state / f"{virtue}.jsonl", **sampling)
+                dialogues = sample_dialogues(model, tokenizer, batch, stage="revisions", questions=questions,
+                                             each_batch=spread(f"revise by {virtue}", state / f"{virtue}.jsonl"), **sampling)
             # 2. keep what was really revised
             for dialogue in dialogues:
                 messages = messages_of(tokenizer, dialogue, questions=questions)
@@ -121,8 +125,8 @@ def main(argv=None):
         from virtue.evaluation.feedback import coin_test, doubts, summarize, worth
         # 1. two independent dialogues for each prompt
         with use_stack(model, *stack):
-            first, second = (sample_dialogues(model, tokenizer, kept, stage="preferences", copy=copy, desc=f"dialogues {copy + 1} of 2",
-                                              keep=state / f"dialogues-{copy + 1}.jsonl", **sampling)
+            first, second = (sample_dialogues(model, tokenizer, kept, stage="preferences", copy=copy,
+                                              each_batch=spread(f"dialogues {copy + 1} of 2", state / f"dialogues-{copy + 1}.jsonl"), **sampling)
                              for copy in (0, 1))
         write_jsonl(out / "dialogues.jsonl", ({"id": d.id, "prompt": d.prompt, "ids": d.ids, "turns": d.turns} for d in (*first, *second)))
         # 2. the judge, in both orders, lens by lens
@@ -152,7 +156,7 @@ def main(argv=None):
                 odds, label_mass = judge_log_odds(judge, judge_tokenizer, [texts for _, texts, _ in pairs],
                                                 lens, args.judge_batch_size,
                                                 asked=VIRTUES if args.ask == "virtues" else ("rules",), orders=2 if args.orders == "both" else 1,
-                                                keep=state / f"judge-{lens}.jsonl")
+                                                each_batch=spread(f"judge {lens}", state / f"log-odds-{lens}.jsonl"))
             odds = odds.expand(-1, -1, len(VIRTUES))  # one question counts as five
             # 3. from judgement to preference
             records = []

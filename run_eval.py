@@ -32,8 +32,13 @@ import functools
 import json
 from pathlib import Path
 
-from virtue.plumbing.runtime import (add_aggregator_flags, add_common_flags, add_sampling_flags, aggregator_settings, held_out_ids, make_parser, nonnegative_int, open_base, parse_with_parent, positive_int,
-                            preview, progress, run_main)
+from virtue.plumbing.flags import (add_aggregator_flags, add_common_flags, add_sampling_flags,
+                                   aggregator_settings, make_parser, nonnegative_int,
+                                   parse_with_parent, positive_int)
+from virtue.plumbing.loading import open_base
+from virtue.plumbing.preview import preview
+from virtue.plumbing.runtime import progress, run_main
+from virtue.randomness import held_out_ids
 
 NO_FIGURES = 'no figures: they need matplotlib, pip install ".[report]"'
 
@@ -113,10 +118,11 @@ def compare_models(args):
     import torch
     from virtue import VirtueError
     from virtue.evaluation import html, plots
-    from virtue.plumbing.checkpoint import (MANIFEST, file_hash, load_artifact, prompts_hash, read_manifest, write_atomic, write_json, write_jsonl,
+    from virtue.plumbing.artefacts import (MANIFEST, file_hash, load_artifact, prompts_hash, read_manifest, write_atomic, write_json, write_jsonl,
                                    write_manifest)
     from virtue.dialogue import encode_prompt, messages_of, right_pad
-    from virtue.plumbing.records import load_prompts, prompt_record, read_jsonl, read_metrics, read_rollouts
+    from virtue.dialogue import prompt_record
+    from virtue.plumbing.records import load_prompts, read_jsonl, read_metrics, read_rollouts
     from virtue.ensemble import standardize
     from virtue.ethics import LENSES, PROBES, VIRTUES
     from virtue.evaluation.feedback import doubts, judge_tests, points, win_rates
@@ -128,8 +134,9 @@ def compare_models(args):
     from virtue.models import logprobs_at
     from virtue.plumbing.parallel import barrier
     from virtue.evaluation.report import correct, curve_of, differences, made_by, mask_names, measure, reward_model_facts, side_by_side, table, warnings_of
-    from virtue.plumbing.resume import finish, may_write, settings_of, start
-    from virtue.rollout import dialogue_logprobs, load_reward_models, load_sft, score_dialogues
+    from virtue.plumbing.resume import finish, may_write, settings_of, spread, start
+    from virtue.plumbing.artefacts import load_reward_models, load_sft
+    from virtue.rollout import dialogue_logprobs, score_dialogues
     from virtue.toy.gold import gold as gold_of, slots
 
     # Build
@@ -187,18 +194,18 @@ def compare_models(args):
             flatten(model, stack, "rollout", model.dtype)
         with use_stack(model, *(("rollout",) if stack else ())):
             dialogues = sample_dialogues(model, tokenizer, kept + probes, seed=args.seed, stage="eval", max_new_tokens=args.max_new_tokens,
-                                         temperature=args.temperature, batch_size=args.batch_size, desc=f"dialogues of {name}",
-                                         keep=state / f"{name}.jsonl")
+                                         temperature=args.temperature, batch_size=args.batch_size,
+                                         each_batch=spread(f"dialogues of {name}", state / f"{name}.jsonl"))
         texts[name] = [[m["content"] for m in messages_of(tokenizer, d)[len(d.prompt)::2]] for d in dialogues]
         dialogues = dialogues[:len(kept)]
         spoken[name] = [messages_of(tokenizer, d) for d in dialogues[:args.judge_limit]]
 
         @functools.cache  # the model may be the reference, and the reference the base
         def read(stack, temperature, dialogues=dialogues):
-            return dialogue_logprobs(model, stack, dialogues, pad_id, batch_size=args.batch_size, temperature=temperature)
+            return dialogue_logprobs(model, stack, dialogues, pad_id, batch_size=args.batch_size, each_batch=spread(), temperature=temperature)
 
         (logprobs, mask), (reference, _), (bare, _) = read(stack, args.temperature), read(sft, args.temperature), read((), 1.0)
-        raw = score_dialogues(model, reward_models, dialogues, (0, 1, 2), pad_id, batch_size=args.batch_size)
+        raw = score_dialogues(model, reward_models, dialogues, (0, 1, 2), pad_id, batch_size=args.batch_size, each_batch=spread())
         kl = (kl_k1(logprobs, reference) * mask).sum(1)
         gold = [gold_of(d.prompt[0]["content"], t) for d, t in zip(dialogues, texts[name])] if args.prompts == "toy" else None
         details[name] = {"raw": raw.double().numpy(), "standardised": standardize(raw, mean, std).double().numpy(), "kl": kl.double().numpy(),
@@ -211,7 +218,7 @@ def compare_models(args):
         columns[name] = measure(dialogues, texts[name][:len(kept)], details[name]["raw"], details[name]["standardised"], details[name]["kl"],
                                 (bare * mask).sum(1).double().numpy(), gold, patterns)
         if args.eval_rm:
-            unseen = score_dialogues(model, eval_models, dialogues, (0, 1, 2), pad_id, batch_size=args.batch_size)
+            unseen = score_dialogues(model, eval_models, dialogues, (0, 1, 2), pad_id, batch_size=args.batch_size, each_batch=spread())
             details[name]["eval"] = standardize(unseen, eval_mean, eval_std).double().numpy()
             columns[name] |= {f"eval_reward/{lens}": float(row.mean()) for lens, row in zip(LENSES, details[name]["eval"])}
     names = list(stacks)
@@ -233,7 +240,7 @@ def compare_models(args):
                     golds = [details[name]["golds"] for name in (names[-1], other)]
                     better = np.array([a.lenses[lens] - b.lenses[lens] for a, b in zip(*golds)])[:args.judge_limit] if all(golds) else None
                     wins[key][lens] = win_rates(judge_base.model, judge_base.tokenizer, *sides, lens, batch_size=args.judge_batch_size,
-                                                wording=wording, keep=state / f"{len(wins)}-{lens}.jsonl", gold=better)
+                                                wording=wording, each_batch=spread(f"judge {lens}", state / f"log-odds-{len(wins)}-{lens}.jsonl"), gold=better)
     curve = curve_of(rollouts, gold_of if args.prompts == trained["settings"]["prompts"] == "toy" else None, metrics, kept_at)
     warned = warnings_of(columns, compared, wins, facts)
     warned += [{"about": "other", "text": text} for text in doubts(trained["extra"])]
@@ -277,13 +284,13 @@ def compare_models(args):
 def evaluate_judge(args):
     import numpy as np
     from virtue import VirtueError
-    from virtue.plumbing.checkpoint import sha256_file, write_json
+    from virtue.plumbing.artefacts import sha256_file, write_json
     from virtue.plumbing.records import read_pairs
     from virtue.ethics import LENSES, VIRTUES
     from virtue.evaluation.feedback import agreement, truth, worth
     from virtue.judge import judge_log_odds, label_ids, pair_fits, unanswered
     from virtue.plumbing.memory import used
-    from virtue.plumbing.resume import finish, may_write, start
+    from virtue.plumbing.resume import finish, may_write, spread, start
 
     pairs, skipped = read_pairs(args.pairs, args.limit)
     out = may_write(args, args.out)
@@ -306,7 +313,7 @@ def evaluate_judge(args):
         if len(of_lens) < 2:
             continue
         odds, mass = judge_log_odds(base.model, base.tokenizer, [(p["chosen"], p["rejected"]) for p in of_lens], lens, args.batch_size,
-                                  wording=args.wording, keep=state / f"{lens}.jsonl")
+                                  wording=args.wording, each_batch=spread(f"judge {lens}", state / f"log-odds-{lens}.jsonl"))
         truths = [truth(p) for p in of_lens]
         if all(truths):
             signs = {name: np.array([t[name] for t in truths]) for name in (*VIRTUES, "overall")}
@@ -335,7 +342,7 @@ def evaluate_rewards(args):
     import numpy as np
     import torch
     from virtue import VirtueError
-    from virtue.plumbing.checkpoint import check_made_by, data_hash, file_hash, read_manifest, sha256_file, write_json
+    from virtue.plumbing.artefacts import check_made_by, data_hash, file_hash, read_manifest, sha256_file, write_json
     from virtue.dialogue import copies_of, encode_conversation, messages_of, pair_rows, right_pad
     from virtue.plumbing.records import check_ids, read_dialogues, read_pairs, read_preferences
     from virtue.ethics import LENSES
@@ -343,8 +350,9 @@ def evaluate_rewards(args):
     from virtue.plumbing.memory import used
     from virtue.models import score_at
     from virtue.preference import accuracy, calibration_bins, calibration_error, log_loss
-    from virtue.plumbing.resume import finish, may_write, start
-    from virtue.rollout import load_reward_models, load_sft, score_dialogues
+    from virtue.plumbing.resume import finish, may_write, spread, start
+    from virtue.plumbing.artefacts import load_reward_models, load_sft
+    from virtue.rollout import score_dialogues
     from virtue.evaluation.stats import rank_correlation
     from virtue.evaluation.textstats import degenerate
 
@@ -409,7 +417,7 @@ def evaluate_rewards(args):
                  "log_loss": log_loss(known_margins, labels),
                  "calibration_error": calibration_error(known_margins.sigmoid(), labels), "calibration": calibration_bins(known_margins.sigmoid(), labels)}
         # 2. Score against length, on dialogues as sampled
-        scores = score_dialogues(model, [reward_models[k]], held_out, [k], tokenizer.pad_token_id, batch_size=args.batch_size)[0]
+        scores = score_dialogues(model, [reward_models[k]], held_out, [k], tokenizer.pad_token_id, batch_size=args.batch_size, each_batch=spread())[0]
         correlation = rank_correlation(np.array([d.turns[k].end - d.turns[k].start for d in held_out]), scores.double().numpy())
         found["length_correlation"] = correlation if np.isfinite(correlation) else None  # all of one length
         # 3. Degenerate answers in the place of the lens's turn
@@ -451,7 +459,7 @@ def best_of_n(args):
     import torch
     from virtue import AGGREGATORS, VirtueError
     from virtue.evaluation import plots
-    from virtue.plumbing.checkpoint import file_hash, prompts_hash, write_atomic, write_json
+    from virtue.plumbing.artefacts import file_hash, prompts_hash, write_atomic, write_json
     from virtue.dialogue import messages_of
     from virtue.plumbing.records import load_prompts
     from virtue.ensemble import aggregate, standardize
@@ -460,8 +468,9 @@ def best_of_n(args):
     from virtue.generate import check_context, fits, longest, sample_dialogues
     from virtue.lora import flatten, use_stack
     from virtue.plumbing.memory import used
-    from virtue.plumbing.resume import finish, may_write, start
-    from virtue.rollout import load_reward_models, load_sft, score_dialogues
+    from virtue.plumbing.resume import finish, may_write, spread, start
+    from virtue.plumbing.artefacts import load_reward_models, load_sft
+    from virtue.rollout import score_dialogues
     from virtue.evaluation.stats import best_of_n as estimate, best_of_n_kl, paired_bootstrap
     from virtue.toy.gold import gold as gold_of
 
@@ -492,19 +501,20 @@ def best_of_n(args):
     for copy in range(args.n + bool(judged)):  # the last: what the judge compares the others with
         with use_stack(model, *(("rollout",) if sft else ())):
             dialogues = sample_dialogues(model, tokenizer, kept if copy < args.n else judged, seed=args.seed, stage="best-of-n", copy=copy, max_new_tokens=args.max_new_tokens,
-                                         temperature=args.temperature, batch_size=args.batch_size, desc=f"answers {copy + 1} of {args.n + bool(judged)}",
-                                         keep=state / f"{copy}.jsonl")
+                                         temperature=args.temperature, batch_size=args.batch_size,
+                                         each_batch=spread(f"answers {copy + 1} of {args.n + bool(judged)}", state / f"{copy}.jsonl"))
         spoken.append([messages_of(tokenizer, d) for d in dialogues[:len(judged)]])
         if copy == args.n:
             break
-        scores.append(standardize(score_dialogues(model, reward_models, dialogues, (0, 1, 2), tokenizer.pad_token_id, batch_size=args.batch_size), mean, std))
+        scores.append(standardize(score_dialogues(model, reward_models, dialogues, (0, 1, 2), tokenizer.pad_token_id, batch_size=args.batch_size, each_batch=spread()), mean, std))
         if args.prompts == "toy":
             golds.append([gold_of(d.prompt[0]["content"], [m["content"] for m in messages_of(tokenizer, d)[1::2]]).overall for d in dialogues])
     scores = torch.stack(scores, 2)  # (K, P, n)
     gold = np.array(golds).T if golds else None  # (P, n)
     average = scores.mean(0).double().numpy()
     with use_stack(model):  # P(better than one more answer of the model), mean of virtues, orders and lenses: (prompts judged, n)
-        wins, which = versus(model, tokenizer, spoken[:-1], spoken[-1], batch_size=args.judge_batch_size, keep=state) if judged else (None, [])
+        wins, which = versus(model, tokenizer, spoken[:-1], spoken[-1], batch_size=args.judge_batch_size, 
+                             each_batch=lambda lens: spread(f"judge {lens}", state / f"log-odds-{lens}.jsonl")) if judged else (None, [])
 
     # What the best of m would be worth, m = 1, 2, 4, ... n
     sizes = [m for m in (2 ** i for i in range(20)) if m <= args.n]

@@ -21,9 +21,14 @@ import sys
 import time
 from pathlib import Path
 
-from virtue.plumbing.runtime import (MetricsLog, add_aggregator_flags, add_common_flags, add_lora_flags, add_sampling_flags, aggregator_settings, check_finite,
-                            finite_float, fraction, lora_settings, main_rank, make_parser, nonnegative_float, nonnegative_int, open_base,
-                            parse_with_parent, positive_float, positive_int, preview, progress, run_main, stream, torch_seed)
+from virtue.plumbing.flags import (add_aggregator_flags, add_common_flags, add_lora_flags,
+                                   add_sampling_flags, aggregator_settings, finite_float, fraction,
+                                   lora_settings, make_parser, nonnegative_float, nonnegative_int,
+                                   parse_with_parent, positive_float, positive_int)
+from virtue.plumbing.loading import open_base
+from virtue.plumbing.preview import preview
+from virtue.plumbing.runtime import MetricsLog, check_finite, main_rank, progress, run_main
+from virtue.randomness import stream, torch_seed
 
 
 def parse(argv):
@@ -93,7 +98,7 @@ def main(argv=None):
     import torch
     from virtue import AGGREGATORS, VirtueError
     from virtue.evaluation import plots
-    from virtue.plumbing.checkpoint import (file_hash, prepare_output, prompts_hash, read_manifest, save_artifact,
+    from virtue.plumbing.artefacts import (file_hash, prepare_output, prompts_hash, read_manifest, save_artifact,
                                    write_atomic)
     from virtue.dialogue import messages_of, right_pad
     from virtue.plumbing.records import load_prompts, read_jsonl
@@ -108,9 +113,11 @@ def main(argv=None):
     from virtue.models import DTYPES, ScalarHead, logprobs_at
     from virtue.ppo import Rollout, explained_variance, gae, ppo_loss, token_rewards, update_kl_coef
     from virtue.plumbing.parallel import share, size as processes, sum_gradients, total
-    from virtue.plumbing.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
+    from virtue.plumbing.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, spread, start
     from virtue.evaluation.report import run_away
-    from virtue.rollout import by_length, ended_share, in_chunks, load_reward_models, load_sft, loss_mask, place_scores, score_dialogues, values_at
+    from virtue.plumbing.artefacts import load_reward_models, load_sft
+    from virtue.rollout import (by_length, ended_share, in_chunks, loss_mask, place_scores,
+                                score_dialogues, values_at)
 
     if (args.aggregate == "weighted") != (args.weights is not None):
         raise VirtueError("--aggregate weighted and --weights W W W (action, motivation, consequence) go together: give both or neither")
@@ -168,7 +175,7 @@ def main(argv=None):
     def sample(records, step):
         flatten(model, (*sft, "policy"), "rollout", sampler.dtype)
         with use_stack(sampler, "rollout"):
-            return sample_dialogues(sampler, tokenizer, records, seed=args.seed, stage="ppo", step=step, turns=1 if answer else 3,
+            return sample_dialogues(sampler, tokenizer, records, seed=args.seed, stage="ppo", step=step, turns=1 if answer else 3, each_batch=spread(),
                                     max_new_tokens=args.max_new_tokens, temperature=args.temperature, batch_size=args.batch_size)
 
     def logprobs(stack, *tensors, entropy=False):
@@ -180,7 +187,7 @@ def main(argv=None):
             return values_at(model, value_head, *(t.to(device) for t in tensors))
 
     def score(dialogues):
-        raw = score_dialogues(model, reward_models, dialogues, read_at, pad_id, batch_size=chunk)
+        raw = score_dialogues(model, reward_models, dialogues, read_at, pad_id, batch_size=chunk, each_batch=spread())
         return raw.half().float() if args.score_dtype == "fp16" else raw
 
     def save():
@@ -240,9 +247,9 @@ def main(argv=None):
         input_ids, attention = right_pad([d.ids for d in dialogues], pad_id)
         mask = loss_mask(dialogues, input_ids.shape[1], args.train_turns)
         spoken = loss_mask(dialogues, input_ids.shape[1])  # KL is reported of all turns, whichever are trained
-        old_logprobs = in_chunks(lambda *t: logprobs((*sft, "policy"), *t), chunk, input_ids, attention, spoken)
-        ref_logprobs = in_chunks(lambda *t: logprobs(sft, *t), chunk, input_ids, attention, spoken)
-        old_values = in_chunks(values, chunk, input_ids, attention, mask)
+        old_logprobs = in_chunks(lambda *t: logprobs((*sft, "policy"), *t), chunk, input_ids, attention, spoken, each_batch=spread())
+        ref_logprobs = in_chunks(lambda *t: logprobs(sft, *t), chunk, input_ids, attention, spoken, each_batch=spread())
+        old_values = in_chunks(values, chunk, input_ids, attention, mask, each_batch=spread())
 
         # 3. Rewards: aggregate and place the scores, subtract the KL penalty
         placed = place_scores(scores, dialogues, mask, args.aggregate, pay_at=args.pay_at, eos_penalty=args.eos_penalty, **ensemble)

@@ -18,8 +18,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from virtue.plumbing.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, held_out_ids, lora_settings, make_parser, open_base,
-                            parse_with_parent, positive_int, preview, progress, run_main, stream, torch_seed)
+from virtue.plumbing.flags import (add_common_flags, add_lora_flags, add_training_flags, fraction,
+                                   lora_settings, make_parser, parse_with_parent, positive_int)
+from virtue.plumbing.loading import open_base
+from virtue.plumbing.preview import preview
+from virtue.plumbing.runtime import MetricsLog, check_finite, progress, run_main
+from virtue.randomness import held_out_ids, stream, torch_seed
 
 
 def parse(argv):
@@ -53,9 +57,10 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.plumbing.checkpoint import check_made_by, data_hash, load_artifact, save_artifact, sha256_file
+    from virtue.plumbing.artefacts import check_made_by, data_hash, load_artifact, save_artifact, sha256_file
     from virtue.dialogue import buckets, copies_of, pair_rows, right_pad
-    from virtue.plumbing.records import check_ids, prompt_record, read_dialogues, read_pairs, read_preferences
+    from virtue.dialogue import prompt_record
+    from virtue.plumbing.records import check_ids, read_dialogues, read_pairs, read_preferences
     from virtue.ethics import LENSES
     from virtue.evaluation.feedback import doubts, judge_tests
     from virtue.lora import adapter_parameters, add_adapter, use_stack
@@ -64,8 +69,9 @@ def main(argv=None):
     from virtue.preference import accuracy, calibration_error, log_loss, pairwise_loss
     from virtue.evaluation.stats import t_interval
     from virtue.plumbing.parallel import share, sum_gradients, total as over_ranks
-    from virtue.plumbing.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
-    from virtue.rollout import load_sft, score_dialogues
+    from virtue.plumbing.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, spread, start
+    from virtue.plumbing.artefacts import load_sft
+    from virtue.rollout import score_dialogues
 
     # Build
     lenses = LENSES if args.lens == "all" else (args.lens,)
@@ -224,7 +230,7 @@ def main(argv=None):
 
         # 3. Score statistics on held-out, unfiltered dialogues; save
         scores = score_dialogues(model, [((*sft, name), head)], held_out_dialogues, [LENSES.index(lens)], tokenizer.pad_token_id,
-                                 batch_size=args.batch_size)[0]
+                                 batch_size=args.batch_size, each_batch=spread())[0]
         check_finite(scores[None], f"rm {lens}, scores of held-out dialogues", "the score", "lower --lr", [d.id for d in held_out_dialogues], state)
         extra = {"lens": lens, "score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item(),
                  "scored_dialogues": len(scores), "held_out": result, "held_out_pairs": len(held_out), "trained_on": len(train), "over_long": over_long[lens],

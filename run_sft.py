@@ -16,8 +16,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from virtue.plumbing.runtime import (MetricsLog, add_common_flags, add_lora_flags, add_training_flags, check_finite, fraction, hold_out, lora_settings, make_parser, open_base,
-                            parse_with_parent, positive_int, preview, progress, run_main, stream, torch_seed)
+from virtue.plumbing.flags import (add_common_flags, add_lora_flags, add_training_flags, fraction,
+                                   lora_settings, make_parser, parse_with_parent, positive_int)
+from virtue.plumbing.loading import open_base
+from virtue.plumbing.preview import preview
+from virtue.plumbing.runtime import MetricsLog, check_finite, progress, run_main
+from virtue.randomness import hold_out, stream, torch_seed
 
 
 def parse(argv):
@@ -37,7 +41,7 @@ def main(argv=None):
     args = parse(argv)
     import torch
     from virtue import VirtueError
-    from virtue.plumbing.checkpoint import check_made_by, check_unedited, data_hash, read_manifest, save_artifact
+    from virtue.plumbing.artefacts import check_made_by, check_unedited, data_hash, read_manifest, save_artifact
     from virtue.dialogue import buckets, copies_of, encode_conversation, right_pad, sampled_pair
     from virtue.plumbing.records import read_dialogues, read_preferences, read_revisions
     from virtue.ethics import LENSES
@@ -47,7 +51,8 @@ def main(argv=None):
     from virtue.models import logprobs_at
     from virtue.plumbing.parallel import share, sum_gradients, total as over_ranks
     from virtue.plumbing.resume import finish, load_checkpoint, may_write, save_checkpoint, settings_of, start
-    from virtue.rollout import load_sft, span_mask
+    from virtue.plumbing.artefacts import load_sft
+    from virtue.rollout import span_mask
 
     # Build
     made = read_manifest(args.data)

@@ -122,7 +122,7 @@ class Bench:
     def weights_of(self) -> tuple[int, int]:
         """Weights of all decoder layers' linears, and of lm_head."""
         from virtue.plumbing.memory import linears
-        from virtue.models import read_config
+        from virtue.plumbing.loading import read_config
         sizes = {name: i * o * n for name, (i, o, n) in linears(read_config(self.model)).items()}
         return sum(sizes.values()) - sizes["lm_head"], sizes["lm_head"]
 
@@ -205,7 +205,8 @@ def same(b: Bench) -> None:
     from virtue.generate import sample_dialogues
     from virtue.judge import judge_pairs
     from virtue.lora import LoRALinear, adapter_parameters, add_adapter, use_stack
-    from virtue.models import load_model, load_tokenizer, logprobs_at
+    from virtue.models import logprobs_at
+    from virtue.plumbing.loading import load_model, load_tokenizer
 
     tokenizer, prompts, found, dialogues = load_tokenizer("toy"), load_prompts("toy", "eval", 16), [], []
     for device in ("cpu", b.device):
@@ -244,7 +245,8 @@ def decode(b: Bench) -> None:
     from virtue.dialogue import left_pad
     from virtue.generate import sample
     from virtue.lora import adapter_parameters, add_adapter, flatten, sampling_copy, use_stack
-    from virtue.models import DTYPES, load_model
+    from virtue.models import DTYPES
+    from virtue.plumbing.loading import load_model
 
     transformers.logging.set_verbosity_error()
     import bitsandbytes  # noqa: F401 (imports and CUDA's start are no part of loading)
@@ -398,8 +400,8 @@ def text(rng: random.Random, tokens: int, vocab_size: int) -> str:
 
 def made_prompts(b: Bench) -> Path:
     """A file of prompts of full length, enough in every split that is sampled from."""
-    from virtue.plumbing.records import prompt_record, split
-    from virtue.plumbing.checkpoint import write_jsonl
+    from virtue.dialogue import prompt_record, split
+    from virtue.plumbing.artefacts import write_jsonl
 
     rng, path, want, found = random.Random(1), b.out / "prompts.jsonl", {"rm": b.size["data"], "ppo": b.size["ppo"][1], "eval": b.size["data"]}, []
     while any(want.values()):
@@ -418,11 +420,11 @@ def common(b: Bench) -> list:
 
 def made_data(b: Bench, stage: str, n: int) -> Path:
     """A folder of revisions or preferences as run_data.py leaves it, n records of full length (a lens)."""
-    from virtue.plumbing.checkpoint import data_hash, write_jsonl, write_manifest
+    from virtue.plumbing.artefacts import data_hash, write_jsonl, write_manifest
     from virtue.dialogue import QUESTIONS, encode_conversation
-    from virtue.plumbing.records import prompt_record
+    from virtue.dialogue import prompt_record
     from virtue.ethics import LENSES, VIRTUES
-    from virtue.models import base_fingerprint, load_tokenizer, template_fingerprint
+    from virtue.plumbing.loading import base_fingerprint, load_tokenizer, template_fingerprint
 
     rng, tokenizer, new, vocab_size = random.Random(2), load_tokenizer(b.model), b.size["new"], SHAPES[b.args.shape]["vocab_size"]
     folder = b.out / f"made-{stage}"
@@ -493,7 +495,7 @@ def rm(b: Bench) -> None:
 def ppo(b: Bench, copy: bool = False) -> None:
     """README's flags for 24 GB; with `copy` sampling from dequantised weights, which takes 14.5 GB more and is for larger cards."""
     from virtue.dialogue import QUESTIONS, followup_ids
-    from virtue.models import load_tokenizer
+    from virtue.plumbing.loading import load_tokenizer
 
     batch, rollout, minibatch, micro = b.size["ppo"]
     folder, epochs, new = "policy-copy" if copy else "policy", 2, b.size["new"]

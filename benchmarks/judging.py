@@ -26,7 +26,8 @@ def main() -> None:
     from virtue.ethics import VIRTUES
     from virtue.generate import sample_dialogues
     from virtue.judge import encode_questions, judge_pairs, label_ids, questions
-    from virtue.models import hidden_states, load_model, load_tokenizer
+    from virtue.models import hidden_states
+    from virtue.plumbing.loading import load_model, load_tokenizer
 
     torch.set_num_threads(1)
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)

@@ -34,7 +34,8 @@ def ours(args: argparse.Namespace) -> dict:
     from virtue.generate import sample
     from virtue.lora import adapter_parameters, add_adapter, flatten, use_stack
     from virtue.masked import whiten
-    from virtue.models import ScalarHead, load_model, logprobs_at
+    from virtue.models import ScalarHead, logprobs_at
+    from virtue.plumbing.loading import load_model
     from virtue.ppo import Rollout, gae, ppo_loss, token_rewards
     from virtue.rollout import by_length, in_chunks, loss_mask, place_scores, score_dialogues, values_at
 
@@ -115,7 +116,7 @@ def limit(args: argparse.Namespace) -> None:
     and the same of transformers' model alone, forward and back to its inputs as often as the update does it."""
     sys.path.insert(0, str(ROOT))
     import torch
-    from virtue.models import load_model
+    from virtue.plumbing.loading import load_model
 
     torch.set_num_threads(1)
     D, V, L = SHAPE["hidden_size"], 1024, SHAPE["num_hidden_layers"]

@@ -21,7 +21,8 @@ def ours(steps: int) -> dict:
     from transformers.models.mistral import modeling_mistral  # noqa: F401
     from virtue.dialogue import right_pad
     from virtue.lora import adapter_parameters, add_adapter, use_stack
-    from virtue.models import ScalarHead, load_model, score_at
+    from virtue.models import ScalarHead, score_at
+    from virtue.plumbing.loading import load_model
     from virtue.preference import pairwise_loss
 
     torch.set_num_threads(1)

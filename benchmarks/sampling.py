@@ -26,7 +26,7 @@ def main() -> None:
     import torch
     from virtue.dialogue import left_pad
     from virtue.generate import sample
-    from virtue.models import load_model
+    from virtue.plumbing.loading import load_model
 
     torch.set_num_threads(1)
     print("| vocabulary | rows end | generate, s | ours, s | generate / ours |\n|---:|---|---:|---:|---:|")

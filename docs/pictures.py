@@ -21,16 +21,18 @@ sys.path.insert(0, str(ROOT))
 def tokens_of(run: Path, record: int, base: str | None = None) -> dict:
     """One dialogue of a run: a list for each quantity, one number a sampled token; `words`, and `ends`, the turns' last tokens."""
     import torch
-    from virtue.plumbing.checkpoint import load_artifact, read_manifest
+    from virtue.plumbing.artefacts import load_artifact, read_manifest
     from virtue.dialogue import Dialogue, Turn, encode_conversation, right_pad
     from virtue.plumbing.records import read_jsonl
     from virtue.ensemble import standardize
     from virtue.ethics import FOLLOW_UPS, LENSES
     from virtue.logprobs import kl_k1
     from virtue.lora import use_stack
-    from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, template_fingerprint
+    from virtue.plumbing.loading import (base_fingerprint, load_model, load_tokenizer, resolve,
+                                         template_fingerprint)
     from virtue.ppo import gae, token_rewards
-    from virtue.rollout import dialogue_logprobs, load_reward_models, load_sft, place_scores, score_dialogues, values_at
+    from virtue.plumbing.artefacts import load_reward_models, load_sft
+    from virtue.rollout import dialogue_logprobs, place_scores, score_dialogues, values_at
 
     policy = run / "policy"
     manifest = read_manifest(policy, "policy")

@@ -21,9 +21,11 @@ from virtue.dialogue import encode_conversation, right_pad
 from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES
 from virtue.judge import judge_log_odds, opinion
 from virtue.lora import use_stack
-from virtue.models import base_fingerprint, load_model, load_tokenizer, resolve, score_at, template_fingerprint
-from virtue.rollout import load_reward_models, load_sft
-from virtue.plumbing.runtime import make_parser
+from virtue.models import score_at
+from virtue.plumbing.loading import (base_fingerprint, load_model, load_tokenizer, resolve,
+                                     template_fingerprint)
+from virtue.plumbing.artefacts import load_reward_models, load_sft
+from virtue.plumbing.flags import make_parser
 from virtue.toy import grammar
 
 KINDS = ("fit", "unfit", "one", "repeat", "same virtue")

@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 from virtue.ethics import LENSES, VIRTUES  # noqa: E402
 from virtue.evaluation.feedback import agreement, truth  # noqa: E402
 from virtue.judge import choose, judge_log_odds, opinion  # noqa: E402
-from virtue.models import load_model, load_tokenizer  # noqa: E402
+from virtue.plumbing.loading import load_model, load_tokenizer  # noqa: E402
 from virtue.plumbing.records import read_preferences  # noqa: E402
-from virtue.plumbing.runtime import make_parser  # noqa: E402
+from virtue.plumbing.flags import make_parser  # noqa: E402
 
 
 def in_probabilities(odds: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from virtue.ethics import LENSES  # noqa: E402
-from virtue.plumbing.runtime import make_parser  # noqa: E402
+from virtue.plumbing.flags import make_parser  # noqa: E402
 from virtue.evaluation.stats import best_of_n_kl, hierarchical_bootstrap, holm, paired_bootstrap, permutation_test, t_interval  # noqa: E402
 from virtue.toy.gold import slots  # noqa: E402
 

@@ -20,12 +20,14 @@ from virtue import TARGETS
 from virtue.dialogue import buckets, encode_conversation, right_pad
 from virtue.ethics import LENSES
 from virtue.lora import adapter_parameters, add_adapter, use_stack
-from virtue.models import (ScalarHead, base_fingerprint, load_model, load_tokenizer, resolve,
-                           score_at, template_fingerprint)
+from virtue.models import ScalarHead, score_at
+from virtue.plumbing.loading import (base_fingerprint, load_model, load_tokenizer, resolve,
+                                     template_fingerprint)
 from virtue.preference import pairwise_loss
 from virtue.plumbing.records import read_preferences
-from virtue.rollout import load_sft
-from virtue.plumbing.runtime import make_parser, stream, torch_seed
+from virtue.plumbing.artefacts import load_sft
+from virtue.plumbing.flags import make_parser
+from virtue.randomness import stream, torch_seed
 
 
 def main(argv=None) -> None:

@@ -28,5 +28,5 @@ def reproducible():
 
 @pytest.fixture(scope="session")
 def toy_folder():
-    from virtue.models import resolve
+    from virtue.plumbing.loading import resolve
     return resolve("toy")

@@ -43,11 +43,12 @@ from safetensors.torch import save  # noqa: E402
 
 from tiny import make_tiny_model  # noqa: E402
 from virtue import VirtueError, dialogue, models  # noqa: E402
-from virtue.plumbing import checkpoint, records, resume, runtime
+from virtue import randomness  # noqa: E402
+from virtue.plumbing import artefacts, loading, records, resume, runtime  # noqa: E402
 from virtue.ethics import LENSES, VIRTUES  # noqa: E402
 from virtue.lora import active_stack, adapter_names, adapter_parameters, add_adapter, remove_adapter, use_stack  # noqa: E402
 from virtue.evaluation.report import curve_of  # noqa: E402
-from virtue.rollout import load_reward_models  # noqa: E402
+from virtue.plumbing.loading import load_reward_models  # noqa: E402
 
 LIMIT = 20  # seconds a case
 IDS = torch.tensor([[1, 7, 9, 30, 2]])
@@ -70,14 +71,14 @@ class Kit:
         for folder, shard in (("base", "50GB"), ("sharded", "100KB")):
             make_tiny_model(self.seeds / folder, max_shard_size=shard)
             (self.seeds / folder / "evil.py").write_text(f"open({str(root / 'evil')!r}, 'w')\nclass Evil: pass\n")
-        self.model, self.tokenizer = models.load_model(self.seeds / "base"), models.load_tokenizer(self.seeds / "base")
-        self.known = dict(base={"id": str(self.seeds / "base"), "fingerprint": models.base_fingerprint(self.seeds / "base")},
-                          template=models.template_fingerprint(self.tokenizer))
+        self.model, self.tokenizer = loading.load_model(self.seeds / "base"), loading.load_tokenizer(self.seeds / "base")
+        self.known = dict(base={"id": str(self.seeds / "base"), "fingerprint": loading.base_fingerprint(self.seeds / "base")},
+                          template=loading.template_fingerprint(self.tokenizer))
         made = dict(**self.known, seed=0, settings={
             "model": str(self.seeds / "base"), "quantize": "none", "dtype": "fp32", "prompts": "toy", "max_prompt_tokens": 400,
             "max_new_tokens": 4, "temperature": 1.0, "seed": 0, "held_out": 0.3, "sft": None})
         # prompts, revisions, preferences, dialogues, pairs of each kind
-        prompts = [records.prompt_record(chat(f"What should I do about the letter {i}?")) for i in range(16)]
+        prompts = [dialogue.prompt_record(chat(f"What should I do about the letter {i}?")) for i in range(16)]
         talk = "\n\nHuman: Why {0}?\n\nAssistant: Yes.\n\nHuman: Now {0}?\n\nAssistant: "
         hh = [{"chosen": talk.format(i) + "No.", "rejected": talk.format(i) + "Go."} for i in range(6)]
         self.put("text/prompts.jsonl", [{"prompt": p["prompt"][0]["content"]} for p in prompts])
@@ -94,8 +95,8 @@ class Kit:
         self.put("preferences/dialogues.jsonl", [{**p, "ids": [*range(1, 40)], "turns": [[5, 9, False], [12, 20, True], [25, 39, False]]} for p in prompts])
         files = {"revisions": ["revisions.jsonl"], "preferences": [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"]}
         for stage, names in files.items():
-            checkpoint.write_manifest(self.seeds / stage, stage=stage, parents={}, **made,
-                                      sha256=checkpoint.data_hash(self.seeds / stage, names))
+            artefacts.write_manifest(self.seeds / stage, stage=stage, parents={}, **made,
+                                      sha256=artefacts.data_hash(self.seeds / stage, names))
         self.put("policy/rollouts.jsonl", [{"iteration": i, "id": "0" * 16, "prompt": "q", "kl": 0.5, "scores": [0.1, 0.2, 0.3], "turns": dict.fromkeys(LENSES, "a")} for i in (1, 2)])
         self.put("policy/metrics.jsonl", [{"iteration": i, "objective/kl": 0.5, "objective/aggregate/mean": 0.1, "val/explained_variance": None} for i in (1, 2)])
         # artefacts: SFT, and three reward models upon it
@@ -103,7 +104,7 @@ class Kit:
             add_adapter(self.model, name, rank=2, alpha=4, targets=("q_proj", "v_proj"))
             rm = dict(stage="rm", head=models.ScalarHead(64, bias=name == "action", seed=3), parents={"sft": self.seeds / "sft"},
                       extra={"lens": name, "score_mean": 0.5, "score_std": 2.0})
-            checkpoint.save_artifact(checkpoint.prepare_output(self.seeds / ("sft" if name == "sft" else f"rm/{name}"), overwrite=False), model=self.model,
+            artefacts.save_artifact(artefacts.prepare_output(self.seeds / ("sft" if name == "sft" else f"rm/{name}"), overwrite=False), model=self.model,
                                      adapter=name, **(dict(stage="sft", parents={}) if name == "sft" else rm), **made)
         for name in ("sft", *LENSES):
             remove_adapter(self.model, name)
@@ -172,7 +173,7 @@ def preferences(kit: Kit, path: Path) -> None:
 
 def dialogues(kit: Kit, path: Path) -> None:
     found = records.read_dialogues(path)
-    dialogue.right_pad([d.ids for d in found], 0), runtime.held_out_ids([d.id for d in found], 0, 0.5)
+    dialogue.right_pad([d.ids for d in found], 0), randomness.held_out_ids([d.id for d in found], 0, 0.5)
     for d in found:
         sound(d.prompt, "user")
         assert re.fullmatch("[0-9a-f]{16}", d.id) and all(type(i) is int and 0 <= i < 2 ** 31 for i in d.ids)
@@ -188,11 +189,11 @@ def pairs(kit: Kit, path: Path) -> None:
 
 def manifest(kit: Kit, path: Path) -> None:
     """As the scripts read it: flags that were left out come from there."""
-    made = checkpoint.read_manifest(path.parent)
+    made = artefacts.read_manifest(path.parent)
     args = importlib.import_module("run_sft").parse(["--data", str(path.parent), "--out", "x"])
-    assert args.quantize in models.QUANTIZE and args.dtype in models.DTYPES and isinstance(args.model, str)
+    assert args.quantize in loading.QUANTIZE and args.dtype in models.DTYPES and isinstance(args.model, str)
     if made["stage"] == "preferences":
-        checkpoint.check_made_by(path.parent, kit.known["base"], kit.known["template"], None)
+        artefacts.check_made_by(path.parent, kit.known["base"], kit.known["template"], None)
     elif made["stage"] == "sft":
         args = importlib.import_module("run_data").parse(["preferences", "--sft", str(path.parent), "--out", "x"])
         assert type(args.max_new_tokens) is int and args.max_new_tokens > 0 and 0 < args.temperature < math.inf and isinstance(args.prompts, str)
@@ -201,7 +202,7 @@ def manifest(kit: Kit, path: Path) -> None:
 def adapter(kit: Kit, path: Path) -> None:
     try:
         if path.parent.name == "sft":
-            checkpoint.load_artifact(path.parent, kit.model, "case", stage="sft", **kit.known)
+            artefacts.load_artifact(path.parent, kit.model, "case", stage="sft", **kit.known)
             loaded = [(("case",), None)]
         else:
             loaded, mean, std = load_reward_models(path.parent.parent, kit.model, (), {"sft": kit.seeds / "sft"}, **kit.known)
@@ -223,15 +224,15 @@ def adapter(kit: Kit, path: Path) -> None:
 
 def base(kit: Kit, path: Path) -> None:
     with torch.no_grad():
-        logits = models.load_model(path.parent)(IDS).logits
-    assert logits.shape == (1, 5, 300) and logits.isfinite().all() and len(models.base_fingerprint(path.parent)) == 64
+        logits = loading.load_model(path.parent)(IDS).logits
+    assert logits.shape == (1, 5, 300) and logits.isfinite().all() and len(loading.base_fingerprint(path.parent)) == 64
 
 
 def tokenizer(kit: Kit, path: Path) -> None:
-    found = models.load_tokenizer(path.parent)
+    found = loading.load_tokenizer(path.parent)
     ids = dialogue.encode_prompt(found, chat("May I?"))
     assert all(type(i) is int and 0 <= i < 300 for i in (*ids, found.eos_token_id, found.pad_token_id)) and found.pad_token_id != found.eos_token_id
-    assert isinstance(found.decode(ids), str) and len(models.template_fingerprint(found)) == 64
+    assert isinstance(found.decode(ids), str) and len(loading.template_fingerprint(found)) == 64
 
 
 def state(kit: Kit, path: Path) -> None:
@@ -259,7 +260,7 @@ READERS = {  # reader -> (share of the cases, files to damage)
     dialogues: (10, ("preferences/dialogues.jsonl",)),
     pairs: (12, ("text/pairs.jsonl",)),
     manifest: (8, ("revisions/virtue.json", "preferences/virtue.json", "sft/virtue.json")),
-    adapter: (14, tuple(f"{top}/{name}" for top in ("sft", "rm/action", "rm/motivation") for name in (checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.MANIFEST))),
+    adapter: (14, tuple(f"{top}/{name}" for top in ("sft", "rm/action", "rm/motivation") for name in (artefacts.WEIGHTS, artefacts.CONFIG, artefacts.MANIFEST))),
     base: (7, ("base/config.json", "base/model.safetensors", "sharded/model.safetensors.index.json", "sharded/config.json")),
     tokenizer: (4, ("base/tokenizer.json", "base/tokenizer_config.json")),
     logs: (4, ("policy/rollouts.jsonl", "policy/metrics.jsonl")),

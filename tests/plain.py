@@ -32,7 +32,7 @@ from virtue.ethics import (
     LENSES,
     VIRTUES,
 )
-from virtue.plumbing.runtime import stream
+from virtue.randomness import stream
 
 FOLLOWING = tuple(FOLLOW_UPS.values())
 FINAL_RATE = 0.1  # of the linear schedule
@@ -333,7 +333,7 @@ def often(folder: Path, factor: float = 4.0) -> None:
 
 def identity(base: Path) -> dict:
     """What artefacts say of their base and its tokenizer: the keywords of the writers."""
-    from virtue.models import base_fingerprint, load_tokenizer, template_fingerprint
+    from virtue.plumbing.loading import base_fingerprint, load_tokenizer, template_fingerprint
 
     return {
         "base": {"id": str(base), "fingerprint": base_fingerprint(base)},
@@ -353,9 +353,10 @@ def make_adapter(
     extra=(),
 ) -> Path:
     """An artefact as the scripts leave one, with random A, B and head."""
-    from virtue.plumbing.checkpoint import save_artifact
+    from virtue.plumbing.artefacts import save_artifact
     from virtue.lora import adapter_parameters, add_adapter
-    from virtue.models import ScalarHead, load_model
+    from virtue.models import ScalarHead
+    from virtue.plumbing.loading import load_model
 
     base, rank, generator = world["base"], 2 + seed % 2, torch.Generator().manual_seed(seed)
     model = load_model(base)
@@ -385,7 +386,7 @@ WORDS = "I would give the letter back to owner What is motivation utility of act
 def make_preferences(world: dict, plain: Plain, folder: Path, prompts: int) -> Path:
     """A folder as run_data.py preferences leaves one: two dialogues of each prompt, some cut, and
     pairs of them, of other prompts and with other labels in each lens."""
-    from virtue.plumbing.checkpoint import data_hash, write_jsonl, write_manifest
+    from virtue.plumbing.artefacts import data_hash, write_jsonl, write_manifest
     from virtue.plumbing.records import read_prompts
 
     rng, dialogues, files = random.Random(prompts), [], {lens: [] for lens in LENSES}

@@ -12,7 +12,7 @@ import gpu
 
 
 def test_every_text_reads_back_as_the_tokens_it_was(tmp_path):
-    from virtue.models import load_tokenizer
+    from virtue.plumbing.loading import load_tokenizer
     gpu.make_tokenizer(tmp_path, 2000)
     tokenizer, rng = load_tokenizer(tmp_path), random.Random(0)
     assert len(tokenizer) == 2000

@@ -12,12 +12,12 @@ import virtue.generate
 import virtue.plumbing.runtime
 from virtue import VirtueError
 from virtue.evaluation.chat import HELP, TOY_QUESTION, chat, columns
-from virtue.plumbing.checkpoint import save_artifact
+from virtue.plumbing.artefacts import save_artifact
 from virtue.dialogue import encode_conversation
 from virtue.ethics import FOLLOW_UPS, LENSES
 from virtue.lora import adapter_parameters, add_adapter, use_stack
 from virtue.models import ScalarHead, score_at
-from virtue.plumbing.runtime import open_base
+from virtue.plumbing.loading import open_base
 from virtue.toy.grammar import prompts as toy_prompts
 
 MOTIVATION, CONSEQUENCE = FOLLOW_UPS.values()

@@ -75,7 +75,7 @@ def test_code_other_than_this_makes_stages_of_its_own():
 
 def test_commands_are_what_the_scripts_accept(monkeypatch):
     """Every command of every experiment, at every scale, through the script's own parser."""
-    monkeypatch.setattr("virtue.plumbing.checkpoint.read_manifest", lambda *a, **k: {"settings": {}, "stage": "any", "extra": {}})
+    monkeypatch.setattr("virtue.plumbing.artefacts.read_manifest", lambda *a, **k: {"settings": {}, "stage": "any", "extra": {}})
     refused, seen = [], set()
     for scale in ("full", "small", "fast"):
         for _, arms in run.EXPERIMENTS.values():
@@ -106,7 +106,7 @@ def test_fractions_of_learning_rates_are_of_the_scripts_defaults(capsys):
 def test_arms_of_trls_defaults_have_its_values(monkeypatch, scale):
     """PPOConfig of trl 0.7.11 to 0.9.6 by our flags; 1.41e-5 is 1.41 times the usual rate."""
     manifest = {"settings": {}, "stage": "any", "extra": {}}
-    monkeypatch.setattr("virtue.plumbing.checkpoint.read_manifest", lambda *a, **k: manifest)
+    monkeypatch.setattr("virtue.plumbing.artefacts.read_manifest", lambda *a, **k: manifest)
     trl = dict(kl_coef=0.2, kl_target=6, kl_horizon=10000, gamma=1, lam=0.95, clip_range=0.2,
                value_clip_range=0.2, vf_coef=0.1, lr=1.4 * run.LR, value_lr=1.4 * run.LR,
                no_whiten=False, eos_penalty=0, value_warmup=0, no_standardize=True)

@@ -13,7 +13,7 @@ from test_html import render, sample
 from virtue import VirtueError, printable
 from virtue.evaluation import html
 from virtue.plumbing import records, runtime
-from virtue.models import load_tokenizer
+from virtue.plumbing.loading import load_tokenizer
 from virtue.evaluation.report import side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,9 +8,9 @@ from tiny import make_tiny_model
 
 from virtue import generate
 from virtue.dialogue import encode_prompt, followup_ids
-from virtue.plumbing.records import prompt_record
+from virtue.dialogue import prompt_record
 from virtue.ethics import FOLLOW_UPS
-from virtue.plumbing.runtime import stream
+from virtue.randomness import stream
 
 PAD, EOS = 0, 2
 

@@ -16,12 +16,13 @@ from tiny import make_tiny_model
 
 from virtue import VirtueError
 from virtue.plumbing import hub
-from virtue.plumbing.checkpoint import data_hash, file_hash, load_artifact, save_artifact, write_json, write_jsonl, write_manifest
+from virtue.plumbing.artefacts import data_hash, file_hash, load_artifact, save_artifact, write_json, write_jsonl, write_manifest
 from virtue.dialogue import Dialogue, Turn
 from virtue.ethics import LENSES
 from virtue.lora import adapter_parameters, add_adapter, use_stack
 from virtue.plumbing.merge import write_merged
-from virtue.models import ScalarHead, load_model, load_tokenizer
+from virtue.models import ScalarHead
+from virtue.plumbing.loading import load_model, load_tokenizer
 from virtue.evaluation.stats import wilson
 
 BASE = {"id": "mistralai/Mistral-7B-Instruct-v0.2", "fingerprint": "f" * 64}

@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = ("masked", "logprobs", "preference", "ensemble", "ppo", "stats")
+CORE = ("masked", "logprobs", "preference", "ensemble", "ppo", "randomness")
 PACKAGE = sorted((ROOT / "virtue").rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("run_*.py"))
 
@@ -42,7 +42,7 @@ def scripts_in(source: str) -> set[str]:
 
 def test_the_rules_see_what_they_forbid():
     assert outside_core("from virtue.masked import whiten\nfrom virtue import ppo\n"
-                        "from . import stats\nfrom .masked import x\nimport torch.nn, os") == set()
+                        "from . import logprobs\nfrom .masked import x\nimport torch.nn, os") == set()
     assert outside_core("def f():\n    import transformers") == {"transformers"}
     assert outside_core("from virtue.lora import x") == {"virtue.lora"}
     assert outside_core("from virtue import ppo, lora, toy") == {"virtue.lora", "virtue.toy"}
@@ -80,9 +80,45 @@ def test_what_make_oldest_and_newest_install_are_versions_that_pyproject_admits(
         assert oldest.removesuffix(".0") == low and pinned in wanted.specifier and newest in wanted.specifier, wanted
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_module_says_what_room_it_is_in(path):
-    core = path.stem in CORE or path == ROOT / "virtue/__init__.py"
-    room = "Core" if core else "Toy" if path.parent.name == "toy" else "Modules" if path.stem in ("lora", "models") else "Shell"
-    *_, blank, last = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()
-    assert not blank and last.startswith(f"{room}: ")
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def rank(name: str) -> int:
+    """Core 0, method 1, the toy 2, plumbing and evaluation 3, programs 4."""
+    folder = {"toy": 2, "plumbing": 3, "evaluation": 3}
+    if name == "virtue.toy.pretrain":  # a program
+        return 4
+    parts = name.split(".")
+    if len(parts) == 1:  # the package itself: names and errors
+        return 0
+    return folder.get(parts[1], 0 if parts[1] in CORE else 1)
+
+
+MODULES = {module(path): path for path in PACKAGE}
+GRAPH = {name: {n for n in imports(path.read_text(encoding="utf-8")) if n in MODULES} - {name}
+         for name, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_dependencies_point_from_the_plumbing_to_the_method(name):
+    """Imports inside functions count, too."""
+    assert {n for n in GRAPH[name] if rank(n) > rank(name)} == set()
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    def below(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name):], name))
+        for other in GRAPH[name]:
+            below(other, (*path, name))
+
+    assert GRAPH["virtue.plumbing.resume"] >= {"virtue.plumbing.artefacts"}  # the graph sees something
+    for name in GRAPH:
+        below(name, ())
+
+
+def test_the_package_says_what_each_module_of_the_method_is_for():
+    text = ast.get_docstring(ast.parse((ROOT / "virtue/__init__.py").read_text("utf-8")))
+    listed = [line.split(".py")[0].strip() for line in text.splitlines() if ".py " in line]
+    there = {path.stem for path in (ROOT / "virtue").glob("*.py")} - {"__init__"}
+    assert set(listed) == there and len(listed) == len(there)

@@ -11,7 +11,7 @@ from virtue.ethics import LENSES, VIRTUES
 from virtue.evaluation.feedback import versus, win_rates
 from virtue.judge import (encode_questions, judge_log_odds, judge_pairs, label_ids, opinion, pack, preferred, questions, transcript,
                           verdict)
-from virtue.models import load_model, load_tokenizer
+from virtue.plumbing.loading import load_model, load_tokenizer
 from virtue.plumbing.resume import replay
 from virtue.evaluation.stats import wilson
 

@@ -19,7 +19,7 @@ from virtue.lora import (
     _Folded, adapter_state, add_adapter, flatten, load_adapter_state, merged_state_dict, remove_adapter,
     requantize, sampling_copy, set_stack, use_stack,
 )
-from virtue.models import load_model
+from virtue.plumbing.loading import load_model
 
 IDS = torch.tensor([[1, 3, 50, 60, 70, 80, 4, 90, 2], [1, 3, 9, 8, 7, 6, 4, 5, 2]])
 
@@ -694,7 +694,7 @@ def test_rollouts_in_bf16_have_the_log_probs_of_the_fp32_policy(toy_folder):
     """The tolerance that --rollout-dtype bf16 is used with: of the toy's own samples 0.005 nats a token in the mean, 0.1 at most."""
     from virtue.plumbing.records import load_prompts
     from virtue.generate import sample_dialogues
-    from virtue.models import load_tokenizer
+    from virtue.plumbing.loading import load_tokenizer
     from virtue.rollout import dialogue_logprobs
 
     model, tokenizer = load_model(toy_folder), load_tokenizer(toy_folder)

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from virtue import TARGETS, VirtueError, lora
 from virtue.plumbing import memory
 from virtue.generate import sample
-from virtue.models import ScalarHead, checkpoint_layers, hidden_states, load_model, logprobs_at
+from virtue.models import ScalarHead, checkpoint_layers, hidden_states, logprobs_at
+from virtue.plumbing.loading import load_model
 from virtue.rollout import values_at
 
 IDS = torch.arange(5, 5 + 4 * 40).view(4, 40)  # (B, L)

@@ -19,10 +19,9 @@ from tiny import dequantize, make_tiny_model
 from torch import nn
 
 from virtue import VirtueError, models
-from virtue.models import (
-    ScalarHead, base_fingerprint, checkpoint_layers, hidden_states, load_model, load_tokenizer, logprobs_at, resolve,
-    score_at, template_fingerprint,
-)
+from virtue.models import ScalarHead, checkpoint_layers, hidden_states, logprobs_at, score_at
+from virtue.plumbing.loading import (base_fingerprint, load_model, load_tokenizer, resolve,
+                                     template_fingerprint)
 
 ROWS = [[1, 3, 50, 60, 70, 4, 90, 91, 2], [1, 3, 9, 4, 7], [1, 3, 200, 201, 4, 8, 2]]
 
@@ -378,7 +377,7 @@ def test_an_unfit_tokenizer_is_refused(copy, damage, complaint):
 def test_a_chat_template_that_loops_is_stopped(copy, monkeypatch):
     nested = "".join(f"{{% for {v} in range(99999) %}}" for v in "abc") + "x" + "{% endfor %}" * 3
     (copy / "chat_template.jinja").write_text(nested)
-    monkeypatch.setattr("virtue.models.TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr("virtue.plumbing.loading.TEMPLATE_SECONDS", 0.2)
     with pytest.raises(VirtueError, match="cannot be used .it runs for more than 0.2 s"):
         load_tokenizer(copy)
     time.sleep(0.3)  # and no alarm is left

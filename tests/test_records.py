@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from virtue import VirtueError
+from virtue import VirtueError, dialogue
 from virtue.plumbing import records
 from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES
 
@@ -27,14 +27,14 @@ CHAT = [user("What should I do?"), assistant("Give it back."),
 
 
 def test_prompt_id_and_split():
-    record = records.prompt_record([user("Hi é") | {"extra": 1}])
+    record = dialogue.prompt_record([user("Hi é") | {"extra": 1}])
     canonical = r'[{"content":"Hi \u00e9","role":"user"}]'
     assert record == {"id": hashlib.sha256(canonical.encode()).hexdigest()[:16],
                       "prompt": [user("Hi é")]}
     bounds = {"0" * 16: "sft", "3fff000000000000": "sft", "4000000000000000": "rm",
               "9999000000000000": "rm", "999a000000000000": "ppo", "e666000000000000": "ppo",
               "e667000000000000": "eval", "f" * 16: "eval"}  # .25, .6 = 0x.9999.., .9 = 0x.e666..
-    assert {i: records.split(i) for i in bounds} == bounds
+    assert {i: dialogue.split(i) for i in bounds} == bounds
 
 
 def test_hh_transcripts():
@@ -303,7 +303,7 @@ def test_prompts_of_strangers(tmp_path, capsys):
     assert found == [TALK, [user("a")], [user("c")], [SYSTEM, user("b")]]
     said = capsys.readouterr().err
     assert "2 rows passed over: 1 from line 4 on: the prompt holds" in said and "1 from line 5 on: has neither" in said
-    assert records.prompt_record([SYSTEM, user("b")])["id"] != records.prompt_record([user("b")])["id"]
+    assert dialogue.prompt_record([SYSTEM, user("b")])["id"] != dialogue.prompt_record([user("b")])["id"]
 
 
 @pytest.mark.parametrize("indent", [None, 2])

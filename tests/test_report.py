@@ -18,7 +18,7 @@ from virtue.evaluation.feedback import (agreement, coin_test, doubts, gold_agree
 from virtue.evaluation.stats import wilson
 from virtue.evaluation.report import (correct, curve_of, differences, distinct_share, made_by, mask_names, measure, reward_model_facts, run_away, same_pairs, side_by_side, table,
                            warnings_of)
-from virtue.plumbing.runtime import add_common_flags, make_parser, parse_with_parent
+from virtue.plumbing.flags import add_common_flags, make_parser, parse_with_parent
 
 
 def test_measure_by_hand():

@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(monkeypatch, capsys):
 
 
 def test_another_sft_adapter_or_other_prompts_are_refused(tmp_path):
-    from virtue.plumbing.checkpoint import prompts_hash
+    from virtue.plumbing.artefacts import prompts_hash
     sft, prompts = tmp_path / "sft", tmp_path / "p.jsonl"
     sft.mkdir()
     (sft / "adapter_model.safetensors").write_bytes(b"one")

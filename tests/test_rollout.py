@@ -7,11 +7,12 @@ from tiny import make_tiny_model
 
 from virtue import VirtueError
 from virtue.dialogue import Dialogue, Turn, right_pad
-from virtue.plumbing.records import prompt_record
+from virtue.dialogue import prompt_record
 from virtue.generate import sample_dialogues
 from virtue.logprobs import kl_k1, kl_k3
 from virtue.lora import adapter_parameters, add_adapter, flatten, use_stack
-from virtue.models import ScalarHead, load_model, load_tokenizer, logprobs_at, score_at
+from virtue.models import ScalarHead, logprobs_at, score_at
+from virtue.plumbing.loading import load_model, load_tokenizer
 from virtue.ppo import Rollout, ppo_loss
 from virtue.rollout import (by_length, dialogue_logprobs, ended_share, in_chunks, loss_mask, place_scores, score_dialogues, span_mask,
                             values_at)

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from virtue import VirtueError
-from virtue.plumbing import runtime
+from virtue import VirtueError, randomness
+from virtue.plumbing import flags, loading, runtime
 
 
 def parser():
-    p = runtime.make_parser("Does it.\n\n    run.py --out x  100% (well)\n")
-    runtime.add_common_flags(p)
-    p.add_argument("--lr", type=runtime.positive_float, default=1e-3, help="learning rate")
+    p = flags.make_parser("Does it.\n\n    run.py --out x  100% (well)\n")
+    flags.add_common_flags(p)
+    p.add_argument("--lr", type=flags.positive_float, default=1e-3, help="learning rate")
     return p
 
 
@@ -48,15 +48,15 @@ def test_bad_flags_give_one_line_and_status_2(capsys, argv, words):
 
 
 def test_subcommands_are_alike(capsys):
-    p = runtime.make_parser("x")
-    p.add_subparsers().add_parser("go").add_argument("--n", type=runtime.positive_int)
+    p = flags.make_parser("x")
+    p.add_subparsers().add_parser("go").add_argument("--n", type=flags.positive_int)
     with pytest.raises(SystemExit) as caught:
         p.parse_args(["go", "--n", "0"])
     assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_unknown_flag_is_looked_up_in_its_own_command(capsys):
-    p = runtime.make_parser("x")
+    p = flags.make_parser("x")
     commands = p.add_subparsers(dest="command", metavar="go|stop")
     commands.add_parser("go").add_argument("--clip-range")
     for argv, words in ((["go", "--clip", "0.1"], "--clip 0.1: did you mean --clip-range? (see"), (["--clip-range", "1"], "the command comes first, then its flags")):
@@ -78,7 +78,7 @@ def test_number_types(kind, good, bad):
     assert [parse(t) for t in good] == [float(t) for t in good]
     assert isinstance(parse(good[0]), int if "int" in kind else float)
     for text in bad:
-        with pytest.raises(runtime.argparse.ArgumentTypeError, match="must be"):
+        with pytest.raises(flags.argparse.ArgumentTypeError, match="must be"):
             parse(text)
 
 
@@ -109,19 +109,19 @@ def test_a_programming_error_keeps_its_traceback():
 
 
 def test_streams_are_keyed_by_name():
-    a = runtime.stream(0, "ppo", 3, "ab", 1).random(4)
-    runtime.stream(9).random(100)  # other draws in between change nothing
-    np.testing.assert_array_equal(runtime.stream(0, "ppo", np.int64(3), "ab", 1).random(4), a)
+    a = randomness.stream(0, "ppo", 3, "ab", 1).random(4)
+    randomness.stream(9).random(100)  # other draws in between change nothing
+    np.testing.assert_array_equal(randomness.stream(0, "ppo", np.int64(3), "ab", 1).random(4), a)
     others = [(1, "ppo", 3, "ab", 1), (0, "sft", 3, "ab", 1), (0, "ppo", 3, "a", "b1"),
               (0, "ppo", "3", "ab", 1), (0, "ppo", 3, "ab"), (0, "ppo3", "ab", 1)]
     for key in others:
-        assert not np.isin(runtime.stream(*key).random(4), a).any()
-        assert runtime.torch_seed(*key) != runtime.torch_seed(0, "ppo", 3, "ab", 1)
+        assert not np.isin(randomness.stream(*key).random(4), a).any()
+        assert randomness.torch_seed(*key) != randomness.torch_seed(0, "ppo", 3, "ab", 1)
     key = hashlib.sha256(b'[0, "ppo", 3, "ab", 1]').digest()[:16]  # the same on every machine
     philox = np.random.Philox(key=int.from_bytes(key, "little"))
     np.testing.assert_array_equal(np.random.Generator(philox).random(4), a)
-    assert 0 <= runtime.torch_seed(1) < 2**63
-    torch.Generator().manual_seed(runtime.torch_seed(1))
+    assert 0 <= randomness.torch_seed(1) < 2**63
+    torch.Generator().manual_seed(randomness.torch_seed(1))
 
 
 def test_metrics_log_appends_strict_json(tmp_path):
@@ -136,13 +136,13 @@ def test_metrics_log_appends_strict_json(tmp_path):
 
 def test_a_prompt_is_held_out_with_all_its_rows():
     prompts = [f"p{i % 20}" for i in range(50)]
-    held, train = runtime.hold_out(range(50), prompts, 0.15, 3, "sft")
+    held, train = randomness.hold_out(range(50), prompts, 0.15, 3, "sft")
     assert sorted(held + train) == list(range(50)) and len({prompts[i] for i in held}) == 3
     assert not {prompts[i] for i in held} & {prompts[i] for i in train}
-    assert (held, train) == runtime.hold_out(range(50), prompts, 0.15, 3, "sft") and held != runtime.hold_out(range(50), prompts, 0.15, 4, "sft")[0]
-    assert runtime.hold_out([1, 2], "ab", 0.1, 0) in (([], [1, 2]), ([], [2, 1]))  # too few: none
-    order = runtime.stream(3, "sft").permutation(20)  # one row a prompt: a plain permutation of the rows
-    assert runtime.hold_out(range(20), list(map(str, range(20))), 0.1, 3, "sft") == ([*order[:2]], [*order[2:]])
+    assert (held, train) == randomness.hold_out(range(50), prompts, 0.15, 3, "sft") and held != randomness.hold_out(range(50), prompts, 0.15, 4, "sft")[0]
+    assert randomness.hold_out([1, 2], "ab", 0.1, 0) in (([], [1, 2]), ([], [2, 1]))  # too few: none
+    order = randomness.stream(3, "sft").permutation(20)  # one row a prompt: a plain permutation of the rows
+    assert randomness.hold_out(range(20), list(map(str, range(20))), 0.1, 3, "sft") == ([*order[:2]], [*order[2:]])
 
 
 def test_progress_yields_all_on_stderr(capsys):
@@ -163,15 +163,15 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
 
 
 def test_device_and_threads():
-    assert runtime.pick_device("cpu").type == "cpu"
+    assert loading.pick_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
-        assert runtime.pick_device("auto").type == "cpu"
+        assert loading.pick_device("auto").type == "cpu"
         with pytest.raises(VirtueError, match="--device cpu"):
-            runtime.pick_device("cuda")
+            loading.pick_device("cuda")
     before = torch.get_num_threads()
     try:
         for asked, there in ((0, before), (before + 1, before + 1), (0, before + 1)):
-            runtime.torch_threads(asked)
+            loading.torch_threads(asked)
             assert torch.get_num_threads() == there
     finally:
         torch.set_num_threads(before)

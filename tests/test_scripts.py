@@ -17,7 +17,7 @@ from tiny import make_tiny_model
 
 from virtue import VirtueError
 from virtue.plumbing import hub
-from virtue.plumbing.checkpoint import data_hash
+from virtue.plumbing.artefacts import data_hash
 from virtue.ethics import LENSES, VIRTUES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -451,7 +451,7 @@ def test_merge_loads_in_transformers_with_the_same_scores(fp32, tmp_path, capsys
 def test_an_untrained_policy_is_refused(fp32, tmp_path):
     """The adapter that was never loaded: before and after are equal, and no score may be reported."""
     from safetensors.torch import load_file, save_file
-    from virtue.plumbing.checkpoint import file_hash
+    from virtue.plumbing.artefacts import file_hash
     shutil.copytree(fp32 / "policy", tmp_path / "policy")
     path = tmp_path / "policy/adapter_model.safetensors"
     save_file({k: v * (".lora_A." in k) for k, v in load_file(path).items()}, path)
@@ -604,7 +604,7 @@ STAGES = {  # flags, and words of what is read, written and planned
 
 
 def forbid_weights(monkeypatch):
-    monkeypatch.setattr("virtue.models.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("virtue.plumbing.loading.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("something was downloaded"))
 
 
@@ -708,7 +708,7 @@ def test_a_run_upon_another_base_than_the_toy_prints_its_plan(tmp_path, capsys):
 
 def test_a_run_that_dies_while_it_finishes_loses_nothing(fp32, tmp_path, monkeypatch):
     import virtue.plumbing.resume
-    from virtue.plumbing.checkpoint import read_manifest
+    from virtue.plumbing.artefacts import read_manifest
     flags = ["--rm", fp32 / "rm", "--out", tmp_path / "p", "--iterations", 1, "--value-warmup", 0, "--rollout-size", 4, "--minibatch-size", 4, "--rank", 4, "--limit", 8]
 
     def die(out):

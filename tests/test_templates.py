@@ -14,7 +14,7 @@ from virtue.dialogue import (Dialogue, Turn, copies_of, encode_conversation, enc
                              messages_of, pair_rows, sanitize)
 from virtue.ethics import FOLLOW_UPS, LENSES
 from virtue.judge import label_ids, transcript
-from virtue.models import template_fingerprint
+from virtue.plumbing.loading import template_fingerprint
 
 LOOP = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
 REFUSE = "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"

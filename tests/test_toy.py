@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 
-from virtue.plumbing.records import load_prompts, split
+from virtue.dialogue import split
+from virtue.plumbing.records import load_prompts
 from virtue.ethics import LENSES, VIRTUES
-from virtue.models import load_model, load_tokenizer
+from virtue.plumbing.loading import load_model, load_tokenizer
 from virtue.toy import grammar
 from virtue.toy.gold import gold, slots
 from virtue.toy.grammar import Clause

@@ -9,8 +9,9 @@ import torch
 from plain import ANY_JUDGE, Plain, call, combine, lines, make_adapter, make_world, up_to
 
 from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
-from virtue.plumbing.records import read_prompts, split
-from virtue.plumbing.runtime import stream
+from virtue.dialogue import split
+from virtue.plumbing.records import read_prompts
+from virtue.randomness import stream
 
 SEED, TEMPERATURE, NEW, LIMIT = 4, 0.7, 12, 18
 LONGEST = 65  # --max-prompt-tokens: some prompts of two turns are longer

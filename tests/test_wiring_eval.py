@@ -25,8 +25,9 @@ from plain import (
 )
 
 from virtue.ethics import LENSES, PROBES, VIRTUES
-from virtue.plumbing.records import prompt_record, read_prompts, split
-from virtue.plumbing.runtime import held_out_ids
+from virtue.dialogue import prompt_record, split
+from virtue.plumbing.records import read_prompts
+from virtue.randomness import held_out_ids
 from virtue.evaluation.textstats import degenerate
 from virtue.toy.gold import Gold
 from virtue.toy.grammar import split_prompts

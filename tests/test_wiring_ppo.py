@@ -23,18 +23,14 @@ from torch.func import functional_call
 import run_ppo
 import virtue.generate
 from virtue import AGGREGATORS, TARGETS
-from virtue.plumbing.checkpoint import save_artifact
+from virtue.plumbing.artefacts import save_artifact
 from virtue.ethics import FOLLOW_UPS, LENSES
 from virtue.lora import add_adapter, adapter_parameters
-from virtue.models import (
-    ScalarHead,
-    base_fingerprint,
-    load_model,
-    load_tokenizer,
-    template_fingerprint,
-)
-from virtue.plumbing.records import prompt_record, split
-from virtue.plumbing.runtime import stream, torch_seed
+from virtue.models import ScalarHead
+from virtue.plumbing.loading import (base_fingerprint, load_model, load_tokenizer,
+                                     template_fingerprint)
+from virtue.dialogue import prompt_record, split
+from virtue.randomness import stream, torch_seed
 
 EOS, NEW, N_PROMPTS = 2, 7, 17
 MEAN, STD = (

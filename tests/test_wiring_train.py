@@ -24,8 +24,9 @@ from plain import (
 )
 
 from virtue.ethics import LENSES, VIRTUES
-from virtue.plumbing.records import prompt_record, read_prompts
-from virtue.plumbing.runtime import held_out_ids, hold_out, stream, torch_seed
+from virtue.dialogue import prompt_record
+from virtue.plumbing.records import read_prompts
+from virtue.randomness import held_out_ids, hold_out, stream, torch_seed
 
 SEED, RANK, ALPHA, LR, CLIP = 2, 3, 5.0, 0.01, 0.4
 TRAINING = [
@@ -425,7 +426,7 @@ def check_sft(
 def test_sft_on_revisions(world, tmp_path):
     """Upon the bare base, of prompts of one and two turns: the last answer alone is learned."""
     from plain import identity
-    from virtue.plumbing.checkpoint import data_hash, write_jsonl, write_manifest
+    from virtue.plumbing.artefacts import data_hash, write_jsonl, write_manifest
 
     data, records = tmp_path / "revisions", []
     for i, prompt in enumerate(read_prompts(world["prompts"])[:15]):

@@ -1,6 +1,24 @@
 """virtue: guide a language model by virtue ethics, with AI feedback and PPO, in plain PyTorch.
 
-Core: names and errors that everything may import.
+The method, in the order in which it is best read:
+
+    ethics.py      the words: virtues, lenses, constitution, the judge's questions
+    lora.py        LoRA: named adapters that add up over one frozen base
+    masked.py      means and variances under a mask
+    logprobs.py    log-probs of sampled tokens, entropy, estimates of the KL divergence
+    models.py      reading the base: hidden states, log-probs, the scalar head
+    dialogue.py    the chat template: a dialogue as one sequence of tokens, its turns
+    randomness.py  random numbers that belong to a name
+    generate.py    sampling with a KV cache
+    judge.py       AI feedback: which of two dialogues shows more virtue
+    preference.py  the pairwise loss of the reward models, and their calibration
+    ensemble.py    how three scores become one
+    rollout.py     from sampled dialogues to rewards
+    ppo.py         the objective: rewards with a KL penalty, GAE, the clipped losses
+
+Around it: `plumbing` (flags, loading, artefacts on disk, resume, processes, the memory plan, export
+and upload), `evaluation` (statistics, the judge's worth, report, page, figures, chat) and `toy` (the
+embedded world in which true virtue is known). The method imports none of them.
 """
 
 # The linear layers of a Mistral block: where LoRA goes unless told otherwise.

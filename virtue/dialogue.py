@@ -2,13 +2,12 @@
 
 A dialogue is one token sequence: the prompt through the chat template, then for each turn the
 sampled ids and those the template puts before the next turn. Nothing sampled is tokenised again.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from virtue.ethics import FOLLOW_UPS, LENSES
 
 Messages = list[dict[str, str]]
 QUESTIONS = tuple(FOLLOW_UPS.values())
+SPLITS = (("sft", 0.25), ("rm", 0.60), ("ppo", 0.90), ("eval", 1.00))  # cumulative shares
 
 
 class Turn(NamedTuple):
@@ -49,6 +49,19 @@ class Dialogue(NamedTuple):
     prompt: Messages
     ids: list[int]
     turns: tuple[Turn, ...]
+
+
+def prompt_record(messages: Messages) -> dict:
+    """``{"id", "prompt"}``: the id is 16 hex digits of the sha256 of the messages' JSON."""
+    prompt = [{"role": m["role"], "content": m["content"]} for m in messages]
+    canonical = json.dumps(prompt, sort_keys=True, separators=(",", ":"))
+    return {"id": hashlib.sha256(canonical.encode()).hexdigest()[:16], "prompt": prompt}
+
+
+def split(prompt_id: str) -> str:
+    """The stage that may use a prompt: sft 25 %, rm 35 %, ppo 30 %, eval 10 %, by its id."""
+    share = int(prompt_id, 16) / 16 ** len(prompt_id)
+    return next((name for name, bound in SPLITS if share < bound), "eval")
 
 
 # A template may write today's date into every prompt, and prompts would then change over night.

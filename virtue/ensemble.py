@@ -4,8 +4,6 @@ The three reward models (action, motivation, consequence) are three objectives, 
 one. Where Coste et al. read the spread of an ensemble as epistemic uncertainty, here it is conflict
 of values: `uwo` prefers what all lenses like equally to what shines in one lens only, and says
 nothing of how sure any model is. K is the whole population, so spreads divide by K.
-
-Core: imports torch, numpy and other core files only (tests/test_imports.py); everything may import it.
 """
 from __future__ import annotations
 

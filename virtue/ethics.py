@@ -4,8 +4,6 @@ The two follow-up questions are those of H. Li, *Virtue Ethics Guidance of LLMs 
 Ensemble of Reward Models* (EPFL DHLAB, 2024), word for word. The constitution is this project's:
 for each virtue what it asks, its deficiency and its excess (Aristotle, *Nicomachean Ethics* II.6-7:
 a virtue is a mean between two vices). To change what the model is guided by, edit this file.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

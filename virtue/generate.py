@@ -3,13 +3,10 @@
 No top-k and no top-p: the log-probs of filtered samples are not those of the policy, and KL
 estimates from them are biased. A token is the inverse of the cumulative distribution at the row's
 uniform number, so neither batch size nor order changes what a row draws.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -18,9 +15,9 @@ from torch import Tensor, nn
 from virtue import VirtueError
 from virtue.dialogue import QUESTIONS, Dialogue, Messages, Turn
 from virtue.dialogue import encode_prompt, followup_ids, left_pad
-from virtue.plumbing.parallel import gather, share
-from virtue.plumbing.resume import replay
-from virtue.plumbing.runtime import progress, stream
+from virtue.randomness import stream
+
+EachBatch = Callable[[Callable, Sequence], Iterable]  # the built-in map, or what spreads and keeps batches
 
 DROP = 8  # finished rows leave the cache when they are at least 1/DROP of the batch
 
@@ -182,12 +179,12 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
 def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, seed: int, stage: str,
                      step: int = 0, max_new_tokens: int, temperature: float, batch_size: int,
                      questions: Sequence[str] = QUESTIONS, turns: int = 3, copy: int = 0,
-                     desc: str | None = None, keep: Path | None = None) -> list[Dialogue]:
+                     each_batch: EachBatch = map) -> list[Dialogue]:
     """One dialogue for each prompt record, in their order: the answer, and `turns` - 1 follow-ups.
 
     Draws are keyed by (seed, stage, step, prompt id, copy, turn): another `copy` is an independent
-    second dialogue. `desc` names a progress bar; `keep` a file for finished batches, from which a run
-    that was killed goes on (see ``resume.replay``). ValueError: more turns than questions + 1, or none.
+    second dialogue. `each_batch(compute, batches)` gives each batch's result, in order, as lists and
+    numbers: ``map``, or ``plumbing.batches.spread``. ValueError: more turns than questions + 1, or none.
     VirtueError: logits that are not finite; it names the records.
     """
     if not 1 <= turns <= len(questions) + 1:
@@ -196,7 +193,6 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
     rows = [encode_prompt(tokenizer, record["prompt"]) for record in prompts]
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
     batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    mine = share(batches)
 
     def dialogues_of(batch: list[int]) -> list[tuple[list[int], list[Turn]]]:
         spans: dict[int, list[Turn]] = {i: [] for i in batch}
@@ -218,7 +214,7 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
         return [(rows[i], spans[i]) for i in batch]
 
     done: dict[int, Dialogue] = {}
-    for batch, found in zip(batches, gather([*replay(keep, progress(mine, desc) if desc else mine, dialogues_of)])):
+    for batch, found in zip(batches, each_batch(dialogues_of, batches), strict=True):
         for i, (ids, of_turns) in zip(batch, found, strict=True):
             done[i] = Dialogue(prompts[i]["id"], prompts[i]["prompt"], ids, tuple(Turn(*t) for t in of_turns))
     return [done[i] for i in range(len(prompts))]

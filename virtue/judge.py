@@ -6,14 +6,11 @@ of five separate prompts for little more than the price of one. Reading probabil
 keeps the judge's doubt (Lee et al. 2023, RLAIF, arXiv 2309.00267). Two orders are averaged (Wang et al.
 2023, arXiv 2305.17926), here in log-odds: a preference for a place that adds to the logits then
 cancels exactly, and a judge at 0.93 and 0.09 keeps its small opinion.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,10 +18,8 @@ from torch import Tensor
 from virtue import VirtueError
 from virtue.dialogue import encode_conversation, encode_prompt
 from virtue.ethics import CONSTITUTION, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS, VIRTUES
+from virtue.generate import EachBatch
 from virtue.models import hidden_states
-from virtue.plumbing.parallel import share, total
-from virtue.plumbing.resume import replay
-from virtue.plumbing.runtime import progress
 
 TIE = 1e-4  # nats of log-odds
 
@@ -109,17 +104,17 @@ def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple
 @torch.no_grad()
 def judge_log_odds(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], lens: str,
                 batch_size: int = 16, asked: Sequence[str] = VIRTUES, wording: str = "trained",
-                orders: int = 2, keep: Path | None = None) -> tuple[Tensor, float]:
+                orders: int = 2, each_batch: EachBatch = map) -> tuple[Tensor, float]:
     """Log-odds, nats, that the first of the pair is better, for each pair, order and question:
     (N, 2, Q) fp32, the difference of the two labels' logits; and the label mass.
 
     ``asked`` names the Q questions (default: the five virtues), ``wording`` one of ethics.JUDGE_QUESTIONS;
-    with ``orders=1`` the second order is left out: (N, 1, Q). ``keep`` names a file for finished batches
-    (see ``resume.replay``), to which "log-odds-" is added: an older version kept probabilities.
+    with ``orders=1`` the second order is left out: (N, 1, Q). ``each_batch`` as in
+    ``generate.sample_dialogues``.
     ``[:, 0]`` was read with the first dialogue shown first, ``[:, 1]`` with it shown second. The caller
     sets the adapters (none, for the base as its own judge). The label mass is the mean probability that
     the judge's next token is one of the two labels at all: near 0, it does not answer the question.
-    VirtueError: logits that are not finite, a label of more than one token, a ``keep`` that cannot be written.
+    VirtueError: logits that are not finite, a label of more than one token.
     """
     labels = torch.tensor(label_ids(tokenizer))
     jobs = [(i, order, encode_questions(tokenizer, *(pair if order == 0 else pair[::-1]), lens, asked, wording))
@@ -139,14 +134,12 @@ def judge_log_odds(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]],
             raise VirtueError(f"judge {lens}, pairs {sorted({job[0] for job in batch})}: the model's logits are not finite: use another --dtype, or another judge")
         return of_labels.diff(dim=-1)[..., 0].neg().tolist(), logprobs.exp().sum().item()
 
-    batches = share([jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)])
-    keep = keep and keep.with_name(f"log-odds-{keep.name}")
-    answers = replay(keep, progress(batches, f"judge {lens}"), read)
-    for (odds, on_labels), batch in zip(answers, batches):  # in this order the bar ends
+    batches = [jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)]
+    for batch, (odds, on_labels) in zip(batches, each_batch(read, batches), strict=True):
         mass += on_labels
         for (i, order, _), first in zip(batch, torch.tensor(odds)):
             result[i, order] = first if order == 0 else -first
-    return total(result), total(torch.tensor(mass, dtype=torch.float64)).item() / max(1, result.numel())
+    return result, mass / max(1, result.numel())
 
 
 def judge_pairs(*args, **kwargs) -> tuple[Tensor, float]:

@@ -4,8 +4,6 @@ Column j of every (B, L-1) tensor speaks of token j+1 of `input_ids` (B, L). Log
 nats. Old, new and reference log-probs must be taken at the temperature at which the tokens were
 sampled, or the KL estimates are of other distributions; the sampler's own division by the
 temperature is in `generate.draw`. Shapes that do not fit raise ValueError.
-
-Core: imports torch, numpy and other core files only (tests/test_imports.py); everything may import it.
 """
 from __future__ import annotations
 

@@ -7,8 +7,6 @@
 every role, reference ("sft",), policy ("sft", "policy") and so on; adapter arithmetic is fp32
 whatever the base's type, as bf16 loses the small updates of RL (but for the flattened copy that
 samples: `flatten`); and there is no dropout.
-
-Modules: import the core; the shell and the scripts may import them.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import TARGETS, VirtueError
+from virtue import TARGETS, VirtueError
 
 State = dict[str, Tensor]
 _PREFIX = "base_model.model."  # PEFT's names: base_model.model.<module>.lora_A.weight

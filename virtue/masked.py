@@ -3,8 +3,6 @@
 `mask` is bool with the shape of `x`; True = real token. What lies outside never reaches a result,
 not even NaN or infinity, and its gradient is zero. ValueError: shapes that differ, a mask that is
 not bool, an empty mask (an average over nothing cannot be reported).
-
-Core: imports torch, numpy and other core files only (tests/test_imports.py); everything may import it.
 """
 from __future__ import annotations
 

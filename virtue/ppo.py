@@ -4,8 +4,6 @@ Shapes: B rows, L tokens, T = L-1 columns; column j speaks of token j+1. `mask` 
 a sampled token that the loss covers; it may have gaps (the user's turns). What lies outside never
 reaches a loss, a statistic or a gradient. Log-probs in nats; losses are minimised. ValueError:
 shapes that differ, a mask that is not bool, settings out of range.
-
-Core: imports torch, numpy and other core files only (tests/test_imports.py); everything may import it.
 """
 from __future__ import annotations
 

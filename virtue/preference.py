@@ -3,8 +3,6 @@
 A label is P(first of the pair is better) in [0, 1], from the judge. Swapping a pair (scores
 exchanged, label 1 - label) changes no result here. All tensors are (B,). ValueError: shapes that
 differ, an empty batch, probabilities outside [0, 1].
-
-Core: imports torch, numpy and other core files only (tests/test_imports.py); everything may import it.
 """
 from __future__ import annotations
 

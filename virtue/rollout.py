@@ -2,47 +2,21 @@
 
 Sampled ids are used as they are; nothing is tokenised again. Each reward model reads the dialogue up
 to the end of the turn it was trained on (``answer``: all read the answer alone).
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from virtue.plumbing.checkpoint import load_artifact
 from virtue.dialogue import Dialogue, right_pad
 from virtue.ensemble import ADDITIVE, aggregate, shares
-from virtue.ethics import LENSES
+from virtue.generate import EachBatch
 from virtue.logprobs import scatter
 from virtue.lora import use_stack
 from virtue.models import hidden_states, logprobs_at, score_at, used_columns
-from virtue.plumbing.parallel import share, total
 from virtue.ppo import place_rewards
-
-
-def load_sft(folder: Path | None, model, **known) -> tuple[tuple[str, ...], dict[str, Path]]:
-    """Puts the SFT adapter on the model, if there is one -> (its stack, the parents that artefacts upon it record). VirtueError: as ``load_artifact``."""
-    if folder is None:
-        return (), {}
-    load_artifact(folder, model, "sft", stage="sft", **known)
-    return ("sft",), {"sft": folder}
-
-
-def load_reward_models(folder: Path, model, sft: tuple[str, ...], parents: Mapping[str, Path], prefix: str = "", **known,
-                       ) -> tuple[list[tuple[tuple[str, ...], torch.nn.Module]], Tensor, Tensor]:
-    """The reward models of run_rm.py, as (stack, head) in the order of LENSES, and their scores' mean and std.
-
-    mean and std (K,) are those of the starting policy's dialogues. ``parents`` and ``known`` (base,
-    template) must be what the models were trained upon: see ``checkpoint.load_artifact``. ``prefix`` keeps
-    a second ensemble's adapters apart. VirtueError: one is missing or does not match.
-    """
-    found = [(lens, *load_artifact(folder / lens, model, prefix + lens, stage="rm", lens=lens, parents=parents, **known)) for lens in LENSES]
-    mean, std = torch.tensor([[manifest["extra"][key] for _, manifest, _ in found] for key in ("score_mean", "score_std")])
-    return [((*sft, prefix + lens), head) for lens, _, head in found], mean, std
 
 
 def span_mask(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> Tensor:
@@ -64,17 +38,20 @@ def loss_mask(dialogues: Sequence[Dialogue], length: int, train_turns: str = "al
 
 
 @torch.no_grad()
-def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
+def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor,
+              each_batch: EachBatch = map) -> Tensor:
     """``function`` over chunks of ``size`` rows of all tensors, without gradient, on the CPU.
 
     Its result has the shape of the last tensor's chunk, the mask (B, L-1). Rows of like length (of the
-    mask) share a chunk, and ranks share the chunks.
+    mask) share a chunk. ``each_batch`` as in ``generate.sample_dialogues``.
     """
     mask = tensors[-1]
     result = torch.zeros(mask.shape)
-    for rows in share(by_length(mask).split(size)):
-        result[rows] = function(*(t[rows] for t in tensors)).cpu()
-    return total(result)
+    chunks = by_length(mask).split(size)
+    computed = each_batch(lambda rows: function(*(t[rows] for t in tensors)).tolist(), chunks)
+    for rows, values in zip(chunks, computed, strict=True):
+        result[rows] = torch.tensor(values)
+    return result
 
 
 def by_length(mask: Tensor) -> Tensor:
@@ -89,36 +66,47 @@ def values_at(model, head: torch.nn.Module, input_ids: Tensor, attention_mask: T
     return scatter(head(hidden[:, :-1][mask[:, : width - 1]]), mask)
 
 
-@torch.no_grad()
 def score_dialogues(model, reward_models: Sequence[tuple[tuple[str, ...], torch.nn.Module]],
-                    dialogues: Sequence[Dialogue], turns: Sequence[int], pad_id: int, *, batch_size: int) -> Tensor:
+                    dialogues: Sequence[Dialogue], turns: Sequence[int], pad_id: int, *,
+                    batch_size: int, each_batch: EachBatch = map) -> Tensor:
     """Raw scores (K, B) of K reward models, each a (stack of adapters, head).
 
     Model k is read at the end of turn ``turns[k]``, and the rows are cut there, so that no model pays
-    for tokens it does not see.
+    for tokens it does not see. ``each_batch`` as in ``generate.sample_dialogues``.
     """
-    device, scores = model.device, torch.zeros(len(reward_models), len(dialogues))
-    for k, (stack, head) in enumerate(reward_models):
-        ends = [d.turns[turns[k]].score_position for d in dialogues]
-        order = sorted(range(len(dialogues)), key=lambda i: ends[i])  # little padding in a batch
-        with use_stack(model, *stack):
-            for start in share(range(0, len(order), batch_size)):
-                rows = order[start:start + batch_size]
-                ids, mask = right_pad([dialogues[i].ids[: ends[i] + 1] for i in rows], pad_id)
-                positions = torch.tensor([[ends[i]] for i in rows], device=device)
-                scores[k, rows] = score_at(model, head, ids.to(device), mask.to(device), positions)[:, 0].cpu()
-    return total(scores)
+    return torch.stack([_scores(model, stack, head, dialogues, turn, pad_id, batch_size, each_batch)
+                        for (stack, head), turn in zip(reward_models, turns)])
+
+
+@torch.no_grad()
+def _scores(model, stack: tuple[str, ...], head: torch.nn.Module, dialogues: Sequence[Dialogue],
+            turn: int, pad_id: int, batch_size: int, each_batch: EachBatch) -> Tensor:
+    device, scores = model.device, torch.zeros(len(dialogues))
+    ends = [d.turns[turn].score_position for d in dialogues]
+
+    def read(rows: list[int]) -> list[float]:
+        ids, mask = right_pad([dialogues[i].ids[:ends[i] + 1] for i in rows], pad_id)
+        positions = torch.tensor([[ends[i]] for i in rows], device=device)
+        return score_at(model, head, ids.to(device), mask.to(device), positions)[:, 0].tolist()
+
+    order = sorted(range(len(dialogues)), key=lambda i: ends[i])  # little padding in a batch
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    with use_stack(model, *stack):
+        for rows, values in zip(batches, each_batch(read, batches), strict=True):
+            scores[rows] = torch.tensor(values)
+    return scores
 
 
 def dialogue_logprobs(model, stack: Sequence[str], dialogues: Sequence[Dialogue], pad_id: int, *,
-                      batch_size: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+                      batch_size: int, temperature: float = 1.0,
+                      each_batch: EachBatch = map) -> tuple[Tensor, Tensor]:
     """Log-probs (B, L-1) of all sampled tokens under a stack, and their mask; nats."""
     ids, attention = right_pad([d.ids for d in dialogues], pad_id)
     mask = loss_mask(dialogues, ids.shape[1])
     device = model.device
     with use_stack(model, *stack):
         logprobs = in_chunks(lambda i, a, m: logprobs_at(model, i.to(device), a.to(device), m.to(device), temperature),
-                             batch_size, ids, attention, mask)
+                             batch_size, ids, attention, mask, each_batch=each_batch)
     return logprobs, mask
 
 

@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def model(folder):
-    from virtue.models import load_model
+    from virtue.plumbing.loading import load_model
 
     return load_model(folder)
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from virtue.plumbing import hub
-from virtue.plumbing.checkpoint import save_artifact, write_json, write_jsonl, write_manifest
+from virtue.plumbing.artefacts import save_artifact, write_json, write_jsonl, write_manifest
 from virtue.dialogue import Dialogue, Turn, encode_conversation
 from virtue.lora import use_stack
 from virtue.plumbing.merge import write_merged
-from virtue.models import ScalarHead, load_tokenizer
+from virtue.models import ScalarHead
+from virtue.plumbing.loading import load_tokenizer
 from virtue.rollout import score_dialogues
 
 MESSAGES = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]  # the placeholder on the card

@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
 
 from virtue import VirtueError  # noqa: E402
-from virtue.plumbing.checkpoint import save_artifact  # noqa: E402
+from virtue.plumbing.artefacts import save_artifact  # noqa: E402
 from virtue.dialogue import right_pad  # noqa: E402
 from virtue.lora import flatten, load_adapter_state, merged_state_dict, use_stack  # noqa: E402
 from virtue.models import ScalarHead, score_at  # noqa: E402

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from virtue.dialogue import Dialogue, Turn, encode_conversation
 from virtue.lora import use_stack
 from virtue.plumbing.merge import write_merged
-from virtue.models import ScalarHead, load_model, load_tokenizer
+from virtue.models import ScalarHead
+from virtue.plumbing.loading import load_model, load_tokenizer
 from virtue.rollout import score_dialogues
 
 # Scores differ by about 1. The base rounds as its type does, 8 bits of bf16 and 11 of fp16, whose merged weights are fp32; the

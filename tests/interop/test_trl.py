@@ -14,11 +14,12 @@ peft = pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
 
 from virtue.plumbing import hub  # noqa: E402
-from virtue.plumbing.checkpoint import write_jsonl  # noqa: E402
+from virtue.plumbing.artefacts import write_jsonl  # noqa: E402
 from virtue.dialogue import encode_conversation, right_pad  # noqa: E402
 from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES  # noqa: E402
 from virtue.lora import load_adapter_state, use_stack  # noqa: E402
-from virtue.models import ScalarHead, load_tokenizer, logprobs_at, score_at  # noqa: E402
+from virtue.models import ScalarHead, logprobs_at, score_at  # noqa: E402
+from virtue.plumbing.loading import load_tokenizer  # noqa: E402
 from virtue.preference import pairwise_loss  # noqa: E402
 from virtue.plumbing.records import parse_hh, read_dialogues, read_pairs, read_preferences, read_prompts, read_revisions  # noqa: E402
 from virtue.rollout import span_mask  # noqa: E402

@@ -1,6 +1,4 @@
-"""Talk to the tuned model in the terminal: base and tuned answers in two columns, each with every reward model's standardised score.
-
-Shell: imports core and modules; scripts may import it, the core may not."""
+"""Talk to the tuned model in the terminal: base and tuned answers in two columns, each with every reward model's standardised score."""
 from __future__ import annotations
 
 import contextlib
@@ -24,14 +22,16 @@ def columns(texts: dict[str, str], width: int) -> str:
 def chat(args):
     """The conversation of run_eval.py chat with its parsed flags, until /quit. VirtueError: an artefact that does not load."""
     from virtue import VirtueError
-    from virtue.plumbing.checkpoint import load_artifact, read_manifest
+    from virtue.plumbing.artefacts import load_artifact, read_manifest
     from virtue.dialogue import Dialogue, Turn, encode_prompt, followup_ids
     from virtue.ensemble import standardize
     from virtue.ethics import FOLLOW_UPS, LENSES
     from virtue.generate import check_context, fits, sample
     from virtue.lora import flatten, use_stack
-    from virtue.rollout import load_reward_models, load_sft, score_dialogues
-    from virtue.plumbing.runtime import open_base, stream
+    from virtue.plumbing.artefacts import load_reward_models, load_sft
+    from virtue.rollout import score_dialogues
+    from virtue.plumbing.loading import open_base
+    from virtue.randomness import stream
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  importing it gives input() arrow keys and a history
 

@@ -1,19 +1,17 @@
 """What the judge's verdicts say about the judge: ties, flips, votes, halo, whether it knows more than
 places; on toy, agreement with gold.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from virtue.ethics import LENSES, VIRTUES
+from virtue.generate import EachBatch
 from virtue.judge import choose, flipped, judge_log_odds, opinion, pair_fits, preferred
 from virtue.plumbing.records import is_number
 from virtue.evaluation.stats import wilson
@@ -195,7 +193,7 @@ def agreement(odds: Tensor, signs: dict[str, np.ndarray]) -> dict:
 
 
 def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]], lens: str, *, batch_size: int,
-              wording: str = "trained", keep: Path | None = None, gold: np.ndarray | None = None) -> dict | None:
+              wording: str = "trained", each_batch: EachBatch = map, gold: np.ndarray | None = None) -> dict | None:
     """The judge's comparison of two models' dialogues, prompt by prompt, both orders; None if no pair fits its context.
 
     Returns {"rate", "low", "high", "pairs", "questions", "label_mass"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
@@ -209,7 +207,7 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     if len(kept) < 2:
         return None
     pairs = [(after[i], before[i]) for i in kept]
-    odds, label_mass = judge_log_odds(judge, tokenizer, pairs, lens, batch_size, asked, wording, keep=keep)
+    odds, label_mass = judge_log_odds(judge, tokenizer, pairs, lens, batch_size, asked, wording, each_batch=each_batch)
     won = choose(odds[..., :len(VIRTUES)], "mean")
     rate = dict(zip(("rate", "low", "high"), wilson(won.sum().item(), len(won))))
     if gold is not None:
@@ -218,19 +216,20 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     return {**rate, "pairs": len(pairs), "questions": questions, "label_mass": label_mass}
 
 
-def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[dict]], *, batch_size: int, keep: Path | None = None) -> tuple[np.ndarray, list[int]]:
+def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[dict]], *, batch_size: int,
+           each_batch: Callable[[str], EachBatch] = lambda lens: map) -> tuple[np.ndarray, list[int]]:
     """P(answer better than the prompt's other one), mean of the lenses and virtues, each of which is
     `judge.opinion` of both orders: (P, n); and the indices of the P prompts.
 
     answers: n lists of dialogues as messages, prompt by prompt; others: one dialogue a prompt. A prompt of which a pair does not fit the judge's context is left
-    out. ``keep``: a folder for finished batches. VirtueError: as ``judge_log_odds``.
+    out. ``each_batch`` gives each lens its own, see ``generate.sample_dialogues``. VirtueError: as ``judge_log_odds``.
     """
     def cut(messages: list[dict], k: int) -> list[dict]:  # up to the turn of lens k of three
         return messages[:len(messages) - 2 * (len(LENSES) - 1 - k)]
 
     pairs = {lens: [[(cut(side[i], k), cut(other, k)) for side in answers] for i, other in enumerate(others)] for k, lens in enumerate(LENSES)}
     kept = [i for i in range(len(others)) if all(pair_fits(judge, tokenizer, *pair, lens) for lens in LENSES for pair in pairs[lens][i])]
-    odds = [judge_log_odds(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]], lens, batch_size, keep=keep and keep / f"judge-{lens}.jsonl")[0]
+    odds = [judge_log_odds(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]], lens, batch_size, each_batch=each_batch(lens))[0]
              for lens in LENSES if kept]
     if not kept:
         return np.zeros((0, len(answers))), kept

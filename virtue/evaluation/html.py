@@ -1,8 +1,6 @@
 """The report as one page of HTML for a person: no script, nothing loaded from elsewhere, light, dark, phone and print.
 
 What comes from models, data or paths goes through `clean`. Without matplotlib the page lacks its figures only.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

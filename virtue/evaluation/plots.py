@@ -4,8 +4,6 @@ Each figure is one <svg> to inline in a page or to save as a file: text and axes
 those colours of Okabe and Ito that can be told apart on white and on black, ids of its own; the same
 numbers give the same bytes. A value that is missing or None leaves a gap. Each function takes rows of
 metrics.jsonl, of scores.json's curve or of best_of_n.json, and raises ImportError without matplotlib.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

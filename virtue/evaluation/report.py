@@ -1,6 +1,4 @@
 """What an evaluation says: one column of numbers for each model, intervals of differences, transcripts.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ import numpy as np
 
 from virtue import VirtueError
 from virtue.evaluation import textstats
-from virtue.plumbing.checkpoint import read_manifest
+from virtue.plumbing.artefacts import read_manifest
 from virtue.dialogue import Dialogue
 from virtue.plumbing.records import is_number
 from virtue.ensemble import study_score

@@ -2,8 +2,6 @@
 
 `a` and `b` hold one row for each held-out prompt, in the same order; differences are b - a. Arrays
 of unlike shape, fewer than 2 rows, values not finite, and settings out of range raise ValueError.
-
-Core: imports torch, numpy and other core files only (tests/test_imports.py); everything may import it.
 """
 from __future__ import annotations
 

@@ -6,8 +6,6 @@ paraphrase, other languages, misspelling, hyphenated forms spelt apart and irony
 
 A word is letters, digits or _, with apostrophes inside; a phrase matches whole words, any case, any white space,
 curly apostrophes like straight ones, with or without a comma between its words.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Plumbing: what a run needs around the method, from flags to files."""

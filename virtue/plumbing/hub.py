@@ -8,8 +8,6 @@ FOLDER is an adapter (of run_sft.py, run_ppo.py or one lens of run_rm.py), the m
 trained upon SFT is the wrong model when it stands alone: the two go up as one flat adapter. The card's numbers are those
 of virtue.json, of summary.json, and of --report, which must be on these very weights. Of absolute paths only the last
 part goes up. --dry-run prints the card and the names of the files, and opens no connection.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
@@ -24,11 +22,12 @@ import torch
 from safetensors.torch import load_file, save
 
 from virtue import VirtueError
-from virtue.plumbing.checkpoint import CONFIG, MANIFEST, WEIGHTS, file_hash, read_manifest, sha256_file
+from virtue.plumbing.artefacts import CONFIG, MANIFEST, WEIGHTS, file_hash, read_manifest, sha256_file
 from virtue.ethics import LENSES, VIRTUES
 from virtue.evaluation.feedback import doubts
 from virtue.evaluation.report import ROWS
-from virtue.plumbing.runtime import make_parser, run_main
+from virtue.plumbing.flags import make_parser
+from virtue.plumbing.runtime import run_main
 from virtue.evaluation.stats import wilson
 
 REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"

@@ -3,17 +3,15 @@
 Weights, adapters, moments and KV cache are exact; activations follow the formula at `layer_bytes`, which is what autograd
 keeps of transformers' Mistral with a fused attention kernel (which CUDA has for bf16 and fp16, but not for fp32 without a mask) and
 our LoRA; logits and passing tensors are upper estimates. Not in it: the CUDA context and the allocator's fragments, 0.5 to 1 GiB. Sizes in bytes; every sequence counts as full length.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from virtue import TARGETS, VirtueError
+from virtue.models import LOGITS_AT_ONCE
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-LOGITS_AT_ONCE = 1 << 26  # numbers: logits of more are computed part by part (models.logprobs_at)
 Adapter = tuple[int | None, Sequence[str]]  # rank, None for whole matrices; targets
 
 

@@ -2,8 +2,6 @@
 
 An adapter alone is the wrong model wherever it was trained upon SFT, so base, SFT and reward adapter
 are folded together. Never train on the result in 4 bits: rounding erases light fine-tunes.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from virtue.plumbing.checkpoint import write_atomic
+from virtue.plumbing.artefacts import write_atomic
 from virtue.dialogue import Dialogue
 from virtue.lora import merged_state_dict
 from virtue.plumbing.parallel import barrier

@@ -4,8 +4,6 @@ Every rank holds the whole model and the whole batch's tokens; what costs time i
 rank did not do is zero until it is summed. So there is one flat all-reduce of the adapters' gradients a step,
 losses are already normalised by the whole step's tokens, and statistics over a batch are the same on every rank.
 Rank 0 writes. Text travels as JSON; nothing is pickled.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 

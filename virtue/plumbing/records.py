@@ -1,13 +1,10 @@
 """Data files: prompts, revisions, preferences and dialogues as JSON Lines, ours and other people's.
 
 Errors name file, line and remedy. The splits of prompts by stage are here, too.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import re
 import reprlib
@@ -17,11 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from virtue import VirtueError
-from virtue.dialogue import Dialogue, Messages, Turn
+from virtue.dialogue import Dialogue, Messages, Turn, prompt_record, split
 from virtue.ethics import LENSES, VIRTUES
 from virtue.plumbing.runtime import main_rank
 
-SPLITS = (("sft", 0.25), ("rm", 0.60), ("ppo", 0.90), ("eval", 1.00))  # cumulative shares
 LONGEST = 64 << 20  # bytes of a line: a small .gz can hold one that fills the memory
 
 
@@ -60,19 +56,6 @@ def check_messages(messages: object, name: str, last: str) -> None:
         _need(isinstance(content, str) and content.strip(), f"{where} must have a non-empty text as content")
         _need_text(content, where)
     _need(messages[-1]["role"] == last, f'"{name}" must end with a message of the {last}')
-
-
-def prompt_record(messages: Messages) -> dict:
-    """``{"id", "prompt"}``: the id is 16 hex digits of the sha256 of the messages' JSON."""
-    prompt = [{"role": m["role"], "content": m["content"]} for m in messages]
-    canonical = json.dumps(prompt, sort_keys=True, separators=(",", ":"))
-    return {"id": hashlib.sha256(canonical.encode()).hexdigest()[:16], "prompt": prompt}
-
-
-def split(prompt_id: str) -> str:
-    """The stage that may use a prompt: sft 25 %, rm 35 %, ppo 30 %, eval 10 %, by its id."""
-    share = int(prompt_id, 16) / 16 ** len(prompt_id)
-    return next((name for name, bound in SPLITS if share < bound), "eval")
 
 
 _LINES = 'python -c "import pandas; pandas.read_{read}({path!r}).to_json(\'rows.jsonl\', orient=\'records\', lines=True)"'

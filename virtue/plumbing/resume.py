@@ -5,8 +5,6 @@ on from there. What stays is <out>/done.json, the flags and the hashes of the in
 stand for. Loops over optimiser steps save all that the next step depends on (`save_checkpoint`); loops
 over batches keep each batch's result (`replay`). Randomness is keyed (``runtime.stream``), so no
 generator has a state to save, and what a resumed run writes is what it would have written anyway.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
@@ -27,11 +25,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from virtue import VirtueError, printable
-from virtue.plumbing.checkpoint import MANIFEST, check_output, file_hash, prepare_output, write_atomic, write_json
-from virtue.plumbing.parallel import rank, size, total
+from virtue.plumbing.artefacts import MANIFEST, check_output, file_hash, prepare_output, write_atomic, write_json
+from virtue.plumbing.parallel import gather, rank, share, size, total
 from virtue.plumbing.records import is_number
-from virtue.models import is_sound
-from virtue.plumbing.runtime import main_rank
+from virtue.plumbing.loading import is_sound
+from virtue.plumbing.runtime import main_rank, progress
 
 FOLDER, SETTINGS, DONE = "resume", "settings.json", "done.json"
 KEPT = 2  # checkpoints on the disk: where the newest is damaged, the one before it serves
@@ -223,14 +221,24 @@ def load_checkpoint(state: Path, parameters: Sequence[Tensor], optimizer: torch.
 # ---- loops over batches
 
 
+def spread(desc: str | None = None, keep: Path | None = None) -> Callable:
+    """An ``each_batch`` for the method's loops: every process computes its share of the batches, and
+    all of them get all results, in order. ``desc`` names a progress bar; ``keep`` a file for finished
+    batches (see `replay`), from which a run that was killed goes on."""
+    def each_batch(compute: Callable[[T], object], batches: Sequence[T]) -> list:
+        mine = share(batches)
+        return gather([*replay(keep, progress(mine, desc) if desc else mine, compute)])
+    return each_batch
+
+
 def replay(path: Path | None, batches: Iterable[T], compute: Callable[[T], object]) -> Iterator:
     """compute(batch) for each batch, as JSON gives it back; results on `path` are read, new ones appended.
 
     Each line begins with a checksum; what comes from the first damaged one on is computed again. Without a path
-    nothing is kept. VirtueError: the disk is full, or the file cannot be written.
+    nothing is kept, and results come as they are. VirtueError: the disk is full, or the file cannot be written.
     """
     if path is None:
-        yield from (json.loads(json.dumps(compute(batch))) for batch in batches)
+        yield from map(compute, batches)
         return
     if size() > 1:
         path = path.with_suffix(f".{rank()}.jsonl")

@@ -1,6 +1,4 @@
 """The embedded toy world: a grammar of moral situations, its gold standard, its tiny Mistral.
 
 No stage of the method learns from this package but for its prompts: gold is only reported.
-
-Toy: the shell and the scripts may import it; of its truth only the evaluation reads.
 """

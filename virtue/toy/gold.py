@@ -12,8 +12,6 @@ of another lens) is broken. Raw points of a turn:
 
 Points are cut to plus or minus the most that a turn can earn (3, 2, 2) and scaled to [0, 1]; overall
 gold is the mean of the three lenses.
-
-Toy: the shell and the scripts may import it; of its truth only the evaluation reads.
 """
 from __future__ import annotations
 

@@ -4,15 +4,13 @@ A clause has a *virtue* and a *pole*: ``mean`` shows the virtue, ``deficiency`` 
 two vices beside it (Aristotle's mean). Clauses have slots for a person ``{p}`` and a thing ``{t}``.
 The last wording of every ``mean`` and of every action ``deficiency``, and the last four questions,
 are held out of pre-training and of the training prompts: only the evaluation meets them.
-
-Toy: the shell and the scripts may import it; of its truth only the evaluation reads.
 """
 from __future__ import annotations
 
 import random
 from typing import NamedTuple
 
-from virtue.plumbing.records import prompt_record, split
+from virtue.dialogue import prompt_record, split
 from virtue.ethics import CONSTITUTION, CRITIQUE, FOLLOW_UPS, LENSES, REVISION, VIRTUES
 
 PERSONS = "Anna Ben Clara David Emma Felix Grace Hugo Ida Jonas Karl Lena Mia Noah Olga Paul".split()

@@ -26,8 +26,6 @@ wording and the extra questions of virtue/ethics.py, and questions with their wo
 person does not hang on places. The third command, with more text at a quarter of the rates, gives back the
 naming that the second loses; a word of its questions is often replaced (--borrow), since a question with the rare
 word "judge" had called up the judge's answers (docs/experiments.md, section 5).
-
-Toy: the shell and the scripts may import it; of its truth only the evaluation reads.
 """
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ from virtue.ethics import (CONSTITUTION, CRITIQUE, EXTRA_QUESTIONS, JUDGE_ABOUT,
                            LENSES, REVISION, VIRTUES)
 from virtue.judge import (encode_questions, judge_log_odds, label_ids, opinion, pack, pair_text,
                           questions)
-from virtue.plumbing.runtime import make_parser
+from virtue.plumbing.flags import make_parser
 from virtue.toy import grammar
 
 SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]"]

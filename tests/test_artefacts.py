@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from virtue import VirtueError
-from virtue.plumbing import checkpoint
-from virtue.plumbing.checkpoint import load_artifact, read_manifest, save_artifact
+from virtue.plumbing import artefacts
+from virtue.plumbing.artefacts import load_artifact, read_manifest, save_artifact
 from virtue.lora import adapter_config, adapter_parameters, adapter_state, add_adapter, remove_adapter, use_stack
 from virtue.models import ScalarHead, hidden_states
-from virtue.plumbing.runtime import open_base
+from virtue.plumbing.loading import open_base
 
 BASE = {"id": "tiny", "fingerprint": "f1"}
 MINE = dict(base=BASE, template="t1")
@@ -56,7 +56,7 @@ def saved(model, tmp_path):
     adapt(model, "action", 2)
     head = ScalarHead(model.config.hidden_size, seed=3)
     for name in ("sft", "rm"):
-        checkpoint.prepare_output(tmp_path / name, overwrite=False)
+        artefacts.prepare_output(tmp_path / name, overwrite=False)
     save_artifact(tmp_path / "sft", stage="sft", model=model, adapter="sft", parents={}, seed=0,
                   settings={}, **MINE)
     save_artifact(tmp_path / "rm", stage="rm", model=model, adapter="action", head=head, seed=7,
@@ -107,7 +107,7 @@ def test_files_are_pefts_and_tell_their_origin(saved):
     manifest = json.loads((path / "rm" / "virtue.json").read_text())
     digest = hashlib.sha256((path / "sft" / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert manifest["parents"] == {"sft": {"folder": str(path / "sft"), "sha256": digest}}
-    assert checkpoint.file_hash(path / "sft") == digest
+    assert artefacts.file_hash(path / "sft") == digest
     assert manifest["extra"] == {"lens": "action", "score_mean": 0.5, "score_std": 2.0}
     assert manifest["settings"] == {"lr": 1e-3, "out": str(path / "rm")} and manifest["seed"] == 7
     assert manifest["stage"] == "rm" and manifest["base"] == BASE and manifest["template"] == "t1"
@@ -196,7 +196,7 @@ def test_damage_is_refused(model, saved):
     tensors = load_file(weights)
     def put(changed):
         save_file(changed, weights)
-        edit_json(manifest, sha256=checkpoint.file_hash(rm))
+        edit_json(manifest, sha256=artefacts.file_hash(rm))
     save_file({k: v + 1 for k, v in tensors.items()}, weights)
     refuse(model, rm, "changed since")
     score = "base_model.model.score.weight"
@@ -209,7 +209,7 @@ def test_damage_is_refused(model, saved):
     put({k: v for k, v in tensors.items() if "layers.1" not in k})
     refuse(model, rm, "missing")
     weights.write_bytes(b"no tensors")
-    edit_json(manifest, sha256=checkpoint.file_hash(rm))
+    edit_json(manifest, sha256=artefacts.file_hash(rm))
     refuse(model, rm, "damaged")
     put(tensors)
     (rm / "adapter_config.json").unlink()
@@ -223,12 +223,12 @@ def test_an_interrupted_save_leaves_no_artefact(model, saved, monkeypatch):
     for fails in range(3):  # at the weights, at the configuration, at the manifest
         calls = []
 
-        def write(path, data, fails=fails, calls=calls, write=checkpoint.write_atomic):
+        def write(path, data, fails=fails, calls=calls, write=artefacts.write_atomic):
             calls.append(path)
             if len(calls) > fails:
                 raise KeyboardInterrupt
             write(path, data)
-        monkeypatch.setattr(checkpoint, "write_atomic", write)
+        monkeypatch.setattr(artefacts, "write_atomic", write)
         with pytest.raises(KeyboardInterrupt):
             save_artifact(rm, stage="rm", model=model, adapter="sft", parents={}, seed=0,
                           settings={}, **MINE)
@@ -245,45 +245,45 @@ def test_an_interrupted_save_leaves_no_artefact(model, saved, monkeypatch):
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    checkpoint.write_json(path, {"a": torch.tensor([1.5]), "b": tmp_path, "c": "é"})
+    artefacts.write_json(path, {"a": torch.tensor([1.5]), "b": tmp_path, "c": "é"})
     assert json.loads(path.read_text("utf-8")) == {"a": [1.5], "b": str(tmp_path), "c": "é"}
-    checkpoint.write_jsonl(tmp_path / "a.jsonl", iter([{"a": 1}, {"b": "x\ny\u2028"}]))
+    artefacts.write_jsonl(tmp_path / "a.jsonl", iter([{"a": 1}, {"b": "x\ny\u2028"}]))
     raw = (tmp_path / "a.jsonl").read_bytes().split(b"\n")
     assert [json.loads(line) for line in raw[:-1]] == [{"a": 1}, {"b": "x\ny\u2028"}]
     assert raw[2] == b""
     with pytest.raises(ValueError):
-        checkpoint.write_json(path, float("nan"))
+        artefacts.write_json(path, float("nan"))
 
     def full(fd):
         raise OSError(28, "No space left on device")
     old = path.read_bytes()
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(VirtueError, match="a.json: cannot be written .No space"):
-        checkpoint.write_atomic(path, b"new")
+        artefacts.write_atomic(path, b"new")
     assert path.read_bytes() == old and not list(tmp_path.glob("*.tmp"))
     monkeypatch.undo()
     with pytest.raises(VirtueError, match="cannot be written"):
-        checkpoint.write_atomic(tmp_path / "none" / "a", b"")
-    checkpoint.write_atomic(path, lambda temporary: temporary.write_bytes(b"large"))
+        artefacts.write_atomic(tmp_path / "none" / "a", b"")
+    artefacts.write_atomic(path, lambda temporary: temporary.write_bytes(b"large"))
     assert path.read_bytes() == b"large" and not list(tmp_path.glob("*.tmp"))
     with pytest.raises(VirtueError, match="a.json: cannot be written .*make room"):  # what safetensors says of a full disk
-        checkpoint.write_atomic(path, lambda temporary: save_file({"a": torch.zeros(2)}, temporary / "no"))
+        artefacts.write_atomic(path, lambda temporary: save_file({"a": torch.zeros(2)}, temporary / "no"))
     path.write_bytes(old)
-    assert checkpoint.sha256_file(path) == hashlib.sha256(old).hexdigest()
+    assert artefacts.sha256_file(path) == hashlib.sha256(old).hexdigest()
 
 
 def test_prepare_output(tmp_path):
-    out = checkpoint.prepare_output(tmp_path / "a" / "b", overwrite=False)
-    assert out.is_dir() and checkpoint.prepare_output(str(out), overwrite=False) == out
+    out = artefacts.prepare_output(tmp_path / "a" / "b", overwrite=False)
+    assert out.is_dir() and artefacts.prepare_output(str(out), overwrite=False) == out
     for name in ("virtue.json", "other"):
         (out / name).write_text("{}")
     with pytest.raises(VirtueError, match="b: not empty.*--overwrite"):
-        checkpoint.prepare_output(out, overwrite=False)
+        artefacts.prepare_output(out, overwrite=False)
     assert sorted(os.listdir(out)) == ["other", "virtue.json"]
-    checkpoint.prepare_output(out, overwrite=True)
+    artefacts.prepare_output(out, overwrite=True)
     assert os.listdir(out) == ["other"]
     with pytest.raises(VirtueError, match="--out"):
-        checkpoint.prepare_output(out / "other", overwrite=True)
+        artefacts.prepare_output(out / "other", overwrite=True)
 
 
 def test_the_readmes_way_from_peft_gives_an_sft_model(tmp_path, monkeypatch):

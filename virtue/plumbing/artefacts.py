@@ -3,8 +3,6 @@
 An artefact is a folder with ``adapter_model.safetensors`` and ``adapter_config.json`` in PEFT's
 format (a scalar head under the name ``score``) and ``virtue.json``, which is written last and says
 what the adapter belongs to: without it the folder is no artefact.
-
-Shell: imports core and modules; scripts may import it, the core may not.
 """
 from __future__ import annotations
 
@@ -17,15 +15,17 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from virtue import VirtueError
 from virtue.ethics import LENSES
 from virtue.plumbing.records import is_number
 from virtue.lora import adapter_config, adapter_state, load_adapter_state
-from virtue.models import DTYPES, QUANTIZE, ScalarHead, is_sound
+from virtue.models import DTYPES, ScalarHead
+from virtue.plumbing.loading import QUANTIZE, is_sound
 from virtue.plumbing.runtime import main_rank
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "virtue.json"
@@ -317,3 +317,24 @@ def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, st
     except VirtueError as e:
         raise VirtueError(f"{folder}: {str(e)[:500]}: {_AGAIN}") from None
     return manifest, head
+
+
+def load_sft(folder: Path | None, model, **known) -> tuple[tuple[str, ...], dict[str, Path]]:
+    """Puts the SFT adapter on the model, if there is one -> (its stack, the parents that artefacts upon it record). VirtueError: as ``load_artifact``."""
+    if folder is None:
+        return (), {}
+    load_artifact(folder, model, "sft", stage="sft", **known)
+    return ("sft",), {"sft": folder}
+
+
+def load_reward_models(folder: Path, model, sft: tuple[str, ...], parents: Mapping[str, Path], prefix: str = "", **known,
+                       ) -> tuple[list[tuple[tuple[str, ...], torch.nn.Module]], Tensor, Tensor]:
+    """The reward models of run_rm.py, as (stack, head) in the order of LENSES, and their scores' mean and std.
+
+    mean and std (K,) are those of the starting policy's dialogues. ``parents`` and ``known`` (base,
+    template) must be what the models were trained upon: see ``artefacts.load_artifact``. ``prefix`` keeps
+    a second ensemble's adapters apart. VirtueError: one is missing or does not match.
+    """
+    found = [(lens, *load_artifact(folder / lens, model, prefix + lens, stage="rm", lens=lens, parents=parents, **known)) for lens in LENSES]
+    mean, std = torch.tensor([[manifest["extra"][key] for _, manifest, _ in found] for key in ("score_mean", "score_std")])
+    return [((*sft, prefix + lens), head) for lens, _, head in found], mean, std
