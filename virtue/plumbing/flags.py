@@ -168,7 +168,7 @@ def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     folder = getattr(args, flag) if flag else None
     if folder is None:
         return args
-    from virtue.plumbing.checkpoint import MANIFEST, read_manifest
+    from virtue.plumbing.artefacts import MANIFEST, read_manifest
     if inside and (folder / MANIFEST).is_file():
         raise VirtueError(f"{folder}: one artefact (of stage {read_manifest(folder)['stage']!r}): give the folder of run_rm.py, in which {inside}/ lies")
     settings = read_manifest(folder / inside, stage)["settings"]

@@ -75,7 +75,7 @@ def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
         checkpoint_layers(model)
     return Base(model, tokenizer, {"id": str(name), "fingerprint": base_fingerprint(folder)}, template_fingerprint(tokenizer))
 TOY = "toy"
-TOY_FOLDER = Path(__file__).parent / "toy" / "model"
+TOY_FOLDER = Path(__file__).parents[1] / "toy" / "model"
 QUANTIZE = ("none", "nf4")
 _INDEX = "model.safetensors.index.json"
 _SIZES = {"num_hidden_layers": 1000, **dict.fromkeys((  # the largest values believed of a config.json

@@ -19,7 +19,7 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
     """
     from types import SimpleNamespace
     from virtue.plumbing import memory
-    from virtue.plumbing.checkpoint import check_artifact, check_made_by, read_manifest
+    from virtue.plumbing.artefacts import check_artifact, check_made_by, read_manifest
     from virtue.ethics import LENSES
     from virtue.generate import check_context
     from virtue.plumbing.loading import (base_fingerprint, load_tokenizer, read_config, resolve,
