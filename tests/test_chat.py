@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import virtue.generate
-import virtue.plumbing.runtime
+import virtue.plumbing.loading
 from virtue import VirtueError
 from virtue.evaluation.chat import HELP, TOY_QUESTION, chat, columns
 from virtue.plumbing.artefacts import save_artifact
@@ -152,7 +152,7 @@ def test_a_conversation_that_fills_the_context_is_told(talk, said, monkeypatch):
         base = open_base(args)
         base.model.config.max_position_embeddings = 400
         return base
-    monkeypatch.setattr(virtue.plumbing.runtime, "open_base", small)
+    monkeypatch.setattr(virtue.plumbing.loading, "open_base", small)
     said += ["a..."] * 20  # cut answers: an EOS is forced after each
     out = talk(*["word " * 90] * 5, "/new", "One?", "/quit")
     assert out.count("too long for the model: /new") == 2 and "a... ..." in out and len(said) == 20 - 2 * (3 + 1)

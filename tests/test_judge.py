@@ -12,7 +12,6 @@ from virtue.evaluation.feedback import versus, win_rates
 from virtue.judge import (encode_questions, judge_log_odds, judge_pairs, label_ids, opinion, pack, preferred, questions, transcript,
                           verdict)
 from virtue.plumbing.loading import load_model, load_tokenizer
-from virtue.plumbing.resume import replay
 from virtue.evaluation.stats import wilson
 
 
@@ -93,14 +92,12 @@ def test_log_odds_keep_what_probabilities_round_away(tiny):
     assert torch.allclose(opinion(after), opinion(before), atol=1e-4)
 
 
-def test_probabilities_that_an_older_version_kept_are_not_read_as_log_odds(tiny, tmp_path, monkeypatch):
-    pairs = [pair("I give it back.", "I keep it.")]
-    list(replay(tmp_path / "judge.jsonl", [0], lambda _: [[[0.75] * 5] * 2, 1.0]))
-    first, _ = judge_log_odds(*tiny, pairs, "action", keep=tmp_path / "judge.jsonl")
-    monkeypatch.setattr("virtue.judge.hidden_states", None)  # a resumed run reads its own and asks nothing
-    again, _ = judge_log_odds(*tiny, pairs, "action", keep=tmp_path / "judge.jsonl")
-    monkeypatch.undo()
-    assert torch.equal(first, again) and torch.equal(first, judge_log_odds(*tiny, pairs, "action")[0])
+def test_each_batch_computes_the_batches_in_any_place_and_order(tiny):
+    pairs = [pair("I give it back.", "I keep it."), pair("No.", "I say where the letter is."), pair("a", "b")]
+
+    def backwards(compute, batches):
+        return [compute(batch) for batch in list(batches)[::-1]][::-1]
+    assert torch.equal(*(judge_log_odds(*tiny, pairs, "action", 2, each_batch=run)[0] for run in (map, backwards)))
 
 
 def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from virtue import VirtueError
-from virtue.plumbing.resume import KEPT, finish, load_checkpoint, may_write, replay, save_checkpoint, start
+from virtue.plumbing.resume import KEPT, finish, load_checkpoint, may_write, replay, save_checkpoint, spread, start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -172,6 +172,21 @@ def test_replay_computes_what_is_missing(tmp_path):
     path.write_bytes(b'[1, 0.1]\nnot json\n[9, 9]\n')
     assert list(replay(path, [1, 2, 3], square))[1:] == [[4, 0.2], [9, 3 * 0.1]] and path.read_bytes() == whole
     assert list(replay(None, [3], square)) == [[9, 3 * 0.1]]
+
+
+def test_spread_keeps_each_batch_and_shows_a_bar(tmp_path, capsys):
+    computed = []
+
+    def double(batch):
+        computed.append(batch)
+        return [2 * x for x in batch]
+    batches = [[1, 2], [3]]
+    for _ in range(2):
+        assert spread("Doubling", tmp_path / "kept.jsonl")(double, batches) == [[2, 4], [6]]
+        assert "Doubling" in capsys.readouterr().err
+    assert computed == batches  # the second time all was there
+    assert spread()(double, batches) == [[2, 4], [6]] and computed == batches * 2
+
 
 
 def test_stages_survive_sigkill():

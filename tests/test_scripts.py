@@ -564,7 +564,8 @@ def test_every_flag_is_read_and_explained(script, monkeypatch):
     monkeypatch.setattr(argparse._ActionsContainer, "add_argument", lambda self, *a, **k: seen.append(add(self, *a, **k)) or seen[-1])
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse(["--help"])
-    sources = [(ROOT / name).read_text() for name in (f"{script}.py", "virtue/plumbing/runtime.py", "virtue/plumbing/resume.py")]
+    sources = [(ROOT / name).read_text() for name in (
+               f"{script}.py", *(f"virtue/plumbing/{name}.py" for name in ("flags", "loading", "preview", "resume")))]
     read = {node.attr for source in sources for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"}
     flags = {a.dest: a for a in seen if a.option_strings and a.dest != "help"}
