@@ -21,6 +21,21 @@ and upload), `evaluation` (statistics, the judge's worth, report, page, figures,
 embedded world in which true virtue is known). The method imports none of them.
 """
 
+from importlib import import_module, util
+
+
+def submodules(package: str):
+    """A package's ``__getattr__``: ``virtue.ppo.gae`` imports virtue/ppo.py when it is first named, so
+    that a script says where each function comes from, and --help needs no torch."""
+    def __getattr__(name: str):
+        if util.find_spec(f"{package}.{name}") is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return import_module(f"{package}.{name}")
+    return __getattr__
+
+
+__getattr__ = submodules(__name__)
+
 # The linear layers of a Mistral block: where LoRA goes unless told otherwise.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

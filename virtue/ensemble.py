@@ -48,7 +48,7 @@ def shares(scores: Tensor, method: str, weights: Tensor | None = None) -> Tensor
 
 
 def aggregate(scores: Tensor, method: str, weights: Tensor | None = None, coef: float = 0.5,
-              use_variance: bool = False, reference: float | Tensor = 0.0) -> Tensor:
+              use_variance: bool = False, reference: float | Tensor = 1.0) -> Tensor:
     """One reward per dialogue, higher is better, from standardised scores (K, B) -> (B,).
 
         mean      sum_k s_k / K

@@ -28,13 +28,9 @@ def span_mask(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> Tensor
     return mask
 
 
-def loss_mask(dialogues: Sequence[Dialogue], length: int, train_turns: str = "all") -> Tensor:
-    """(B, length - 1) bool, True where the next token was sampled in a turn that the loss covers.
-
-    ``train_turns``: "all", or "action" for the first turn only. A forced EOS is never covered.
-    """
-    covered = slice(0, 1 if train_turns == "action" else None)
-    return span_mask([[(t.start, t.end) for t in d.turns[covered]] for d in dialogues], length)
+def loss_mask(dialogues: Sequence[Dialogue], length: int) -> Tensor:
+    """(B, length - 1) bool, True where the next token was sampled. A forced EOS is never covered."""
+    return span_mask([[(t.start, t.end) for t in d.turns] for d in dialogues], length)
 
 
 @torch.no_grad()
@@ -111,16 +107,16 @@ def dialogue_logprobs(model, stack: Sequence[str], dialogues: Sequence[Dialogue]
 
 
 def place_scores(scores: Tensor, dialogues: Sequence[Dialogue], mask: Tensor, method: str, *,
-                 pay_at: str = "turns", eos_penalty: float = 0.0, **settings) -> Tensor:
+                 eos_penalty: float = 0.0, **settings) -> Tensor:
     """Rewards (B, L-1) from standardised scores (K, B), before the KL penalty.
 
-    Additive aggregators pay each lens at the last sampled token of its own turn; the others, and those
-    with ``pay_at`` "end", one scalar at the dialogue's last sampled token (an earlier one where the loss
-    ends earlier: see ``place_rewards``). A truncated turn under the loss pays ``eos_penalty`` at its last token.
+    Additive aggregators pay each lens at the last sampled token of its own turn. The others pay one
+    scalar at the dialogue's last sampled token (an earlier one where the loss ends earlier: see
+    ``place_rewards``). A truncated turn under the loss pays ``eos_penalty`` at its last token.
     ``settings`` go to ``ensemble.aggregate``. ValueError: as there, and as ``place_rewards``.
     """
     ends = torch.tensor([[turn.end - 2 for turn in d.turns] for d in dialogues])  # columns (B, turns)
-    if method in ADDITIVE and pay_at == "turns":
+    if method in ADDITIVE:
         parts = shares(scores, method, settings.get("weights"))
         positions = torch.stack([ends[:, min(k, ends.shape[1] - 1)] for k in range(len(parts))])  # (K, B)
         rewards = place_rewards(mask, positions, parts)

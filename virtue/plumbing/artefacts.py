@@ -327,6 +327,11 @@ def load_sft(folder: Path | None, model, **known) -> tuple[tuple[str, ...], dict
     return ("sft",), {"sft": folder}
 
 
+def reward_model_hashes(folder: Path) -> dict[str, str]:
+    """`file_hash` of each reward model in a folder of run_rm.py, by lens."""
+    return {lens: file_hash(folder / lens) for lens in LENSES}
+
+
 def load_reward_models(folder: Path, model, sft: tuple[str, ...], parents: Mapping[str, Path], prefix: str = "", **known,
                        ) -> tuple[list[tuple[tuple[str, ...], torch.nn.Module]], Tensor, Tensor]:
     """The reward models of run_rm.py, as (stack, head) in the order of LENSES, and their scores' mean and std.
