@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 NUMBER = r"[-+]?\d+\.\d+"
@@ -87,7 +87,7 @@ def figures() -> dict:
              "six PPO steps, rate × 0.14", "whole recipe, translated", "whole recipe, literal",
              "whole recipe, PPO's rate × 1.4", "whole recipe, default's PPO"]
     stalemate = [([(shown, cells[arm], EIGHT) for shown, arm in zip(names, arms)], label)
-                 for cells, label in ((gold, "gain in gold"), (score, "gain in standardised Score"))]
+              for cells, label in ((gold, "gain in gold"), (score, "gain in standardised Score"))]
 
     eight, three = column("08-lenses", end), column("08-lenses", end, 1)
     lenses = [("action alone (8 seeds)", eight["action alone"], EIGHT)] + [
