@@ -31,11 +31,6 @@ def tiny(folder):
     return load_model(folder), load_tokenizer(folder)
 
 
-def test_its_bar_ends(tiny, capsys):
-    judge_log_odds(*tiny, [pair("a", "b")] * 5, "action", batch_size=4)
-    assert "judge action: 100%" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_packed_questions_equal_ten_separate_prompts(tiny, folder):
     """Against transformers in float64, a prompt a question: log-odds of the labels, and their mass."""
     from transformers import AutoModelForCausalLM

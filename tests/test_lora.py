@@ -17,7 +17,7 @@ from virtue import VirtueError
 from virtue.lora import (
     TARGETS, LoRALinear, active_stack, adapter_config, adapter_names, adapter_parameters,
     _Folded, adapter_state, add_adapter, flatten, load_adapter_state, merged_state_dict, remove_adapter,
-    requantize, sampling_copy, set_stack, use_stack,
+    sampling_copy, set_stack, use_stack,
 )
 from virtue.plumbing.loading import load_model
 
@@ -417,34 +417,6 @@ def test_whole_matrices_stand_upon_lora_and_are_flattened_with_it(folders, quant
     set_stack(model, "flat")
     torch.testing.assert_close(logits(model), stacked, rtol=1e-4, atol=1e-4)
     assert all(p.shape[0] != 3 and not p.requires_grad for p in adapter_parameters(model, "flat"))
-
-
-def test_requantize_is_quantising_the_merged_weights(folders):
-    import bitsandbytes.functional as bnb
-    model = load_model(folders[False], quantize="nf4")
-    stack, before = unequal_stack(model), dense_weights(model)
-    set_stack(model, *stack)
-    stacked = logits(model)
-    with use_stack(model, requantize(model, stack, "merged")):
-        mine = logits(model)
-    for path, layer in model.named_modules():
-        if isinstance(layer, LoRALinear):
-            W = before[path + ".weight"].clone()
-            for n in stack:
-                if n in layer.scaling:
-                    W += layer.scaling[n] * layer.lora_B[n].detach() @ layer.lora_A[n].detach()
-            codes, state = bnb.quantize_4bit(W, quant_type="nf4", compress_statistics=True)
-            before[path + ".weight"] = bnb.dequantize_4bit(codes, state)
-    oracle = functional_call(plain(folders[False]), before, (IDS,), {"use_cache": False}).logits
-    torch.testing.assert_close(mine, oracle, rtol=1e-4, atol=1e-4)
-    assert (mine - stacked).abs().max() > 0.01 and active_stack(model) == stack
-    bare = load_model(folders[False])
-    add(bare, "a")
-    with pytest.raises(VirtueError, match="--quantize nf4"):
-        requantize(bare, ("a",), "merged")
-
-
-# ---- flatten and merge
 
 
 def unequal_stack(model):

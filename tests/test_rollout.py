@@ -26,8 +26,7 @@ def test_loss_mask_speaks_of_the_next_token():
     mask = loss_mask([ONE, TWO], 10)
     assert mask[0].nonzero().flatten().tolist() == [1, 2, 4, 5, 7, 8]  # tokens 2 3, 5 6, 8 9; not the forced EOS 7
     assert mask[1].nonzero().flatten().tolist() == [0, 1, 3, 5, 6]
-    assert loss_mask([ONE], 10, "action").nonzero()[:, 1].tolist() == [1, 2]
-    assert torch.equal(span_mask([[(2, 4)]], 10), loss_mask([ONE], 10, "action"))
+    assert span_mask([[(2, 4)]], 10).nonzero()[:, 1].tolist() == [1, 2]
 
 
 def test_additive_scores_land_at_the_end_of_their_own_turn():
@@ -45,15 +44,9 @@ def test_other_aggregates_land_at_the_end_of_the_dialogue():
     assert rewards[0].tolist() == [0] * 8 + [3] and rewards[1].tolist() == [0] * 6 + [30, 0, 0]
 
 
-def test_additive_scores_land_at_the_end_of_the_dialogue_where_asked_to():
-    scores = torch.tensor([[3.0, 30.0], [6.0, 60.0], [9.0, 90.0]])
-    rewards = place_scores(scores, [ONE, TWO], loss_mask([ONE, TWO], 10), "mean", pay_at="end")
-    assert rewards[0].tolist() == [0] * 8 + [6] and rewards[1].tolist() == [0] * 6 + [60, 0, 0]
-
-
 def test_with_the_loss_over_the_action_later_rewards_fall_on_its_last_token():
     scores = torch.tensor([[3.0], [6.0], [9.0]])
-    rewards = place_scores(scores, [ONE], loss_mask([ONE], 10, "action"), "mean", eos_penalty=5.0)
+    rewards = place_scores(scores, [ONE], span_mask([[(2, 4)]], 10), "mean", eos_penalty=5.0)
     assert rewards[0].tolist() == [0, 0, 6, 0, 0, 0, 0, 0, 0]  # the truncated motivation is not under the loss
 
 

@@ -41,9 +41,11 @@ def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor, label: Tensor 
 
 
 def accuracy(margins: Tensor, labels: Tensor) -> float:
-    """Share of pairs whose score difference `margins` has the label's sign; label 0.5 is left out. Both (B,) -> [0, 1].
+    """Share of pairs whose score difference `margins` has the label's sign; label 0.5 is left out.
+    Both (B,) -> [0, 1].
 
-    A difference of exactly 0 counts one half: a zero head scores 0.5. ValueError: no pair left; shapes that differ, labels outside [0, 1].
+    A difference of exactly 0 counts one half: a zero head scores 0.5. ValueError: no pair left;
+    shapes that differ, labels outside [0, 1].
     """
     check_shapes(margins=margins, labels=labels)
     _check_probabilities(labels=labels)
@@ -55,7 +57,8 @@ def accuracy(margins: Tensor, labels: Tensor) -> float:
 
 
 def log_loss(margins: Tensor, labels: Tensor) -> float:
-    """Mean `pairwise_loss` of score differences (B,) under soft labels (B,), nats; log 2 = 0.693 where nothing is known. ValueError: no pair; shapes or labels as in `accuracy`."""
+    """Mean `pairwise_loss` of score differences (B,) under soft labels (B,), nats; log 2 = 0.693
+    where nothing is known. ValueError: no pair; shapes or labels as in `accuracy`."""
     margins, labels = margins.double(), labels.double()
     return pairwise_loss(margins, torch.zeros_like(margins), labels).mean().item()
 
@@ -80,9 +83,11 @@ def calibration_error(probs: Tensor, labels: Tensor, bins: int = 10) -> float:
 
 
 def calibration_bins(probs: Tensor, labels: Tensor, bins: int = 5) -> list[dict[str, float]]:
-    """The reliability diagram behind `calibration_error`: per bin of confidence {"predicted", "label", "pairs"}.
+    """The reliability diagram behind `calibration_error`: per bin of confidence {"predicted",
+    "label", "pairs"}.
 
-    probs, labels (n,) of "the first is better", folded to the side that the model prefers; empty bins are left out.
+    probs, labels (n,) of "the first is better", folded to the side that the model prefers; empty
+    bins are left out.
     """
     check_shapes(probs=probs, labels=labels)
     _check_probabilities(probs=probs, labels=labels)
@@ -91,5 +96,6 @@ def calibration_bins(probs: Tensor, labels: Tensor, bins: int = 5) -> list[dict[
     p, y = probs.double(), labels.double()
     confidence, agreement = torch.maximum(p, 1 - p), 0.5 + torch.sign(p - 0.5) * (y - 0.5)
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    return [{"predicted": confidence[index == b].mean().item(), "label": agreement[index == b].mean().item(), "pairs": int((index == b).sum())}
+    return [{"predicted": confidence[index == b].mean().item(),
+             "label": agreement[index == b].mean().item(), "pairs": int((index == b).sum())}
             for b in range(bins) if bool((index == b).any())]
