@@ -62,7 +62,7 @@ def parse(argv):
           help="how three scores become one; uwo's spread is a conflict of values, not doubt")
     add_common_flags(parser)
     add_sampling_flags(parser)
-    add_lora_flags(parser, rank=16, alpha=32)
+    add_lora_flags(parser, rank=16)
     reward = parser.add_argument_group("reward and KL").add_argument
     reward("--weights", type=finite_float, nargs=3, metavar="W",
            help="weights of action, motivation, consequence for --aggregate weighted")

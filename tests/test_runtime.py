@@ -25,7 +25,7 @@ def parser():
 def test_common_flags():
     args = parser().parse_args(["--out", "x", "--seed", "3"])
     assert vars(args) | {"out": str(args.out)} == {
-        "model": "toy", "quantize": "none", "dtype": "fp32", "device": "auto", "threads": 0,
+        "model": "toy", "quantize": "none", "dtype": "fp32", "device": "auto",
         "seed": 3, "out": "x", "dry_run": False, "overwrite": False, "resume": False, "lr": 1e-3}
 
 
@@ -74,7 +74,7 @@ def test_an_unknown_flag_is_looked_up_in_its_own_command(capsys):
     ("nonnegative_float", ["0", "0.5"], ["-0.1", "nan", "inf"]),
     ("fraction", ["0", "1", "0.3"], ["1.01", "-0.1", "nan"])])
 def test_number_types(kind, good, bad):
-    parse = getattr(runtime, kind)
+    parse = getattr(flags, kind)
     assert [parse(t) for t in good] == [float(t) for t in good]
     assert isinstance(parse(good[0]), int if "int" in kind else float)
     for text in bad:
@@ -162,19 +162,12 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
     assert "\r" in sys.stderr.getvalue() and "3/3" in sys.stderr.getvalue()
 
 
-def test_device_and_threads():
+def test_device():
     assert loading.pick_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
         assert loading.pick_device("auto").type == "cpu"
         with pytest.raises(VirtueError, match="--device cpu"):
             loading.pick_device("cuda")
-    before = torch.get_num_threads()
-    try:
-        for asked, there in ((0, before), (before + 1, before + 1), (0, before + 1)):
-            loading.torch_threads(asked)
-            assert torch.get_num_threads() == there
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_importing_it_loads_no_torch():

@@ -44,14 +44,6 @@ def pick_device(name: str):
     return torch.device(name)
 
 
-def torch_threads(count: int) -> None:
-    """Sets the number of torch's CPU threads; 0 leaves it alone."""
-    import torch
-
-    if count:
-        torch.set_num_threads(count)
-
-
 class Base(NamedTuple):
     """The base model with what its artefacts must agree with."""
 
@@ -66,7 +58,6 @@ def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
     from virtue.plumbing.loading import (base_fingerprint, load_model, load_tokenizer, resolve,
                                          template_fingerprint)
 
-    torch_threads(args.threads)
     name = name or args.model
     folder = resolve(name)
     tokenizer = load_tokenizer(folder)

@@ -43,7 +43,7 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
 
     def artefact(role: str, folder: Path, **expected) -> None:
         manifest, config = check_artifact(folder, **known, **expected)
-        rank = None if manifest["settings"].get("whole") else config["r"]
+        rank = None if manifest["settings"].get("rank") == "whole" else config["r"]
         adapters[role] = rank, tuple({name.rpartition(".")[2] for name in config["target_modules"]})
         found[role] = f"{folder}, {'whole matrices' if rank is None else f'an adapter of rank {rank}'}"
 
@@ -73,7 +73,7 @@ def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, 
     config, judge, frozen = configs["base"], configs.get("judge"), list(adapters.values())
     if trained:
         memory.check_targets(config, args.targets)
-        adapters |= {"whole": (None, args.targets), **dict.fromkeys(trained, (None if args.whole else args.rank, args.targets))}
+        adapters |= {"whole": (None, args.targets), **dict.fromkeys(trained, (None if args.rank == "whole" else args.rank, args.targets))}
     for stack in ([adapters[role] for role in roles if role in adapters] for roles in flat):
         if stack:
             ranks = [rank for rank, _ in stack]
