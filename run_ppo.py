@@ -25,9 +25,10 @@ from typing import NamedTuple
 import virtue  # virtue.ppo.gae: a module is imported when it is first named
 from virtue import AGGREGATORS, VirtueError, evaluation, plumbing
 from virtue.ethics import LENSES
-from virtue.plumbing.flags import (add_common_flags, add_lora_flags, add_sampling_flags, fraction,
-                                   finite_float, lora_settings, make_parser, nonnegative_float,
-                                   nonnegative_int, parse_with_parent, positive_float, positive_int)
+from virtue.plumbing.flags import (add_common_flags, add_lora_flags, add_sampling_flags,
+                                   finite_float, fraction, lora_settings, make_parser, most_used,
+                                   nonnegative_float, nonnegative_int, parse_with_parent,
+                                   positive_float, positive_int)
 from virtue.plumbing.runtime import MetricsLog, check_finite, main_rank, progress, run_main
 
 # Few people change these, so they have no flag; experiments change them by a patch.
@@ -41,25 +42,25 @@ KL_HORIZON = 2000       # dialogues in which --kl-target adapts the coefficient
 
 def parse(argv):
     parser = make_parser(__doc__)
-    first = parser.add_argument_group("most used").add_argument
-    first("--rm", type=Path, required=True,
-          help="folder of run_rm.py, with action/, motivation/, consequence/")
-    first("--sft", type=Path, help="SFT adapter: the reference, and where the policy starts")
-    first("--prompts", default="toy",
-          help="toy, or a file of prompts or conversations, of any form that README names")
-    first("--iterations", type=positive_int, default=24, help="batches of dialogues")
-    first("--rollout-size", type=positive_int, default=128, help="dialogues an iteration")
-    first("--micro-batch-size", type=positive_int, default=8,
-          help="dialogues a forward pass; changes memory, not the update")
-    first("--lr", type=positive_float, default=2e-3,
-          help="Adam learning rate of the policy adapter in the first iteration; it falls linearly "
-               "to a tenth in the last, warm-up included (Mistral-7B: 1e-5)")
-    first("--value-lr", type=positive_float, default=4e-3,
-          help="the same of value adapter and head (Mistral-7B: 1e-4)")
-    first("--kl-coef", type=nonnegative_float, default=0.06,
-          help="coefficient of k1 per token in the reward, and of the KL where best/ is chosen")
-    first("--aggregate", choices=AGGREGATORS, default="mean",
-          help="how three scores become one; uwo's spread is a conflict of values, not doubt")
+    data = parser.add_argument_group("data, reward models and size").add_argument
+    data("--rm", type=Path, required=True,
+         help="folder of run_rm.py, with action/, motivation/, consequence/")
+    data("--sft", type=Path, help="SFT adapter: the reference, and where the policy starts")
+    data("--prompts", default="toy",
+         help="toy, or a file of prompts or conversations, of any form that README names")
+    data("--iterations", type=positive_int, default=24, help="batches of dialogues")
+    data("--rollout-size", type=positive_int, default=128, help="dialogues an iteration")
+    data("--micro-batch-size", type=positive_int, default=8,
+         help="dialogues a forward pass; changes memory, not the update")
+    data("--lr", type=positive_float, default=2e-3,
+         help="Adam learning rate of the policy adapter in the first iteration; it falls linearly "
+              "to a tenth in the last, warm-up included (Mistral-7B: 1e-5)")
+    data("--value-lr", type=positive_float, default=4e-3,
+         help="the same of value adapter and head (Mistral-7B: 1e-4)")
+    data("--kl-coef", type=nonnegative_float, default=0.06,
+         help="coefficient of k1 per token in the reward, and of the KL where best/ is chosen")
+    data("--aggregate", choices=AGGREGATORS, default="mean",
+         help="how three scores become one; uwo's spread is a conflict of values, not doubt")
     add_common_flags(parser)
     add_sampling_flags(parser)
     add_lora_flags(parser, rank=16)
@@ -90,6 +91,8 @@ def parse(argv):
         help="sample from a copy of the base in this type, dequantised once: faster, for 14.5 GB "
              "more of Mistral-7B in bf16 (default: sample with the base itself)")
     ppo("--save-every", type=positive_int, default=10, help="iterations between saves")
+    most_used(parser, "rm", "out", "prompts", "model", "iterations", "rollout-size",
+              "micro-batch-size", "lr", "value-lr", "kl-coef", "aggregate", "resume")
     args = parse_with_parent(parser, argv, "rm", "rm", "action")
     if (args.aggregate == "weighted") != (args.weights is not None):
         raise VirtueError("--aggregate weighted and --weights W W W (action, motivation, "
