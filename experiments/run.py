@@ -59,20 +59,21 @@ CUTS = {16: "32 of hundreds", 24: "90 of hundreds", 30: "32 of hh-rlhf", 34: "90
 UNCUT = "--max-new-tokens 64"  # at evaluation what was learned is read off whole answers
 KEEP = "--truncated keep"  # the study speaks of no truncated answer that it dropped
 
-# The study's reward models read 100 tokens: with turns of at most 32 that is the whole action,
-# about half of the motivation and nothing of the consequence. On the toy the same takes 64 tokens
-# where answers are whole, 50 where they are cut at 16. Patches: study-rm cuts inputs and keeps the
-# learning rate constant; raw-scores and fp16-scores are what PPO then reads.  20 x 16 pairs a step
-# and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2 passes, one step
-# each. The report gives 1.41e-5 for the reward models: 0.14 of the usual 1e-4 for LoRA on 7B, hence
-# 0.14 of the toy's default. PPO's rate it does not give; if it is the same, it is 0.14 of 1e-4, but
-# 1.4 times the 1e-5 that is usual for PPO (docs/mistral.md): hence the arms of six steps at 0.14, 1
-# and 1.4 times the default. (It names no schedule either; its code leaves TRL's, linear.)
+# The study's reward models read 100 tokens: with turns of at most 32 that is the whole action, about
+# half of the motivation and nothing of the consequence. On the toy the same takes 64 tokens where
+# answers are whole, 50 where they are cut at 16.
+#
+# 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2
+# passes, one step each. The report gives 1.41e-5 for the reward models: 0.14 of the usual 1e-4 for
+# LoRA on 7B, hence 0.14 of the toy's default. It gives no rate for PPO. If PPO has the same, it is
+# 0.14 of 1e-4, but 1.4 times the 1e-5 that is usual for PPO (docs/mistral.md): hence the arms of six
+# steps at 0.14, 1 and 1.4 times the default. The report names no schedule either; its code leaves
+# TRL's, linear.
 STUDY_RM_STEPS = "--batch-size 20 --accumulation 16"
 STUDY_PPO_STEPS = ("--rollout-size 320 --minibatch-size 320 --iterations 3 --value-warmup 0 "
                    "--ppo-epochs 2")
 STUDY_RM_LR = f"--lr {0.14 * RM_LR:.2g}"
-RAW = "raw-scores fp16-scores"
+STUDY_RM, RAW = "cut-rm-inputs constant-rm-rate", "raw-scores fp16-scores"  # patches
 
 
 def study_ppo(share: float) -> str:
@@ -83,7 +84,7 @@ def study_ppo(share: float) -> str:
 STUDY = dict(base="--quantize nf4 --max-new-tokens 16", sft=None,
              preferences=f"{KEEP} --orders one --limit 768",
              rm=f"--labels hard {STUDY_RM_STEPS} --epochs 2 {STUDY_RM_LR} --max-tokens 50",
-             policy=study_ppo(0.14), patch=f"study-rm {RAW}")
+             policy=study_ppo(0.14), patch=f"{STUDY_RM} {RAW}")
 LITERAL = dict(STUDY, base="--quantize nf4 --max-new-tokens 32",
                rm=f"--labels hard {STUDY_RM_STEPS} --epochs 2 --lr 1.41e-5 --max-tokens 100",
                policy=f"{STUDY_PPO_STEPS} --lr 1.41e-5 --value-lr 1.41e-5")
@@ -155,7 +156,7 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
         Arm("translated, six steps at 1.4 times the rate", **{**STUDY, "policy": study_ppo(1.4)},
             report=UNCUT),
         Arm("PPO by TRL's defaults of its time",
-            **{**STUDY, "policy": TRL_PPO, "patch": f"study-rm trl-2024 {RAW}"}, report=UNCUT),
+            **{**STUDY, "policy": TRL_PPO, "patch": f"{STUDY_RM} trl-2024 {RAW}"}, report=UNCUT),
         Arm("TRL's defaults alone", policy=TRL_PPO, patch="trl-2024 raw-scores"),
         Arm("steps as in its code",
             **{**STUDY, "policy": CODE_PPO, "rm": CODE_RM,
