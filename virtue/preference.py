@@ -41,11 +41,10 @@ def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor, label: Tensor 
 
 
 def accuracy(margins: Tensor, labels: Tensor) -> float:
-    """Share of pairs whose score difference `margins` has the label's sign; label 0.5 is left out.
-    Both (B,) -> [0, 1].
+    """Share of pairs whose score difference `margins` has the label's sign; both (B,) -> [0, 1].
 
-    A difference of exactly 0 counts one half: a zero head scores 0.5. ValueError: no pair left;
-    shapes that differ, labels outside [0, 1].
+    A label of 0.5 is left out; a difference of exactly 0 counts one half: a zero head scores 0.5.
+    ValueError: no pair is left; shapes that differ, labels outside [0, 1].
     """
     check_shapes(margins=margins, labels=labels)
     _check_probabilities(labels=labels)
@@ -57,10 +56,24 @@ def accuracy(margins: Tensor, labels: Tensor) -> float:
 
 
 def log_loss(margins: Tensor, labels: Tensor) -> float:
-    """Mean `pairwise_loss` of score differences (B,) under soft labels (B,), nats; log 2 = 0.693
+    """Mean `pairwise_loss` of score differences (B,) under soft labels (B,), in nats; log 2 = 0.693
     where nothing is known. ValueError: no pair; shapes or labels as in `accuracy`."""
     margins, labels = margins.double(), labels.double()
     return pairwise_loss(margins, torch.zeros_like(margins), labels).mean().item()
+
+
+def _binned(probs: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each pair, (B,): confidence in the preferred side, the label's probability of that side,
+    and the number of the bin on [0.5, 1] in which the confidence falls."""
+    check_shapes(probs=probs, labels=labels)
+    _check_probabilities(probs=probs, labels=labels)
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    p, y = probs.double(), labels.double()
+    confidence = torch.maximum(p, 1 - p)
+    agreement = 0.5 + torch.sign(p - 0.5) * (y - 0.5)
+    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return confidence, agreement, index
 
 
 def calibration_error(probs: Tensor, labels: Tensor, bins: int = 10) -> float:
@@ -70,32 +83,18 @@ def calibration_error(probs: Tensor, labels: Tensor, bins: int = 10) -> float:
     label's probability of the side that the model prefers (0.5 where p = 0.5). So the order within
     pairs does not matter, even where all list the chosen one first. 0 = calibrated.
     """
-    check_shapes(probs=probs, labels=labels)
-    _check_probabilities(probs=probs, labels=labels)
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
-    p, y = probs.double(), labels.double()
-    confidence = torch.maximum(p, 1 - p)
-    agreement = 0.5 + torch.sign(p - 0.5) * (y - 0.5)
-    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = p.new_zeros(bins).index_add(0, index, confidence - agreement)
-    return gaps.abs().sum().item() / len(p)  # n_b * |mean gap| = |sum of gaps|
+    confidence, agreement, index = _binned(probs, labels, bins)
+    gaps = confidence.new_zeros(bins).index_add(0, index, confidence - agreement)
+    return gaps.abs().sum().item() / len(probs)  # n_b * |mean gap| = |sum of gaps|
 
 
 def calibration_bins(probs: Tensor, labels: Tensor, bins: int = 5) -> list[dict[str, float]]:
-    """The reliability diagram behind `calibration_error`: per bin of confidence {"predicted",
-    "label", "pairs"}.
+    """The reliability diagram behind `calibration_error`: of each bin {"predicted", "label",
+    "pairs"}, its mean confidence, mean agreement and size; empty bins are left out.
 
-    probs, labels (n,) of "the first is better", folded to the side that the model prefers; empty
-    bins are left out.
+    probs, labels: (B,), of "the first is better". ValueError: as `calibration_error`.
     """
-    check_shapes(probs=probs, labels=labels)
-    _check_probabilities(probs=probs, labels=labels)
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
-    p, y = probs.double(), labels.double()
-    confidence, agreement = torch.maximum(p, 1 - p), 0.5 + torch.sign(p - 0.5) * (y - 0.5)
-    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    confidence, agreement, index = _binned(probs, labels, bins)
     return [{"predicted": confidence[index == b].mean().item(),
              "label": agreement[index == b].mean().item(), "pairs": int((index == b).sum())}
-            for b in range(bins) if bool((index == b).any())]
+            for b in index.unique().tolist()]
