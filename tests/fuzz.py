@@ -271,7 +271,7 @@ SCRIPTS = {  # file or folder that was damaged -> a script that reads it
     "text/pairs.jsonl": "run_eval judge --pairs {file} --model {seeds}/base",
     "text": f"run_data preferences --any-judge --prompts {{file}} --model {{seeds}}/base --truncated keep {_FEW}",
     "revisions": "run_sft --data {top} --epochs 1 --rank 2",
-    "preferences": "run_rm --data {top} --epochs 1 --rank 2 --held-out 0.3",
+    "preferences": "run_rm --data {top} --epochs 1 --rank 2",
     "sft": f"run_data preferences --any-judge --sft {{top}} --truncated keep {_FEW}",
     "rm": f"run_eval best-of-n --rm {{top}} --sft {{seeds}}/sft --n 1 {_FEW}",
     "base": f"run_data preferences --any-judge --model {{top}} --truncated keep {_FEW}",

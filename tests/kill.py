@@ -31,7 +31,7 @@ STAGES = {  # name -> script and flags; {out} is the chain's folder, {here} the 
     "revisions": "run_data revisions --limit 24 --max-new-tokens 48 --batch-size 4",
     "sft": "run_sft --data {out}/revisions --epochs 2 --batch-size 4 --rank 4 --save-every 2",
     "preferences": "run_data preferences --sft {out}/sft --limit 16 --batch-size 4 --judge-batch-size 4 --any-judge",
-    "rm": "run_rm --data {out}/preferences --epochs 2 --batch-size 2 --rank 4 --held-out 0.25 --save-every 3",
+    "rm": "run_rm --data {out}/preferences --epochs 2 --batch-size 2 --rank 4 --save-every 3",
     "ppo": "run_ppo --rm {out}/rm --iterations 4 --rollout-size 6 --minibatch-size 3 --rank 4 --limit 12 --save-every 1 --kl-target 3",
     "eval": "run_eval models --policy {out}/ppo --limit 6 --batch-size 2 --judge-limit 4 --judge-batch-size 2 --show 1",
 }
@@ -119,7 +119,7 @@ def torture(name: str, out: Path, kills: int, rng: random.Random, quiet: bool = 
     """
     script, *flags = f"{STAGES[name]} {SMALL[name] if small else ''}".format(out=out).split()
     here, log = out / name, out / f"{name}.log"
-    flags += ["--out", str(here), "--threads", "1"]
+    flags += ["--out", str(here)]
     started = time.monotonic()
     wait(child(script, flags, log), None, log)
     seconds = time.monotonic() - started

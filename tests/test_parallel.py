@@ -88,7 +88,7 @@ STAGES = {  # uneven shares: 9 prompts, batches of 3 and 5, micro-batches of 2 i
     "revisions": "run_data.py revisions --limit 13 --max-new-tokens 48 --batch-size 3",
     "sft": "run_sft.py --data {one}/revisions --epochs 1 --batch-size 5 --rank 4",
     "preferences": "run_data.py preferences --sft {one}/sft --limit 9 --batch-size 4 --judge-batch-size 4 --any-judge",
-    "rm": "run_rm.py --data {one}/preferences --epochs 1 --batch-size 2 --accumulation 2 --rank 4 --held-out 0.25",
+    "rm": "run_rm.py --data {one}/preferences --epochs 1 --batch-size 2 --accumulation 2 --rank 4",
     "ppo": "run_ppo.py --rm {one}/rm --iterations 2 --value-warmup 0 --rollout-size 6 --minibatch-size 3 --micro-batch-size 2 --rank 4 --limit 12 --ppo-epochs 1",
 }
 
@@ -97,7 +97,7 @@ STAGES = {  # uneven shares: 9 prompts, batches of 3 and 5, micro-batches of 2 i
 def runs(tmp_path_factory):
     """The chain by one process, and by two in one torchrun (a process imports for 5 seconds), which ends with the death of a rank -> folders, and what torchrun said."""
     one, two = (tmp_path_factory.mktemp(f"by{n}") for n in (1, 2))
-    commands = {name: [*command.format(one=one).split(), "--threads", "1"] for name, command in STAGES.items()}
+    commands = {name: command.format(one=one).split() for name, command in STAGES.items()}
     for name, (script, *flags) in commands.items():
         importlib.import_module(script.removesuffix(".py")).main([*flags, "--out", str(one / name)])
     del commands["revisions"]  # sampled as the preferences are

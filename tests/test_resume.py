@@ -237,7 +237,7 @@ def test_a_full_disk_and_a_changed_source_leave_the_state_whole(tmp_path):
     import run_sft
     data, out = tmp_path / "r", tmp_path / "s"
     run_data.main(["revisions", "--limit", "16", "--max-new-tokens", "48", "--out", str(data)])
-    flags = ["--data", str(data), "--epochs", "2", "--batch-size", "4", "--rank", "4", "--save-every", "1", "--out", str(out), "--threads", "1"]
+    flags = ["--data", str(data), "--epochs", "2", "--batch-size", "4", "--rank", "4", "--save-every", "1", "--out", str(out)]
     limits = [200_000, 50]  # no checkpoint fits; not even the metrics do
     script = LIMITED.format(root=str(ROOT), limits=limits, flags=[*flags, "--resume"])
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
@@ -252,7 +252,7 @@ def test_a_full_disk_and_a_changed_source_leave_the_state_whole(tmp_path):
         run_sft.main([*flags, "--resume"])
     source.write_bytes(kept)
     run_sft.main([*flags, "--resume"])
-    run_sft.main([*flags[:-4], "--out", str(tmp_path / "t"), "--threads", "1"])
+    run_sft.main([*flags[:-2], "--out", str(tmp_path / "t")])
     assert (out / "adapter_model.safetensors").read_bytes() == (tmp_path / "t/adapter_model.safetensors").read_bytes()
     resumed, whole = ([{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in (folder / "metrics.jsonl").read_text().splitlines()]
                       for folder in (out, tmp_path / "t"))

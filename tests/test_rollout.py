@@ -156,7 +156,7 @@ def test_rows_of_like_length_share_a_chunk():
 
 
 def test_what_comes_after_the_mask_costs_nothing_and_changes_nothing(tmp_path):
-    """With --train-turns action the model need not run on the later turns."""
+    """Where the loss covers the first turn only, the model need not run on the later ones."""
     model = load_model(make_tiny_model(tmp_path, tokenizer=False))
     head = ScalarHead(64, seed=0)
     ids, attention = right_pad([torch.randint(5, 300, (n,)).tolist() for n in (9, 14)], 0)
