@@ -121,10 +121,13 @@ def patched(tree: Path, name: str):
         apply("--reverse")
 
 
-def call(script: str, *flags) -> list[dict]:
-    """Runs a script and returns its metrics."""
+def call(script: str, *flags, **constants) -> list[dict]:
+    """Runs a script, with other constants if some are given, and returns its metrics."""
     module = importlib.import_module(script)
-    module.main([str(f) for f in flags])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in constants.items():
+            patch.setattr(module, name, value)
+        module.main([str(f) for f in flags])
     log = Path(flags[flags.index("--out") + 1]) / "metrics.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
@@ -135,7 +138,7 @@ def demo(tmp_path_factory):
     call("run_data", "revisions", "--out", out / "revisions", "--limit", 16)
     call("run_sft", "--data", out / "revisions", "--out", out / "sft", *small)
     call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences", "--limit", 8, "--any-judge")
-    call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--held-out", 0.25, *small)
+    call("run_rm", "--data", out / "preferences", "--out", out / "rm", *small)
     return out
 
 
@@ -177,7 +180,7 @@ def test_kl_in_loss(demo, tree, plain):
 
 def test_shared_trunk(demo, tree, plain):
     def adapter(out, vf_coef):
-        found = call("run_ppo", "--rm", demo / "rm", "--out", demo / out, *PPO, "--vf-coef", vf_coef)[0]
+        found = call("run_ppo", "--rm", demo / "rm", "--out", demo / out, *PPO, VF_COEF=vf_coef)[0]
         return found, (demo / out / "adapter_model.safetensors").read_bytes()
     assert adapter("apart", 5.0)[1] == (demo / "plain/adapter_model.safetensors").read_bytes()  # the value loss leaves the policy alone
     with patched(tree, "shared-trunk.diff"):
@@ -185,7 +188,7 @@ def test_shared_trunk(demo, tree, plain):
     assert without == (demo / "plain/adapter_model.safetensors").read_bytes() != with_it  # and here it does not
     assert strong["policy/grad_norm"] > weak["policy/grad_norm"] and strong["value/grad_norm"] > 0 == weak["value/grad_norm"]
     with patched(tree, "shared-trunk.diff"):  # what is saved as the value function is what it was
-        call("run_ppo", "--rm", demo / "rm", "--out", demo / "shared-5", *PPO, "--vf-coef", 5.0, "--resume")
+        call("run_ppo", "--rm", demo / "rm", "--out", demo / "shared-5", *PPO, "--resume", VF_COEF=5.0)
     assert (demo / "shared-5/value/adapter_model.safetensors").stat().st_size > len(with_it)  # policy and head
 
 
