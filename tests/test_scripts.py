@@ -564,8 +564,9 @@ def test_every_flag_is_read_and_explained(script, monkeypatch):
     monkeypatch.setattr(argparse._ActionsContainer, "add_argument", lambda self, *a, **k: seen.append(add(self, *a, **k)) or seen[-1])
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse(["--help"])
+    commands = sorted((ROOT / "virtue/evaluation").glob("*.py")) if script == "run_eval" else []
     sources = [(ROOT / name).read_text() for name in (
-               f"{script}.py", *(f"virtue/plumbing/{name}.py" for name in ("flags", "loading", "preview", "resume")))]
+               f"{script}.py", *commands, *(f"virtue/plumbing/{name}.py" for name in ("flags", "loading", "preview", "resume")))]
     read = {node.attr for source in sources for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"}
     flags = {a.dest: a for a in seen if a.option_strings and a.dest != "help"}
