@@ -4,11 +4,12 @@ from __future__ import annotations
 import copy
 import re
 import shlex
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 
-from virtue.evaluation import html, plots
+from virtue.evaluation import html, plots, report
 from virtue.ethics import LENSES, VIRTUES
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -118,7 +119,7 @@ def test_everything_foreign_is_escaped_and_control_characters_are_shown():
     assert page.text.count("\\u202eflipped\\u2066 \\x1b[31m \\ud800") > 20
     assert page.text.count("<script>alert('1')</script>") > 20
     text.encode("utf-8")
-    assert html.clean("a\u200db\tc\nמ") == "a\u200db\tc\nמ" and html.clean("'") == "&#x27;"
+    assert html.clean("a\u200db\tc\nמ") == "a\u200db\tc\nמ" and html.clean("'") == "&#39;"
 
 
 def test_page_stands_alone_and_links_inside_itself():
@@ -155,10 +156,8 @@ def test_verdict(without_figures, found, direction, sentence):
 def test_verdict_without_gold_without_pairs_and_with_base_alone(without_figures):
     s = scores()
     del s["differences"]["ppo - sft"]["gold"]
-    assert (html.verdict(s)[1] == "PPO raised the study&#x27;s Score, standardised (by its own "
-            "reward models), by +1.200 [+1.000, +1.400] over SFT.")
-    assert (html.verdict({"models": s["models"]}) == html.verdict({})
-            == ("", "No two models were compared."))
+    assert html.verdict(s)[1] == "PPO raised the study's Score, standardised (by its own reward models), by +1.200 [+1.000, +1.400] over SFT."
+    assert html.verdict({"models": s["models"]}) == html.verdict({}) == ("", "No two models were compared.")
     Page(render({"models": {"base": column(0.0)}}))
 
 
@@ -204,11 +203,9 @@ def test_page_says_what_one_run_can_and_how_good_its_judges_are(without_figures)
 
 def test_cells_near_the_middle_can_be_told_apart():
     def depth(value, *scale):
-        return float(re.search(r"([\d.]+)\)", html._heat(value, *scale))[1])
-    assert depth(0.5) == depth(None) == 0 and depth(0.44) - depth(0.49) >= 0.1
-    assert depth(0.9) == depth(0.0, 0.8, 0.8) == 0.75
-    assert "213,94,0" in html._heat(0.44) and "0,114,178" in html._heat(0.56)
-    assert "0,114,178" in html._heat(0.1, 0)
+        return float(re.search(r"([\d.]+)\)", html.shade(value, *scale))[1])
+    assert depth(0.5) == depth(None) == 0 and depth(0.44) - depth(0.49) >= 0.1 and depth(0.9) == depth(0.0, 0.8, 0.8) == 0.75
+    assert "213,94,0" in html.shade(0.44) and "0,114,178" in html.shade(0.56) and "0,114,178" in html.shade(0.1, 0)
 
 
 def test_page_explains_its_columns(without_figures):
@@ -229,14 +226,11 @@ def test_page_explains_its_columns(without_figures):
 
 
 def test_extremes_and_the_first_dialogues_are_shown(without_figures):
-    text = render(samples=[sample(i, {5: 9.0, 6: -9.0, 7: -8.0}.get(i, 0.0)) for i in range(300)]
-                  + [{"id": "p", "prompt": [{"role": "user", "content": "A probe"}],
-                      "ppo": {"turns": {"action": "No."}}}])
-    groups = dict(part.split("</h3>", 1) for part in text.split("<h3>")[1:])
-    assert re.findall(r"number (\d+)", groups["The largest falls"]) == ["6", "7"]
-    assert "(−9.00)" in groups["The largest falls"]
-    assert re.findall(r"number (\d+)", groups["The largest rises"]) == ["5"]
-    assert "(+9.00)" in groups["The largest rises"]
+    text = render(samples=[sample(i, {5: 9.0, 6: -9.0, 7: -8.0}.get(i, 0.0)) for i in range(300)] +
+                  [{"id": "p", "prompt": [{"role": "user", "content": "A probe"}], "ppo": {"turns": {"action": "No."}}}])
+    groups = dict(part.split("</h3>", 1) for part in unescape(text).split("<h3>")[1:])
+    assert re.findall(r"number (\d+)", groups["The largest falls"]) == ["6", "7"] and "(−9.00)" in groups["The largest falls"]
+    assert re.findall(r"number (\d+)", groups["The largest rises"]) == ["5"] and "(+9.00)" in groups["The largest rises"]
     assert re.findall(r"number (\d+)", groups["The first 12 of 300"]) == [str(i) for i in range(12)]
     assert groups["The first 12 of 300"].count("<details open") == 1
     assert "it fell in 2 of 300" in text
@@ -255,17 +249,13 @@ def test_each_turn_has_its_lens_score_and_paper_shows_few_dialogues(without_figu
 
 
 def test_command_line_can_be_typed_again():
-    words = shlex.split(html.command_line(MANIFEST).replace("\\\n", " "))
-    assert words == ["python", "run_eval.py", "models", "--policy", "runs/my demo", "--overwrite",
-                     "--batch-size", "64", "--targets", "q_proj", "v_proj", "--shift=-1.5"]
-    assert html.command_line({"stage": "preferences", "settings": {}}) == "python run_data.py"
+    words = shlex.split(report.command_line(MANIFEST).replace("\\\n", " "))
+    assert words == ["python", "run_eval.py", "models", "--policy", "runs/my demo", "--overwrite", "--batch-size", "64", "--targets", "q_proj", "v_proj", "--shift=-1.5"]
+    assert report.command_line({"stage": "preferences", "settings": {}}) == "python run_data.py"
     handed_on = {"data": "runs/p", "prompts": "toy", "temperature": 1.0}  # no flags of run_rm.py
-    for stage, settings, command in (
-            ("rm", handed_on, "run_rm.py --data runs/p"),
-            ("policy", handed_on, "run_sft.py --data runs/p"),
-            ("policy", {"rm": "runs/rm", "prompts": "toy"},
-             "run_ppo.py --rm runs/rm --prompts toy")):
-        assert html.command_line({"stage": stage, "settings": settings}) == f"python {command}"
+    assert report.command_line({"stage": "rm", "settings": handed_on}) == "python run_rm.py --data runs/p"
+    assert report.command_line({"stage": "policy", "settings": handed_on}) == "python run_sft.py --data runs/p"
+    assert report.command_line({"stage": "policy", "settings": {"rm": "runs/rm", "prompts": "toy"}}) == "python run_ppo.py --rm runs/rm --prompts toy"
     s = scores() | {"commands": ["python run_rm.py --data <p>"]}
     assert "python run_rm.py --data <p>" in Page(html.render(s, [], [], MANIFEST)).text
 

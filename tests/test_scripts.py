@@ -734,8 +734,10 @@ def test_every_flag_is_read_and_explained(script, monkeypatch):
                         lambda self, *a, **k: seen.append(add(self, *a, **k)) or seen[-1])
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse(["--help"])
+    commands = sorted((ROOT / "virtue/evaluation").glob("*.py")) if script == "run_eval" else []
     sources = [(ROOT / name).read_text() for name in (
-               f"{script}.py", *(f"virtue/plumbing/{name}.py" for name in ("flags", "loading", "preview", "resume", "training")))]
+        f"{script}.py", *commands, *(f"virtue/plumbing/{name}.py" for name in (
+            "flags", "loading", "preview", "resume", "training")))]
     read = {node.attr for source in sources for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
             and node.value.id == "args"}

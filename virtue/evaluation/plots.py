@@ -17,6 +17,7 @@ from html import escape
 
 from virtue.ethics import LENSES
 
+MISSING = 'no figures: they need matplotlib, pip install ".[report]"'
 INK = "#010203"  # drawn in this colour, sent as currentColor
 BLUE, RED, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _SETTINGS = {
