@@ -29,7 +29,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-from run import Arm, Run, Stage, Tree, cell, chain, code_of, commands, lines_of, load, paired, rows_of, run_locked, seed_test  # noqa: E402
+from engine import Arm, Stage, Tree, chain, code_of, commands, lines_of, run_locked  # noqa: E402
+from tables import Run, cell, load, paired, rows_of, seed_test  # noqa: E402
 from virtue.plumbing.flags import make_parser  # noqa: E402
 from virtue.evaluation.stats import effect_size, t_interval  # noqa: E402
 

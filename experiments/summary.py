@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 from compare import beside, judge  # noqa: E402
-from run import by_question, cell, load, over_seeds, paired  # noqa: E402
+from tables import by_question, cell, load, over_seeds, paired  # noqa: E402
 from virtue.ethics import LENSES  # noqa: E402
 
 
