@@ -87,7 +87,7 @@ def encode(tokenizer, record, copies):
 
 def tokens(batch):
     """How many tokens of a batch are learned."""
-    return sum(end - start for _, (start, end), *_ in batch)
+    return sum(end - start for start, end in (example.span for example in batch))
 
 
 def nll(model, stack, pad_id, batch):
@@ -138,8 +138,8 @@ def add_adapter(args, base, name, key):
     below, parents = (), {}
     if name == "policy":
         artefacts.check_made_by(args.data, base.info, base.template, args.sft)
-        known = dict(base=base.info, template=base.template)
-        below, parents = artefacts.load_sft(args.sft, base.model, **known)
+        below, parents = artefacts.load_sft(args.sft, base.model, base=base.info,
+                                            template=base.template)
     seed = torch_seed(args.seed, key)
     lora.add_adapter(base.model, name, **flags.lora_settings(args), seed=seed)
     return (*below, name), parents, lora.adapter_parameters(base.model, name)
