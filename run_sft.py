@@ -46,7 +46,7 @@ class Example(NamedTuple):
     """One conversation, whose last assistant turn is learned."""
 
     rows: list[list[int]]  # its token ids, as the only row
-    span: tuple[int, int]  # where that turn starts and ends, EOS included
+    spans: list[list[tuple[int, int]]]  # of that row: where the turn starts and ends, with EOS
     prompt: str  # id
     record: str  # what errors call it
 
@@ -77,27 +77,27 @@ def encode(tokenizer, record, copies):
     if "revision" in record:
         messages = [*record["prompt"], {"role": "assistant", "content": record["revision"]}]
         ids, spans = dialogue.encode_conversation(tokenizer, messages)
-        return Example([ids], spans[-1], record["id"], record["id"])
+        return Example([ids], [spans[-1:]], record["id"], record["id"])
     if pair := dialogue.sampled_pair(tokenizer, record, copies, record["lens"]):
         ids, span = pair[0].ids, pair[0].turns[-1][:2]
     else:
         ids, (*_, span) = dialogue.encode_conversation(tokenizer, record["chosen"])
-    return Example([ids], span, record["id"], f"{record['id']} {record['lens']}")
+    return Example([ids], [[span]], record["id"], f"{record['id']} {record['lens']}")
 
 
 def tokens(batch):
     """How many tokens of a batch are learned."""
-    return sum(end - start for _, (start, end), *_ in batch)
+    return sum(end - start for example in batch for (start, end), in example.spans)
 
 
 def nll(model, stack, pad_id, batch):
     """Sum of -log p over the learned tokens of a batch, in nats: a scalar."""
     from virtue import dialogue, lora, models, rollout
 
-    ids, attention = dialogue.right_pad([example.rows[0] for example in batch], pad_id)
-    mask = rollout.span_mask([[example.span] for example in batch], ids.shape[1])
+    ids, attention = dialogue.right_pad([row for e in batch for row in e.rows], pad_id)
+    mask = rollout.span_mask([spans for e in batch for spans in e.spans], ids.shape[1])
+    inputs = [tensor.to(model.device) for tensor in (ids, attention, mask)]
     with lora.use_stack(model, *stack):
-        inputs = (tensor.to(model.device) for tensor in (ids, attention, mask))
         return -models.logprobs_at(model, *inputs).sum()
 
 
@@ -117,7 +117,7 @@ def split(args, base, records, copies, key):
 
     most = min(args.max_tokens, base.model.config.max_position_embeddings)
     examples = [encode(base.tokenizer, r, copies.get(r["id"], ())) for r in records]
-    fitting = [example for example in examples if len(example.rows[0]) <= most]
+    fitting = [example for example in examples if max(map(len, example.rows)) <= most]
     prompts = [example.prompt for example in fitting]
     held_out, train = hold_out(fitting, prompts, args.held_out, args.seed, key, "split")
     if not held_out or not train:
@@ -138,8 +138,8 @@ def add_adapter(args, base, name, key):
     below, parents = (), {}
     if name == "policy":
         artefacts.check_made_by(args.data, base.info, base.template, args.sft)
-        known = dict(base=base.info, template=base.template)
-        below, parents = artefacts.load_sft(args.sft, base.model, **known)
+        below, parents = artefacts.load_sft(args.sft, base.model, base=base.info,
+                                            template=base.template)
     seed = torch_seed(args.seed, key)
     lora.add_adapter(base.model, name, **flags.lora_settings(args), seed=seed)
     return (*below, name), parents, lora.adapter_parameters(base.model, name)

@@ -40,8 +40,7 @@ def chain(out: Path, quantize: str, revised: int, prompts: int, iterations: int 
          "--lr", 1e-3, *SMALL)
     call("run_data", "preferences", "--sft", out / "sft", "--out", out / "preferences",
          "--limit", prompts, "--any-judge")
-    call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--epochs", 1,
-         *SMALL)
+    call("run_rm", "--data", out / "preferences", "--out", out / "rm", "--epochs", 1, *SMALL)
     call("run_ppo", "--rm", out / "rm", "--out", out / "policy", "--iterations", iterations,
          "--value-warmup", 0, "--rollout-size", 8, "--lr", 1e-3, "--minibatch-size", 4,
          "--ppo-epochs", 1, "--rank", 4, "--limit", 16, "--kl-target", 3,
@@ -501,7 +500,7 @@ def test_the_study_s_reward_model_settings_and_another_judge(fp32, tmp_path, oth
         assert summary[lens]["label_mass"] > 0.9  # it read the pairs with its own tokenizer
     call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "action",
          "--labels", "hard", "--batch-size", 5, "--accumulation", 2, "--epochs", 2, "--lr", 1.41e-5,
-         "--max-tokens", 100, "--rank", 4)
+         "--max-tokens", 46, "--rank", 4)
     manifest = read(tmp_path / "rm/action/virtue.json")
     steps = max(m["step"] for m in lines(tmp_path / "rm/action/metrics.jsonl"))
     assert manifest["extra"]["over_long"] > 0
@@ -578,7 +577,7 @@ def test_a_reward_model_of_other_people_s_preferences(fp32, tmp_path, capsys):
     low, high = (extra["held_out"][f"log_loss_{end}"] for end in ("low", "high"))
     assert 0 < (low + high) / 2 == pytest.approx(extra["held_out"]["log_loss"], abs=1e-6)
     assert low < high
-    assert extra["trained_on"] == 34 and extra["held_out_pairs"] == 6
+    assert extra["trained_on"] == 30 and extra["held_out_pairs"] == 10
     assert extra["held_out"]["accuracy"] == 1 and extra["score_std"] > 0
     assert ((tmp_path / "hh/action" / WEIGHTS).read_bytes()
             == (tmp_path / "trl/action" / WEIGHTS).read_bytes())

@@ -19,25 +19,20 @@ def _check_probabilities(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be probabilities in [0, 1], at least one")
 
 
-def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor, label: Tensor | None = None,
-                  margin: Tensor | None = None) -> Tensor:
-    """Bradley-Terry loss of each pair, (B,) -> (B,), finite for all finite scores.
+def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor,
+                  label: Tensor | None = None) -> Tensor:
+    """Bradley-Terry loss of each pair, (B,) -> (B,), in nats, finite for all finite scores.
 
-        L = -p log sigmoid(d - m) - (1 - p) log sigmoid(-d - m),   d = chosen - rejected
+        L = -p log sigmoid(d) - (1 - p) log sigmoid(-d),   d = chosen - rejected
 
-    p = `label` (default 1), m = `margin` >= 0 (default 0). p = 1, m = 0: Ouyang et al. 2022,
-    arXiv:2203.02155, eq. 1; p = 1: Touvron et al. 2023, arXiv:2307.09288, eq. 2. Departure: soft
-    labels, as Lee et al. 2023, arXiv:2309.00267, with the margin against either side in its turn.
+    p = `label`, 1 unless given: Ouyang et al. 2022, arXiv:2203.02155, eq. 1. Departure: soft
+    labels, as Lee et al. 2023, arXiv:2309.00267.
     """
     label = torch.ones_like(chosen_scores) if label is None else label
-    margin = torch.zeros_like(chosen_scores) if margin is None else margin
-    check_shapes(chosen_scores=chosen_scores, rejected_scores=rejected_scores, label=label,
-                 margin=margin)
+    check_shapes(chosen_scores=chosen_scores, rejected_scores=rejected_scores, label=label)
     _check_probabilities(label=label)
-    if not bool((margin >= 0).all()):
-        raise ValueError("margin must not be negative")
     d = chosen_scores - rejected_scores
-    return -label * F.logsigmoid(d - margin) - (1 - label) * F.logsigmoid(-d - margin)
+    return -label * F.logsigmoid(d) - (1 - label) * F.logsigmoid(-d)
 
 
 def accuracy(margins: Tensor, labels: Tensor) -> float:
