@@ -73,8 +73,8 @@ def changed(diff: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("diff", DIFFS, ids=lambda diff: diff.stem)
-def test_at_most_twenty_lines(diff):
-    assert 0 < len(changed(diff)) <= 20
+def test_at_most_26_lines(diff):
+    assert 0 < len(changed(diff)) <= 26
 
 
 def test_the_guide_quotes_them_as_they_are():
@@ -214,7 +214,8 @@ def test_rloo(demo, tree, plain):
 
 
 def test_dpo(demo, tree):
-    flags = ("--data", demo / "preferences", "--rank", 4, "--epochs", 2, "--held-out", 0.2)
+    flags = ("--data", demo / "preferences", "--rank", 4, "--lr", 4e-3, "--epochs", 2,
+             "--held-out", 0.2)
     with patched(tree, "dpo.diff"):
         found = call("run_sft", *flags, "--out", demo / "dpo")
         again = call("run_sft", "--data", demo / "revisions", "--rank", 4, "--epochs", 1, "--out", demo / "sft-again")
