@@ -225,7 +225,7 @@ def layers(package: Path = ROOT / "virtue") -> str:
               [[name] for name in method])
         arrow(350, top + 68, top + 89)
         layer(10, top + 90, 680, 66, PURPLE, "core",
-              "the formulas: imports torch, numpy and itself only", [[name] for name in CORE])
+              "formulas and random numbers: imports torch, numpy and itself only", [[name] for name in CORE])
     deepest = max(-(-len(names) // 2) for _, _, names in beside[:2])
     return _diagram("layers", "Layers of the package: the scripts import plumbing, evaluation and toy, "
                     "these the method, and the method the core", draw, 700, 122 + 50 + 15 * deepest + 164)
