@@ -119,9 +119,11 @@ def test_calibration_bins_sum_to_the_error():
     for bins in (1, 5, 10):
         found = calibration_bins(p, y, bins)
         assert sum(b["pairs"] for b in found) == 400
-        assert sum(b["pairs"] * abs(b["predicted"] - b["label"]) for b in found) / 400 == pytest.approx(calibration_error(p, y, bins))
+        assert sum(b["pairs"] * abs(b["predicted"] - b["label"])
+                   for b in found) / 400 == pytest.approx(calibration_error(p, y, bins))
     by_hand = calibration_bins(torch.tensor([0.95, 0.05, 0.6]), torch.tensor([1.0, 0.5, 1.0]), 2)
-    assert [(b["predicted"], b["label"], b["pairs"]) for b in by_hand] == [pytest.approx((0.6, 1.0, 1)), pytest.approx((0.95, 0.75, 2))]
+    assert [(b["predicted"], b["label"], b["pairs"])
+            for b in by_hand] == [pytest.approx((0.6, 1.0, 1)), pytest.approx((0.95, 0.75, 2))]
 
 
 def test_inputs_unchanged():
