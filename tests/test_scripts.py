@@ -375,8 +375,12 @@ def test_the_study_s_reward_model_settings_and_another_judge(fp32, tmp_path, oth
     for lens in LENSES:
         assert all(r["label"] >= 0.5 for r in lines(tmp_path / f"p/{lens}.jsonl"))  # chosen by the mean
         assert summary[lens]["label_mass"] > 0.9  # it read the pairs with its own tokenizer
+    ends = {}  # prompt -> where the longer of its two answers ends
+    for d in lines(fp32 / "preferences/dialogues.jsonl"):
+        _, end, truncated = d["turns"][0]
+        ends[d["id"]] = max(ends.get(d["id"], 0), end + truncated)
     call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "action", "--labels", "hard", "--batch-size", 5, "--accumulation", 2,
-         "--epochs", 2, "--lr", 1.41e-5, "--max-tokens", 46, "--rank", 4)
+         "--epochs", 2, "--lr", 1.41e-5, "--max-tokens", sorted(ends.values())[-4], "--rank", 4)
     manifest = json.loads((tmp_path / "rm/action/virtue.json").read_text())
     steps = max(m["step"] for m in lines(tmp_path / "rm/action/metrics.jsonl"))
     assert manifest["extra"]["over_long"] > 0 and steps == 2 * -(-manifest["extra"]["trained_on"] // 10)
