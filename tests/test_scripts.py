@@ -498,9 +498,13 @@ def test_the_study_s_reward_model_settings_and_another_judge(fp32, tmp_path, oth
         # these were chosen by the mean
         assert all(r["label"] >= 0.5 for r in lines(tmp_path / f"p/{lens}.jsonl"))
         assert summary[lens]["label_mass"] > 0.9  # it read the pairs with its own tokenizer
+    ends = {}  # prompt -> where the longer of its two answers ends
+    for d in lines(fp32 / "preferences/dialogues.jsonl"):
+        _, end, truncated = d["turns"][0]
+        ends[d["id"]] = max(ends.get(d["id"], 0), end + truncated)
     call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "rm", "--lens", "action",
          "--labels", "hard", "--batch-size", 5, "--accumulation", 2, "--epochs", 2, "--lr", 1.41e-5,
-         "--max-tokens", 46, "--rank", 4)
+         "--max-tokens", sorted(ends.values())[-4], "--rank", 4)
     manifest = read(tmp_path / "rm/action/virtue.json")
     steps = max(m["step"] for m in lines(tmp_path / "rm/action/metrics.jsonl"))
     assert manifest["extra"]["over_long"] > 0

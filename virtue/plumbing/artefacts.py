@@ -36,9 +36,10 @@ _AGAIN = "run again the stage that writes this folder"
 
 
 def write_atomic(path: str | Path, data: bytes | Callable[[Path], None]) -> None:
-    """Writes `data` under a temporary name, to the disk, and renames: never half a file. Under torchrun rank 0 does.
-    What would fill the memory as bytes is a function that writes the file it is given, as safetensors does.
-    VirtueError: the disk is full, or the folder cannot be written."""
+    """Writes `data` under a temporary name, to the disk, and renames: never half a file. Under
+    torchrun rank 0 does. What would fill the memory as bytes is a function that writes the file it
+    is given, as safetensors does. VirtueError: the disk is full, or the folder cannot be
+    written."""
     if not main_rank():
         return
     path = Path(path)
@@ -88,7 +89,8 @@ def sha256_file(path: str | Path) -> str:
 
 
 def file_hash(folder: str | Path) -> str:
-    """Hex sha256 of an artefact's weights, by which its children know it. VirtueError: the file is not there."""
+    """Hex sha256 of an artefact's weights, by which its children know it. VirtueError: the file is
+    not there."""
     return sha256_file(Path(folder) / WEIGHTS)
 
 
@@ -126,10 +128,11 @@ def check_made_by(folder: Path, base: Mapping[str, str] | None, template: str | 
 
 
 def check_output(folder: str | Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> Path:
-    """Refuses a folder that is not empty unless `overwrite`, and one of the `inputs`; changes nothing.
+    """Refuses a folder that is not empty unless `overwrite`, and one of the `inputs`; changes
+    nothing.
 
-    For the beginning of a stage, before hours of work; `prepare_output` is for its first write. VirtueError: such a folder, or one
-    that cannot be read.
+    For the beginning of a stage, before hours of work; `prepare_output` is for its first write.
+    VirtueError: such a folder, or one that cannot be read.
     """
     folder = Path(folder)
     try:
@@ -146,7 +149,8 @@ def check_output(folder: str | Path, overwrite: bool, inputs: Iterable[Path | No
 def prepare_output(folder: str | Path, overwrite: bool) -> Path:
     """Makes the folder, after `check_output`; an old virtue.json goes first.
 
-    Without it, a folder that is only half overwritten cannot pass for an artefact. VirtueError: as there; it cannot be made.
+    Without it, a folder that is only half overwritten cannot pass for an artefact. VirtueError: as
+    there; it cannot be made.
     """
     folder = check_output(folder, overwrite)
     try:
@@ -166,8 +170,8 @@ def save_artifact(folder: str | Path, *, stage: str, model: nn.Module, adapter: 
 
     `base` is {"id", "fingerprint"}, `template` a fingerprint (see models.py); `parents` maps roles
     to the artefact folders it was trained upon, e.g. {"sft": "runs/sft"}; `extra` is the stage's
-    own: lens, score mean and std, ... KeyError: no such adapter. VirtueError: a parent is missing, before
-    anything is touched; the disk is full, which leaves no virtue.json.
+    own: lens, score mean and std, ... KeyError: no such adapter. VirtueError: a parent is missing,
+    before anything is touched; the disk is full, which leaves no virtue.json.
     """
     for parent in parents.values():
         file_hash(parent)  # refuses one that is missing before anything is touched
@@ -259,7 +263,8 @@ def read_manifest(folder: str | Path, stage: str | None = None, lens: str | None
 
 def check_artifact(folder: str | Path, *, stage: str, base: Mapping[str, str] | None = None, template: str | None = None, lens: str | None = None,
                    parents: Mapping[str, str | Path] | None = None) -> tuple[dict, dict]:
-    """The manifest and adapter_config.json of an artefact, with the errors of `load_artifact` that need no model.
+    """The manifest and adapter_config.json of an artefact, with the errors of `load_artifact` that
+    need no model.
 
     ``base``, ``template`` and ``parents`` are not compared where None.
     """
@@ -320,7 +325,8 @@ def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, st
 
 
 def load_sft(folder: Path | None, model, **known) -> tuple[tuple[str, ...], dict[str, Path]]:
-    """Puts the SFT adapter on the model, if there is one -> (its stack, the parents that artefacts upon it record). VirtueError: as ``load_artifact``."""
+    """Puts the SFT adapter on the model, if there is one -> (its stack, the parents that artefacts
+    upon it record). VirtueError: as ``load_artifact``."""
     if folder is None:
         return (), {}
     load_artifact(folder, model, "sft", stage="sft", **known)
@@ -334,11 +340,12 @@ def reward_model_hashes(folder: Path) -> dict[str, str]:
 
 def load_reward_models(folder: Path, model, sft: tuple[str, ...], parents: Mapping[str, Path], prefix: str = "", **known,
                        ) -> tuple[list[tuple[tuple[str, ...], torch.nn.Module]], Tensor, Tensor]:
-    """The reward models of run_rm.py, as (stack, head) in the order of LENSES, and their scores' mean and std.
+    """The reward models of run_rm.py, as (stack, head) in the order of LENSES, and their scores'
+    mean and std.
 
     mean and std (K,) are those of the starting policy's dialogues. ``parents`` and ``known`` (base,
-    template) must be what the models were trained upon: see ``artefacts.load_artifact``. ``prefix`` keeps
-    a second ensemble's adapters apart. VirtueError: one is missing or does not match.
+    template) must be what the models were trained upon: see ``artefacts.load_artifact``. ``prefix``
+    keeps a second ensemble's adapters apart. VirtueError: one is missing or does not match.
     """
     found = [(lens, *load_artifact(folder / lens, model, prefix + lens, stage="rm", lens=lens, parents=parents, **known)) for lens in LENSES]
     mean, std = torch.tensor([[manifest["extra"][key] for _, manifest, _ in found] for key in ("score_mean", "score_std")])

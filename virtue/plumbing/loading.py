@@ -54,7 +54,8 @@ class Base(NamedTuple):
 
 
 def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
-    """The model that the common flags name (or `name`, with the same flags) and its tokenizer. VirtueError: no such model or device, or its files are unfit."""
+    """The model that the common flags name (or `name`, with the same flags) and its tokenizer.
+    VirtueError: no such model or device, or its files are unfit."""
     from virtue.plumbing.loading import (base_fingerprint, load_model, load_tokenizer, resolve,
                                          template_fingerprint)
 
@@ -69,7 +70,8 @@ TOY = "toy"
 TOY_FOLDER = Path(__file__).parents[1] / "toy" / "model"
 QUANTIZE = ("none", "nf4")
 _INDEX = "model.safetensors.index.json"
-_SIZES = {"num_hidden_layers": 1000, **dict.fromkeys((  # the largest values believed of a config.json
+# The largest values believed of a config.json
+_SIZES = {"num_hidden_layers": 1000, **dict.fromkeys((
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
     "sliding_window"), 1 << 30)}
 _HUB_FILES = (  # no pickles, no duplicate "consolidated" weights, no sentencepiece
@@ -79,17 +81,19 @@ _HUB_FILES = (  # no pickles, no duplicate "consolidated" weights, no sentencepi
 
 
 def is_sound(tensor: Tensor) -> bool:
-    """Whether a tensor from a file can be weights: floating point of at least two bytes, all finite."""
+    """Whether a tensor from a file can be weights: floating point of at least two bytes, all
+    finite."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         return False
-    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())  # one pass, no copy of 14 GB
+    # One pass, no copy of 14 GB
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def resolve(name: str | Path, download: bool = True) -> Path | None:
     """Folder of a model: "toy" (the one in the package), a local folder, or a hub id.
 
-    A hub id (owner/model) is downloaded to Hugging Face's cache; unless ``download``, only looked up
-    there: None if its config.json is not. VirtueError: none of the three.
+    A hub id (owner/model) is downloaded to Hugging Face's cache; unless ``download``, only looked
+    up there: None if its config.json is not. VirtueError: none of the three.
     """
     folder = TOY_FOLDER if name == TOY else Path(name)
     try:
@@ -131,7 +135,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks whether to run code
+        # Else it asks whether to run code
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise VirtueError(f"{folder}: cannot read the tokenizer ({_said(error)}); fetch its files again") from error
     where = folder / "tokenizer_config.json"
@@ -157,7 +162,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """TimeoutError after so many seconds: a template is a program, and may loop. Only the main thread can be woken."""
+    """TimeoutError after so many seconds: a template is a program, and may loop. Only the main
+    thread can be woken."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -275,10 +281,12 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype, dev
 
 
 def _tie(model: MistralForCausalLM, folder: Path, missing: set[str]) -> set[str]:
-    """Makes lm_head and the embeddings one tensor, since config.json says so -> what is missing after that.
+    """Makes lm_head and the embeddings one tensor, since config.json says so -> what is missing
+    after that.
 
-    As in transformers the one of the two that the files hold serves for both. Where they hold both and the
-    two differ, both stay, with a warning, and ``model.config``, which an export writes, says untied.
+    As in transformers the one of the two that the files hold serves for both. Where they hold both
+    and the two differ, both stay, with a warning, and ``model.config``, which an export writes,
+    says untied.
     """
     head, embeddings = model.lm_head, model.model.embed_tokens
     absent = missing & {"lm_head.weight", "model.embed_tokens.weight"}
@@ -299,8 +307,8 @@ def load_model(
 ) -> MistralForCausalLM:
     """The frozen base in eval mode; ``dtype`` is also the compute type of NF4. Never ``.to()`` it.
 
-    VirtueError: not of the Mistral architecture, a file or tensor that is missing, damaged,
-    unknown or of another shape than config.json says. ValueError: an unknown ``quantize`` or ``dtype``.
+    VirtueError: not of the Mistral architecture, a file or tensor that is missing, damaged, unknown
+    or of another shape than config.json says. ValueError: an unknown ``quantize`` or ``dtype``.
     """
     if quantize not in QUANTIZE or dtype not in DTYPES:
         raise ValueError(f"quantize {quantize!r} not in {QUANTIZE}, or {dtype!r} in {list(DTYPES)}")

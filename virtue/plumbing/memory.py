@@ -1,8 +1,11 @@
-"""The memory plan: how many bytes a run needs, from the base's config.json and the flags, before anything is loaded.
+"""The memory plan: how many bytes a run needs, from the base's config.json and the flags, before
+anything is loaded.
 
-Weights, adapters, moments and KV cache are exact; activations follow the formula at `layer_bytes`, which is what autograd
-keeps of transformers' Mistral with a fused attention kernel (which CUDA has for bf16 and fp16, but not for fp32 without a mask) and
-our LoRA; logits and passing tensors are upper estimates. Not in it: the CUDA context and the allocator's fragments, 0.5 to 1 GiB. Sizes in bytes; every sequence counts as full length.
+Weights, adapters, moments and KV cache are exact; activations follow the formula at `layer_bytes`,
+which is what autograd keeps of transformers' Mistral with a fused attention kernel (which CUDA has
+for bf16 and fp16, but not for fp32 without a mask) and our LoRA; logits and passing tensors are
+upper estimates. Not in it: the CUDA context and the allocator's fragments, 0.5 to 1 GiB. Sizes in
+bytes; every sequence counts as full length.
 """
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ def rest_bytes(config, dtype: str) -> int:
 
 
 def base_bytes(config, quantize: str, dtype: str) -> int:
-    """The base's weights. NF4: 4 bits, 8 for the scale of 64, 32 for that of 256 scales (QLoRA, sec. 3); embeddings, norms, lm_head in `dtype`."""
+    """The base's weights. NF4: 4 bits, 8 for the scale of 64, 32 for that of 256 scales (QLoRA,
+    sec. 3); embeddings, norms, lm_head in `dtype`."""
     layers = sum(i * o * n for name, (i, o, n) in linears(config).items() if name != "lm_head")
     return rest_bytes(config, dtype) + (layers * BYTES[dtype] if quantize == "none" else layers // 2 + layers // 64 + layers // (64 * 256) * 4)
 
@@ -47,12 +51,13 @@ def adapter_bytes(config, adapter: Adapter) -> int:
 
 
 def layer_bytes(config, dtype: str, rows: int, tokens: int, adapter: Adapter) -> int:
-    """What one decoder layer keeps of rows x tokens for the backward pass; c bytes a number of `dtype`, A heads times
-    head_dim, K the same of keys and values.
+    """What one decoder layer keeps of rows x tokens for the backward pass; c bytes a number of
+    `dtype`, A heads times head_dim, K the same of keys and values.
 
-    Per token: the inputs of two norms in fp32, 8 D; attention's q and result, 2 A c, k and v, 2 K c, and its log-sums; gate,
-    silu(gate) and up, 3 F c; each target's input in fp32, its own cast where c < 4, else shared by q, k, v and by gate, up; r
-    numbers of each target between A and B. (Rows are padded on the right and need no mask.)
+    Per token: the inputs of two norms in fp32, 8 D; attention's q and result, 2 A c, k and v, 2 K
+    c, and its log-sums; gate, silu(gate) and up, 3 F c; each target's input in fp32, its own cast
+    where c < 4, else shared by q, k, v and by gate, up; r numbers of each target between A and B.
+    (Rows are padded on the right and need no mask.)
     """
     (rank, targets), known, c = adapter, linears(config), BYTES[dtype]
     D, F, A, K = config.hidden_size, config.intermediate_size, known["o_proj"][0], known["k_proj"][1]
@@ -64,14 +69,15 @@ def layer_bytes(config, dtype: str, rows: int, tokens: int, adapter: Adapter) ->
 
 
 def passing_bytes(config, quantize: str, dtype: str, rows: int, tokens: int) -> int:
-    """What an MLP needs for a moment, forward or backward; NF4: also the widest weight in `dtype`, for its product.
-    Where c < 4 a norm on a CPU makes one more fp32 copy of its input, 4 D."""
+    """What an MLP needs for a moment, forward or backward; NF4: also the widest weight in `dtype`,
+    for its product. Where c < 4 a norm on a CPU makes one more fp32 copy of its input, 4 D."""
     c, F, D = BYTES[dtype], config.intermediate_size, config.hidden_size
     return rows * tokens * (F * (4 * c + 4) + (8 if c == 4 else 12) * D) + (F * D * c if quantize == "nf4" else 0)
 
 
 def mask_bytes(dtype: str, rows: int, tokens: int) -> int:
-    """A mask (rows, tokens, tokens), and as numbers: of rows that are padded on the left, or that the judge packs."""
+    """A mask (rows, tokens, tokens), and as numbers: of rows that are padded on the left, or that
+    the judge packs."""
     return rows * tokens * tokens * (1 + BYTES[dtype])
 
 
@@ -82,16 +88,19 @@ def cache_bytes(config, dtype: str, rows: int, tokens: int) -> int:
 
 def plan(config, *, quantize: str, dtype: str, frozen: Sequence[Adapter] = (), trained: Sequence[Adapter] = (), judge: int = 0, checkpointing: bool = False,
          sampling: dict | None = None, judging: dict | None = None, scoring: dict | None = None, update: dict | None = None, copy: str | None = None) -> dict[str, dict[str, int]]:
-    """Bytes by part: what is "held" all the time, and what each moment needs on top of it. `judge`: another model's bytes;
-    `copy`: the type of a dequantised one for sampling, which shares what is of that type already.
+    """Bytes by part: what is "held" all the time, and what each moment needs on top of it. `judge`:
+    another model's bytes; `copy`: the type of a dequantised one for sampling, which shares what is
+    of that type already.
 
-    `sampling`: rows, tokens (prompt and all turns), new (of the last turn). `judging`, `scoring`: rows, tokens. `update`: a forward's rows
-    and tokens, positions whose logits are taken, stacks before one backward pass, whether entropy is trained.
+    `sampling`: rows, tokens (prompt and all turns), new (of the last turn). `judging`, `scoring`:
+    rows, tokens. `update`: a forward's rows and tokens, positions whose logits are taken, stacks
+    before one backward pass, whether entropy is trained.
     """
     c, V, D, N = BYTES[dtype], config.vocab_size, config.hidden_size, config.num_hidden_layers
     learning = sum(adapter_bytes(config, a) for a in trained)
     targets = {name for _, names in (*frozen, *trained) for name in names} if (quantize, dtype) == ("none", "fp32") else ()
-    folded = sum(4 * i * o * n for name, (i, o, n) in linears(config).items() if name in targets)  # see lora.LoRALinear
+    # See lora.LoRALinear
+    folded = sum(4 * i * o * n for name, (i, o, n) in linears(config).items() if name in targets)
     result = {"held": {"base weights": base_bytes(config, quantize, dtype), "judge": judge, "adapters": sum(adapter_bytes(config, a) for a in (*frozen, *trained)),
                        "optimiser moments": 2 * learning}}
     if copy:
@@ -135,8 +144,9 @@ def table(plan: dict[str, dict[str, int]]) -> str:
 
 
 def used(device) -> str:
-    """A line that compares what was used with the plan printed last: on CUDA what its allocator gave out at most, on a CPU the
-    process's resident memory at most, Python and its libraries included. Nothing where neither CUDA nor a plan is there."""
+    """A line that compares what was used with the plan printed last: on CUDA what its allocator
+    gave out at most, on a CPU the process's resident memory at most, Python and its libraries
+    included. Nothing where neither CUDA nor a plan is there."""
     import resource
     import torch
 

@@ -1,9 +1,10 @@
-"""Several processes under torchrun: shares by index, sums over ranks. With one process nothing here does anything.
+"""Several processes under torchrun: shares by index, sums over ranks. With one process nothing here
+does anything.
 
-Every rank holds the whole model and the whole batch's tokens; what costs time is shared by index, and what a
-rank did not do is zero until it is summed. So there is one flat all-reduce of the adapters' gradients a step,
-losses are already normalised by the whole step's tokens, and statistics over a batch are the same on every rank.
-Rank 0 writes. Text travels as JSON; nothing is pickled.
+Every rank holds the whole model and the whole batch's tokens; what costs time is shared by index,
+and what a rank did not do is zero until it is summed. So there is one flat all-reduce of the
+adapters' gradients a step, losses are already normalised by the whole step's tokens, and statistics
+over a batch are the same on every rank. Rank 0 writes. Text travels as JSON; nothing is pickled.
 """
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def rank() -> int:
 
 
 def join(device: torch.device) -> torch.device:
-    """Joins the group that torchrun's environment names, if there is one -> this process's device."""
+    """Joins the group that torchrun's environment names, if there is one -> this process's
+    device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "cuda":
@@ -43,7 +45,8 @@ def join(device: torch.device) -> torch.device:
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # a long wait is no fault: one process may have hours of sampling left; torchrun ends them all when one dies
+        # a long wait is no fault: one process may have hours of sampling left; torchrun ends them
+        # all when one dies
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     return device
 
@@ -58,7 +61,8 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """Sum over ranks of tensors of one shape, any device -> the same shape and device; the tensor itself where there is one process. RuntimeError: another rank died."""
+    """Sum over ranks of tensors of one shape, any device -> the same shape and device; the tensor
+    itself where there is one process. RuntimeError: another rank died."""
     if size() == 1:
         return tensor
     wire = tensor.to(_wire(), copy=True)
@@ -67,7 +71,8 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def gather(items: Sequence) -> list:
-    """The items of all ranks, each rank's from its `share`, in the order before sharing; as JSON gives them back."""
+    """The items of all ranks, each rank's from its `share`, in the order before sharing; as JSON
+    gives them back."""
     if size() == 1:
         return list(items)
     data = torch.frombuffer(bytearray(json.dumps(list(items)).encode()), dtype=torch.uint8).to(_wire())
@@ -81,7 +86,8 @@ def gather(items: Sequence) -> list:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """One flat all-reduce: every rank then holds the gradient of the whole step. A rank without a share gives zeros. RuntimeError: as `total`."""
+    """One flat all-reduce: every rank then holds the gradient of the whole step. A rank without a
+    share gives zeros. RuntimeError: as `total`."""
     if size() == 1:
         return
     trained = [p for p in parameters if p.requires_grad]
@@ -97,7 +103,8 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Ends the group; a rank that dies without it ends the others with an error (torchrun sees to that)."""
+    """Ends the group; a rank that dies without it ends the others with an error (torchrun sees to
+    that)."""
     if dist.is_initialized():
         barrier()  # a rank that leaves while another is still at work can make that one abort
         dist.destroy_process_group()

@@ -11,11 +11,13 @@ from virtue import printable
 
 def preview(args: argparse.Namespace, found: Mapping[str, object], writes: str, *, trained: Sequence[str] = (), flat: Sequence[Sequence[str]] = (),
             **moments: dict | None) -> bool:
-    """Before anything is loaded: prints the memory plan, unless the base is the toy. With --dry-run also checks the inputs as the
-    run would, all but their tensors, prints settings and files, and is True: the caller ends here.
+    """Before anything is loaded: prints the memory plan, unless the base is the toy. With --dry-run
+    also checks the inputs as the run would, all but their tensors, prints settings and files, and
+    is True: the caller ends here.
 
-    `found`: what the caller read of each input; `writes`: the files to come, or "". Adapters by role: those of --sft, --rm, --eval-rm and
-    --policy, those `trained`, and the `flat` ones, each made of some roles. `moments`: see ``memory.plan``. VirtueError: as in a run.
+    `found`: what the caller read of each input; `writes`: the files to come, or "". Adapters by
+    role: those of --sft, --rm, --eval-rm and --policy, those `trained`, and the `flat` ones, each
+    made of some roles. `moments`: see ``memory.plan``. VirtueError: as in a run.
     """
     from types import SimpleNamespace
     from virtue.plumbing import memory

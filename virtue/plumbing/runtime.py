@@ -1,5 +1,5 @@
-"""How a script runs: exits and their messages, progress bars, the file of metrics, numbers that must
-be finite.
+"""How a script runs: exits and their messages, progress bars, the file of metrics, numbers that
+must be finite.
 
 Imports no torch, so that ``--help`` is instant.
 """
@@ -34,9 +34,10 @@ def run_main(main: Callable[[], object]) -> None:
     """Runs a script's `main` and exits: 0; 2 after a VirtueError's one line; 130 on Ctrl-C.
 
     As one of several processes it leaves out the end of the interpreter. What is imported after
-    ``parallel.join`` may hold the group (torch.distributed.nn does, which transformers imports), so its
-    threads outlive ``parallel.leave``; and before Python 3.14 a thread that wants to free a tensor while
-    the interpreter ends is ended in the midst of C++, which aborts the process with SIGABRT.
+    ``parallel.join`` may hold the group (torch.distributed.nn does, which transformers imports), so
+    its threads outlive ``parallel.leave``; and before Python 3.14 a thread that wants to free a
+    tensor while the interpreter ends is ended in the midst of C++, which aborts the process with
+    SIGABRT.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         _run(main)
@@ -71,14 +72,16 @@ def _run(main: Callable[[], object]) -> NoReturn:
         sys.exit(2)
     except BrokenPipeError:  # who read our output went away, as `head` does; nothing more is to say
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for output in (sys.stdout, sys.stderr):  # else the interpreter complains when it flushes them
+        # Else the interpreter complains when it flushes them
+        for output in (sys.stdout, sys.stderr):
             os.dup2(nowhere, output.fileno())
         sys.exit(128 + 13)  # as a shell reports SIGPIPE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             print(f"error: {error.filename or 'a file'}: {error.strerror}: make room or get permission, then the same command with --resume goes on", file=sys.stderr)
             sys.exit(2)
-        # torch's own on CUDA (by name: torch is not imported here); its CPU allocator and cuBLAS only say so in words
+        # torch's own on CUDA (by name: torch is not imported here); its CPU allocator and cuBLAS
+        # only say so in words
         if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"))):
             raise
         print("error: out of memory: of --batch-size, --micro-batch-size and --judge-batch-size lower what this script has, or take --quantize nf4 or "
@@ -103,23 +106,27 @@ class _Lines:
 
 
 def progress(iterable: Iterable | None, desc: str, total: int | None = None, **settings) -> Iterable:
-    """`iterable` with a progress bar on stderr; a line every half minute where that is no terminal."""
+    """`iterable` with a progress bar on stderr; a line every half minute where that is no
+    terminal."""
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
     return tqdm(iterable, desc=desc, total=total, file=sys.stderr if terminal else _Lines(), dynamic_ncols=terminal, mininterval=0.1 if terminal else 30,
-                delay=0 if terminal or settings.get("leave", True) else 30,  # a bar that goes away again is for what takes long
+                # a bar that goes away again is for what takes long
+                delay=0 if terminal or settings.get("leave", True) else 30,
                 disable=not main_rank(), **settings)
 
 
 class MetricsLog:
-    """A file of metrics: one JSON line a call, at once; ``resume.load_checkpoint`` cuts an earlier run's off."""
+    """A file of metrics: one JSON line a call, at once; ``resume.load_checkpoint`` cuts an earlier
+    run's off."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def write(self, metrics: dict) -> None:
-        """`metrics`: names to texts and scalars (torch's and numpy's too); nan is written null. Rank 0 writes."""
+        """`metrics`: names to texts and scalars (torch's and numpy's too); nan is written null.
+        Rank 0 writes."""
         if not main_rank():
             return
         plain = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
@@ -135,8 +142,9 @@ class MetricsLog:
 def check_finite(value, where: str, what: str, remedy: str, records: Sequence[str] = (), state: Path | None = None) -> None:
     """VirtueError where a number is NaN or infinite, since nothing that follows could be right.
 
-    `value`: a scalar, or a tensor with one column a record; the message names the step (`where`), the records (those
-    of bad columns), and the last checkpoint in `state`, which holds what was before.
+    `value`: a scalar, or a tensor with one column a record; the message names the step (`where`),
+    the records (those of bad columns), and the last checkpoint in `state`, which holds what was
+    before.
     """
     import torch
 
