@@ -290,8 +290,8 @@ def test_prepare_output(tmp_path):
 
 
 def test_the_readmes_way_from_peft_gives_an_sft_model(tmp_path, monkeypatch):
-    """README's "With other libraries" on the toy; PEFT leaves a folder without virtue.json."""
-    base = open_base(Namespace(model="toy", quantize="none", dtype="fp32", device="cpu", threads=1))
+    """The way of docs/libraries.md on the toy; PEFT leaves a folder without virtue.json."""
+    base = open_base(Namespace(model="toy", quantize="none", dtype="fp32", device="cpu"))
     add_adapter(base.model, "theirs", rank=2, alpha=4, targets=("q_proj",))
     torch.nn.init.normal_(adapter_parameters(base.model, "theirs")[-1],
                           generator=torch.Generator().manual_seed(0))
@@ -299,9 +299,9 @@ def test_the_readmes_way_from_peft_gives_an_sft_model(tmp_path, monkeypatch):
     save_file(adapter_state(base.model, "theirs"), tmp_path / "PEFT/adapter_model.safetensors")
     (tmp_path / "PEFT/adapter_config.json").write_text(
         json.dumps(adapter_config(base.model, "theirs", "toy")))
-    with pytest.raises(VirtueError, match="that PEFT trained, README says"):
+    with pytest.raises(VirtueError, match="that PEFT trained, docs/libraries.md says"):
         read_manifest(tmp_path / "PEFT")
-    block = (Path(__file__).parent.parent / "README.md").read_text().split(
+    block = (Path(__file__).parent.parent / "docs/libraries.md").read_text().split(
         "```python\n")[1].split("```")[0]
     for told, here in (("mistralai/Mistral-7B-Instruct-v0.2", "toy"), ('"nf4"', '"none"'),
                        ('"bf16"', '"fp32"'), ('"auto"', '"cpu"')):
@@ -310,7 +310,7 @@ def test_the_readmes_way_from_peft_gives_an_sft_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(block, {})
     again = open_base(Namespace(model="toy", quantize="none", dtype="fp32",
-                                device="cpu", threads=1))
+                                device="cpu"))
     load_artifact(tmp_path / "runs/sft", again.model, "sft", stage="sft", base=again.info,
                   template=again.template)
     for key, value in adapter_state(base.model, "theirs").items():

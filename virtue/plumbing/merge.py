@@ -36,16 +36,22 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
         folder.mkdir(parents=True, exist_ok=True)
     # fp16 could overflow when folded
     dtype = torch.float32 if model.dtype == torch.float16 else model.dtype
-    state = merged_state_dict(model, stack, dtype) | {"score.weight": head.weight.detach().cpu().to(dtype)}
-    config = MistralConfig(**{**model.config.to_dict(), "architectures": ["MistralForSequenceClassification"],
-                              "id2label": {0: "score"}, "label2id": {"score": 0}, "pad_token_id": tokenizer.pad_token_id, "dtype": str(dtype).removeprefix("torch.")})
+    state = merged_state_dict(model, stack, dtype)
+    state["score.weight"] = head.weight.detach().cpu().to(dtype)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    config = MistralConfig(**model.config.to_dict() | {
+        "architectures": ["MistralForSequenceClassification"], "id2label": {0: "score"},
+        "label2id": {"score": 0}, "pad_token_id": tokenizer.pad_token_id,
+        "dtype": str(dtype).removeprefix("torch.")})
     if main_rank():
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    write_atomic(folder / "model.safetensors", functools.partial(save_file, {k: v.contiguous() for k, v in state.items()}, metadata={"format": "pt"}))
+    write_atomic(folder / "model.safetensors",
+                 functools.partial(save_file, state, metadata={"format": "pt"}))
     barrier()
 
-    before = score_dialogues(model, [(stack, head)], dialogues, [turn], tokenizer.pad_token_id, batch_size=8)[0]
+    before = score_dialogues(model, [(stack, head)], dialogues, [turn], tokenizer.pad_token_id,
+                             batch_size=8)[0]
     del state  # 14.5 GB of Mistral-7B, and as many come back
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a log is no place for it
@@ -55,6 +61,6 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
         if shown:
             logging.enable_progress_bar()
     with torch.no_grad():
-        after = torch.stack([merged(torch.tensor([d.ids[:d.turns[turn].score_position + 1]], device=model.device)).logits[0, 0]
-                             for d in dialogues]).float().cpu()
-    return (before - after).abs().max().item()
+        rows = [d.ids[:d.turns[turn].score_position + 1] for d in dialogues]
+        after = [merged(torch.tensor([row], device=model.device)).logits[0, 0] for row in rows]
+    return (before - torch.stack(after).float().cpu()).abs().max().item()

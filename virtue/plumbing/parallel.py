@@ -41,18 +41,22 @@ def join(device: torch.device) -> torch.device:
     if device.type == "cuda":
         number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= there:
-            raise VirtueError(f"process {number} of this machine finds {there} GPUs: give torchrun --nproc-per-node {there}, or --device cpu")
+            raise VirtueError(f"process {number} of this machine finds {there} GPUs: give torchrun "
+                              f"--nproc-per-node {there}, or --device cpu")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # a long wait is no fault: one process may have hours of sampling left; torchrun ends them
         # all when one dies
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))
     return device
 
 
 def _wire() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
@@ -75,7 +79,8 @@ def gather(items: Sequence) -> list:
     gives them back."""
     if size() == 1:
         return list(items)
-    data = torch.frombuffer(bytearray(json.dumps(list(items)).encode()), dtype=torch.uint8).to(_wire())
+    text = bytearray(json.dumps(list(items)).encode())
+    data = torch.frombuffer(text, dtype=torch.uint8).to(_wire())
     lengths = [torch.zeros(1, dtype=torch.long, device=_wire()) for _ in range(size())]
     dist.all_gather(lengths, torch.tensor([len(data)], device=_wire()))
     most = max(int(n) for n in lengths)
@@ -91,7 +96,8 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     if size() == 1:
         return
     trained = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in trained])
+    gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     for p, gradient in zip(trained, total(flat).split([p.numel() for p in trained])):
         p.grad = gradient.view_as(p)
 
