@@ -15,7 +15,6 @@ from virtue.dialogue import Dialogue, messages_of
 from virtue.ensemble import aggregate
 from virtue.ethics import LENSES
 from virtue.evaluation import feedback, plots, setup, stats
-from virtue.generate import sample_dialogues
 from virtue.lora import use_stack
 from virtue.plumbing import artefacts, loading, memory, records, resume
 from virtue.plumbing.preview import preview
@@ -62,7 +61,7 @@ def evaluate(args: argparse.Namespace) -> None:
     stack, answers = setup.flat(base.model, loaded.sft), []
     for copy, asked in enumerate(copies):
         spread = resume.spread(f"answers {copy + 1} of {len(copies)}", state / f"{copy}.jsonl")
-        answers.append(sample(args, base, stack, asked, copy, spread))
+        answers.append(setup.sample(args, base, stack, asked, "best-of-n", spread, copy))
 
     # Score and judge
     scores = torch.stack([loaded.rewards.standardise(
@@ -83,16 +82,6 @@ def evaluate(args: argparse.Namespace) -> None:
     resume.finish(out)
     show(rows, {"judge": len(verdicts.prompts)}, len(kept), args.n)
     print(f"wrote best_of_n.json in {out}{memory.used(base.model.device)}")
-
-
-def sample(args: argparse.Namespace, base: loading.Base, stack: setup.Stack,
-           prompts: Sequence[dict], copy: int, spread) -> list[Dialogue]:
-    """One dialogue for each prompt, from random numbers of this copy's own."""
-    with use_stack(base.model, *stack):
-        return sample_dialogues(
-            base.model, base.tokenizer, prompts, seed=args.seed, stage="best-of-n", copy=copy,
-            max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-            batch_size=args.batch_size, each_batch=spread)
 
 
 def gold_of(base: loading.Base, answers: Sequence[Sequence[Dialogue]]) -> np.ndarray:
@@ -140,8 +129,8 @@ def gains(scores: Tensor, gold: np.ndarray | None, judged: Judged, seed: int) ->
 def estimate(name: str, proxy: np.ndarray, values: np.ndarray, m: int, seed: int) -> dict:
     """Mean over prompts of the value of the best of m by proxy, both (P, n), with its interval."""
     each = np.array([stats.best_of_n(p[None], v[None], m) for p, v in zip(proxy, values)])
-    found = stats.paired_bootstrap(np.zeros(len(each)), each, resamples=2000, seed=seed)
-    return dict(zip((name, *MEASURES[name][0]), found))
+    interval = stats.paired_bootstrap(np.zeros(len(each)), each, resamples=2000, seed=seed)
+    return dict(zip((name, *MEASURES[name][0]), interval))
 
 
 def show(rows: Sequence[dict], prompts: Mapping[str, int], kept: int, n: int) -> None:
