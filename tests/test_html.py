@@ -4,8 +4,10 @@ from __future__ import annotations
 import copy
 import re
 import shlex
+import tomllib
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -120,6 +122,15 @@ def test_everything_foreign_is_escaped_and_control_characters_are_shown():
     assert page.text.count("<script>alert('1')</script>") > 20
     text.encode("utf-8")
     assert html.clean("a\u200db\tc\nמ") == "a\u200db\tc\nמ" and html.clean("'") == "&#39;"
+
+
+def test_no_template_marks_a_value_as_safe_and_all_are_packaged():
+    folder = Path(html.__file__).parent / "page"
+    assert not [p.name for p in folder.iterdir() if re.search(r"\| *safe|autoescape", p.read_text())]
+    project = tomllib.loads((folder.parents[2] / "pyproject.toml").read_text())
+    packaged = project["tool"]["setuptools"]["package-data"]["virtue.evaluation"]
+    assert {p.name for pattern in packaged for p in folder.parent.glob(pattern)} == {
+        "macros.html", "report.html", "style.css"}
 
 
 def test_page_stands_alone_and_links_inside_itself():

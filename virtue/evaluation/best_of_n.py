@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ from virtue.dialogue import Dialogue, messages_of
 from virtue.ensemble import aggregate
 from virtue.ethics import LENSES
 from virtue.evaluation import feedback, plots, setup, stats
-from virtue.generate import sample_dialogues
 from virtue.lora import use_stack
 from virtue.plumbing import artefacts, loading, memory, records, resume
 from virtue.plumbing.preview import preview
@@ -27,13 +25,6 @@ MEASURES = {  # of a row -> names of the ends of its interval, what it is
     "judge": (("judge_low", "judge_high"),
               "the judge's P(better than another answer of the same model)"),
     "reward": ((), "mean standardised reward")}
-
-
-class Judged(NamedTuple):
-    """P(an answer is better than one more of the same model): (prompts judged, n), and which."""
-
-    probs: np.ndarray | None = None
-    prompts: Sequence[int] = ()
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -62,37 +53,26 @@ def evaluate(args: argparse.Namespace) -> None:
     stack, answers = setup.flat(base.model, loaded.sft), []
     for copy, asked in enumerate(copies):
         spread = resume.spread(f"answers {copy + 1} of {len(copies)}", state / f"{copy}.jsonl")
-        answers.append(sample(args, base, stack, asked, copy, spread))
+        answers.append(setup.sample(args, base, stack, asked, "best-of-n", spread, copy))
 
     # Score and judge
     scores = torch.stack([loaded.rewards.standardise(
         setup.raw_scores(loaded, loaded.rewards, dialogues, args.batch_size))
         for dialogues in answers[:args.n]], 2)  # (K, P, n)
     gold = gold_of(base, answers[:args.n]) if args.prompts == "toy" else None
-    verdicts = judge(args, base, answers, len(judged), state) if judged else Judged()
-    rows = gains(scores, gold, verdicts, args.seed)
+    wins, which = judge(args, base, answers, len(judged), state) if judged else (None, [])
+    rows = gains(scores, gold, wins, which, args.seed)
 
     # Write and show
     artefacts.write_json(out / "best_of_n.json", {
-        "prompts": len(kept), "judged": len(verdicts.prompts), "n": args.n, "seed": args.seed,
-        "rows": rows})
+        "prompts": len(kept), "judged": len(which), "n": args.n, "seed": args.seed, "rows": rows})
     if plots.available():
         artefacts.write_atomic(out / "best_of_n.svg", plots.best_of_n(rows).encode())
     else:
         print(plots.MISSING)
     resume.finish(out)
-    show(rows, {"judge": len(verdicts.prompts)}, len(kept), args.n)
+    show(rows, {"judge": len(which)}, len(kept), args.n)
     print(f"wrote best_of_n.json in {out}{memory.used(base.model.device)}")
-
-
-def sample(args: argparse.Namespace, base: loading.Base, stack: setup.Stack,
-           prompts: Sequence[dict], copy: int, spread) -> list[Dialogue]:
-    """One dialogue for each prompt, from random numbers of this copy's own."""
-    with use_stack(base.model, *stack):
-        return sample_dialogues(
-            base.model, base.tokenizer, prompts, seed=args.seed, stage="best-of-n", copy=copy,
-            max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-            batch_size=args.batch_size, each_batch=spread)
 
 
 def gold_of(base: loading.Base, answers: Sequence[Sequence[Dialogue]]) -> np.ndarray:
@@ -105,20 +85,22 @@ def gold_of(base: loading.Base, answers: Sequence[Sequence[Dialogue]]) -> np.nda
 
 
 def judge(args: argparse.Namespace, base: loading.Base, answers: Sequence[Sequence[Dialogue]],
-          prompts: int, state: Path) -> Judged:
-    """The base, adapters off, compares the answers to the first prompts with the last one each."""
+          prompts: int, state: Path) -> tuple[np.ndarray, list[int]]:
+    """The base, adapters off, compares the answers to the first prompts with the last one each:
+    P(an answer is better) (prompts judged, n), and which those prompts are."""
     *talks, others = [[messages_of(base.tokenizer, d) for d in dialogues[:prompts]]
                       for dialogues in answers]
     with use_stack(base.model):
-        return Judged(*feedback.versus(
+        return feedback.versus(
             base.model, base.tokenizer, talks, others, batch_size=args.judge_batch_size,
             each_batch=lambda lens: resume.spread(f"judge {lens}",
-                                                  state / f"log-odds-{lens}.jsonl")))
+                                                  state / f"log-odds-{lens}.jsonl"))
 
 
-def gains(scores: Tensor, gold: np.ndarray | None, judged: Judged, seed: int) -> list[dict]:
+def gains(scores: Tensor, gold: np.ndarray | None, wins: np.ndarray | None,
+          which: Sequence[int], seed: int) -> list[dict]:
     """The rows of best_of_n.json: for each aggregator and m = 1, 2, 4, ... n what the best of m
-    would be worth. scores (K, P, n) standardised; gold (P, n)."""
+    would be worth. scores (K, P, n) standardised; gold (P, n); wins of the prompts `which`."""
     average, n = scores.mean(0).double().numpy(), scores.shape[2]
     rows = []
     for name in AGGREGATORS:
@@ -131,8 +113,8 @@ def gains(scores: Tensor, gold: np.ndarray | None, judged: Judged, seed: int) ->
                    "reward": stats.best_of_n(proxy, average, m)}
             if gold is not None:
                 row |= estimate("gold", proxy, gold, m, seed)
-            if len(judged.prompts) > 1:
-                row |= estimate("judge", proxy[judged.prompts], judged.probs, m, seed)
+            if len(which) > 1:
+                row |= estimate("judge", proxy[which], wins, m, seed)
             rows.append(row)
     return rows
 
@@ -140,8 +122,8 @@ def gains(scores: Tensor, gold: np.ndarray | None, judged: Judged, seed: int) ->
 def estimate(name: str, proxy: np.ndarray, values: np.ndarray, m: int, seed: int) -> dict:
     """Mean over prompts of the value of the best of m by proxy, both (P, n), with its interval."""
     each = np.array([stats.best_of_n(p[None], v[None], m) for p, v in zip(proxy, values)])
-    found = stats.paired_bootstrap(np.zeros(len(each)), each, resamples=2000, seed=seed)
-    return dict(zip((name, *MEASURES[name][0]), found))
+    interval = stats.paired_bootstrap(np.zeros(len(each)), each, resamples=2000, seed=seed)
+    return dict(zip((name, *MEASURES[name][0]), interval))
 
 
 def show(rows: Sequence[dict], prompts: Mapping[str, int], kept: int, n: int) -> None:

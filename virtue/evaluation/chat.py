@@ -13,6 +13,7 @@ from virtue import VirtueError, generate
 from virtue.dialogue import Dialogue, Turn, encode_prompt, followup_ids
 from virtue.ethics import FOLLOW_UPS, LENSES
 from virtue.evaluation import setup
+from virtue.evaluation.report import visible
 from virtue.lora import use_stack
 from virtue.plumbing import loading
 from virtue.plumbing.preview import preview
@@ -39,12 +40,10 @@ class Pair(NamedTuple):
 
 
 def columns(texts: Mapping[str, str], width: int) -> str:
-    """Texts beside each other under their names, width characters in all; control characters are
-    shown, not sent to the terminal."""
+    """Texts beside each other under their names, width characters in all."""
     each, cells = max(20, width // len(texts) - 2), []
     for name, text in texts.items():
-        clean = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-        lines = [textwrap.wrap(part, each) or [""] for part in clean.split("\n")]
+        lines = [textwrap.wrap(part, each) or [""] for part in visible(text).split("\n")]
         cells.append([name, *itertools.chain(*lines)])
     rows = itertools.zip_longest(*cells, fillvalue="")
     return "\n".join("  ".join(f"{cell:{each}}" for cell in row).rstrip() for row in rows)

@@ -58,7 +58,7 @@ def _pages() -> Environment:
     pages.filters |= {
         "model": _model, "row": title, "number": _number, "interval": _interval, "shade": shade,
         "direction": _direction, "bar": _bar, "reward": _reward, "text": _text}
-    pages.tests |= {"part": lambda key: ROWS.get(key, "").startswith(" "), "known": is_finite}
+    pages.tests |= {"part": lambda key: ROWS.get(key, "").startswith(" "), "finite": is_finite}
     return pages
 
 
@@ -133,8 +133,8 @@ def _last_step(scores: Mapping) -> dict:
 
 def _key_row(rows: Mapping = (), *_: Mapping) -> str:
     """The row that a report is about: gold, or where it is not known the study's Score."""
-    known = [key for key in ("gold", "study_score_standardised") if key in rows]
-    return next(iter([*known, *rows]), "")
+    preferred = [key for key in ("gold", "study_score_standardised") if key in rows]
+    return next(iter([*preferred, *rows]), "")
 
 
 def verdict(scores: Mapping) -> tuple[str, str]:
@@ -166,14 +166,14 @@ def coherence(scores: Mapping) -> str:
     (base, old), (after, new) = list(models.items())[::len(models) - 1]
     base, after = _model(base), _model(after)
 
-    def known(*columns: Mapping, key: str) -> bool:
+    def have(*columns: Mapping, key: str) -> bool:
         return all(is_finite(column.get(key)) for column in columns)
-    if known(old, new, key="perplexity") and old["perplexity"] > 0:
+    if have(old, new, key="perplexity") and old["perplexity"] > 0:
         facts.append(f"its perplexity under the base is {new['perplexity'] / old['perplexity']:.2f}"
                      f" times that of the {base}'s own answers")
-    if known(old, new, key="ended"):
+    if have(old, new, key="ended"):
         facts.append(f"{new['ended']:.1%} of its turns ended properly ({base}: {old['ended']:.1%})")
-    if known(new, key="kl"):
+    if have(new, key="kl"):
         facts.append(f"its KL to the reference is {_number(new['kl'], '.2f')} nats a dialogue")
     judgement = f"{after} stays coherent"
     if any(warning["about"] == "coherence" for warning in scores.get("warnings", [])):
@@ -241,10 +241,10 @@ def _dialogues(samples: Sequence[dict], models: Sequence[str]) -> dict:
         order = [name for name in models if name in answers]
         answers = {name: answers[name] for name in dict.fromkeys([*order, *answers])}
         rewards = [_reward(answer) for answer in answers.values()] or [None]
-        known = None not in (rewards[0], rewards[-1])
+        scored = None not in (rewards[0], rewards[-1])
         talks.append({"messages": sample.get("prompt") or [{"role": "user", "content": ""}],
-                      "answers": answers, "ends": (rewards[0], rewards[-1]) if known else (),
-                      "rise": rewards[-1] - rewards[0] if known and len(rewards) > 1 else None,
+                      "answers": answers, "ends": (rewards[0], rewards[-1]) if scored else (),
+                      "rise": rewards[-1] - rewards[0] if scored and len(rewards) > 1 else None,
                       "scored": any(reward is not None for reward in rewards)})
     changed = sorted((t for t in talks if t["rise"] is not None), key=lambda t: t["rise"])
     falls = [talk for talk in changed if talk["rise"] < 0]

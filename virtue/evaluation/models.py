@@ -16,7 +16,6 @@ from virtue.dialogue import Dialogue, encode_prompt, messages_of, prompt_record,
 from virtue.ethics import LENSES, PROBES, VIRTUES
 from virtue.evaluation import feedback, html, plots, report, setup
 from virtue.evaluation.setup import Ensemble, Loaded, Stack
-from virtue.generate import sample_dialogues
 from virtue.judge import label_ids
 from virtue.logprobs import kl_k1
 from virtue.lora import use_stack
@@ -73,7 +72,8 @@ def compare(args: argparse.Namespace) -> None:
     # Sample and score: every model on the same prompts, from the same random numbers
     asked, answers = kept + probes_of(args.prompts), {}
     for name, stack in stacks.items():
-        dialogues = sample(args, base, stack, asked, name, state / f"{name}.jsonl")
+        spread = resume.spread(f"dialogues of {name}", state / f"{name}.jsonl")
+        dialogues = setup.sample(args, base, setup.flat(base.model, stack), asked, "eval", spread)
         answers[name] = measure(args, loaded, second, stack, dialogues, len(kept))
 
     # Judge, compare, write, show
@@ -128,16 +128,6 @@ def refuse_equals(base: loading.Base, stacks: Mapping[str, Stack], prompts: Sequ
                 raise VirtueError(
                     f"{folders[name]}: the logits of {name} equal those of {other}: this adapter "
                     "was never trained or never loaded; train it again")
-
-
-def sample(args: argparse.Namespace, base: loading.Base, stack: Stack, prompts: Sequence[dict],
-           name: str, keep: Path) -> list[Dialogue]:
-    """One dialogue for each prompt by one stack; batches that are done are kept in a file."""
-    with use_stack(base.model, *setup.flat(base.model, stack)):
-        return sample_dialogues(
-            base.model, base.tokenizer, prompts, seed=args.seed, stage="eval",
-            max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-            batch_size=args.batch_size, each_batch=resume.spread(f"dialogues of {name}", keep))
 
 
 def measure(args: argparse.Namespace, loaded: Loaded, second: Ensemble | None, stack: Stack,
@@ -249,7 +239,7 @@ def summary(args: argparse.Namespace, answers: Mapping[str, Answers], wins: dict
 
 def samples_of(asked: Sequence[dict], answers: Mapping[str, Answers], scored: int) -> list[dict]:
     """The lines of samples.jsonl: each prompt or probe with every model's turns, scores, gold."""
-    def said(of_model: Answers, i: int) -> dict:
+    def line_of(of_model: Answers, i: int) -> dict:
         line = {"turns": dict(zip(LENSES, of_model.texts[i]))}
         if i < scored:
             line |= {"scores": of_model.rows["standardised"][:, i],
@@ -259,7 +249,7 @@ def samples_of(asked: Sequence[dict], answers: Mapping[str, Answers], scored: in
         return line
 
     return [{"id": prompt["id"], "prompt": prompt["prompt"],
-             **{name: said(of_model, i) for name, of_model in answers.items()}}
+             **{name: line_of(of_model, i) for name, of_model in answers.items()}}
             for i, prompt in enumerate(asked)]
 
 

@@ -50,7 +50,7 @@ def available() -> bool:
 
 
 def _svg(name: str, title: str, draw: Callable, rows: int = 1, columns: int = 1,
-         size: tuple[float, float] = (5.0, 3.2)) -> str:
+         size: tuple[float, float] = (5.0, 3.2), sharex: bool = True) -> str:
     """What `draw(axes)` draws; `title` is read out by a screen reader."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -58,7 +58,7 @@ def _svg(name: str, title: str, draw: Callable, rows: int = 1, columns: int = 1,
         matplotlib.rcdefaults()  # and no matplotlibrc of the user's
         matplotlib.rcParams.update(_SETTINGS | {"svg.hashsalt": name})
         figure, buffer = Figure(figsize=size, layout="constrained"), io.StringIO()
-        draw(figure.subplots(rows, columns, sharex=rows > 1))
+        draw(figure.subplots(rows, columns, sharex=sharex))
         figure.align_ylabels()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().replace(INK, "currentColor")
@@ -123,8 +123,8 @@ def overoptimisation(curve: Sequence[dict]) -> str:
     gold, if known, and the iteration kept in best/."""
     rows = [row for row in curve if row.get("kl") is not None]
     x = [math.sqrt(max(row["kl"], 0.0)) for row in rows]
-    known = [i for i, row in enumerate(rows) if row.get("gold") is not None]
-    highest = max(known, key=lambda i: rows[i]["gold"], default=None)
+    rated = [i for i, row in enumerate(rows) if row.get("gold") is not None]
+    highest = max(rated, key=lambda i: rows[i]["gold"], default=None)
     kept = next((i for i, row in enumerate(rows) if row.get("kept")), None)
     marks = [(highest, ":", "highest gold, noisy: {gold:.3f}, iteration {iteration}"),
              (kept, "--", "kept in best/: iteration {iteration}")]

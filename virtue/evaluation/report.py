@@ -82,11 +82,15 @@ def table(columns: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def visible(text: str) -> str:
+    """A text for a terminal: control characters are shown, not sent."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def side_by_side(prompt: str, answers: Mapping[str, Sequence[str]], width: int = 100) -> str:
-    """One prompt's dialogues, model by model, for a terminal; controls are shown, not sent."""
+    """One prompt's dialogues, model by model, for a terminal."""
     def wrap(name: str, text: str) -> str:
-        clean = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-        return textwrap.fill(f"{name}: {clean}", width, initial_indent="  ",
+        return textwrap.fill(f"{name}: {visible(text)}", width, initial_indent="  ",
                              subsequent_indent="      ")
     lines = [wrap("PROMPT", prompt)[2:]]
     for name, turns in answers.items():
@@ -263,11 +267,11 @@ def _data_of(manifest: dict, home: Path) -> Iterator[dict]:
         return
     for path in {os.path.normpath(data), os.path.normpath(home / os.path.relpath(data, out))}:
         try:
-            made = read_manifest(path)
+            source = read_manifest(path)
         except VirtueError:  # gone, or written over
             continue
-        if made["sha256"] == wanted:
-            yield made
+        if source["sha256"] == wanted:
+            yield source
 
 
 # stage of a manifest -> run_*.py, if not the same
@@ -329,67 +333,63 @@ def run_away(first: dict, now: dict) -> list[str]:
     return [text for bad, text in checks if bad]
 
 
+# about, row of the table, condition on its value a in the base and b in the last model, sentence;
+# "share" is b / a. Bounds are this project's.
+_FELL = (
+    ("coherence", "perplexity", lambda a, b: not 0.5 * a <= b <= 1.5 * a,
+     "perplexity under the base is {share:.2f} times that of the base's own answers"),
+    ("coherence", "ended", lambda a, b: b < 0.97, "only {b:.1%} of turns end properly"),
+    ("coherence", "kl a token", lambda a, b: b > 0.2, "the policy is {last[kl]:.1f} nats a "
+     "dialogue away from what it started from, {b:.2f} a token"),
+    ("coherence", "repetition", lambda a, b: b > a + 0.05,
+     "repeated word triples rose from {a:.2f} to {b:.2f}"),
+    *(("coherence", f"{kind}/{lens}", lambda a, b: b < 0.7 * a, "{title}: from {a:.2f} to {b:.2f}")
+      for kind in ("distinct", "patterns") for lens in LENSES),
+    ("coherence", "broken", lambda a, b: b > a + 0.05,
+     "broken sentences rose from {a:.1%} to {b:.1%}"),
+    ("coherence", "named", lambda a, b: b < a - 0.02, "the right person and thing are named in "
+     "{b:.1%} of sentences, by the base in {a:.1%}"),
+    ("other", "refusals", lambda a, b: b > a + 0.05, "refusals rose from {a:.1%} to {b:.1%}"),
+    ("other", "flattery", lambda a, b: b > a + 0.5,
+     "flattery rose from {a:.2f} to {b:.2f} phrases a hundred words"),
+    ("other", "length", lambda a, b: b > 1.5 * a, "dialogues grew from {a:.0f} to {b:.0f} tokens"),
+    ("other", "length", lambda a, b: b < 0.5 * a,
+     "dialogues shrank from {a:.0f} to {b:.0f} tokens"),
+)
+
+
 def warnings_of(columns: Mapping[str, dict], compared: Mapping[str, dict], wins: Mapping[str, dict],
                 facts: Sequence[dict] = ()) -> list[dict]:
     """What a sceptic would say, {"about": "coherence" or "other", "text"}: where reward rose and
-    something else fell. Bounds are this project's; the base is what coherence is measured by.
+    something else fell. The base is what coherence is measured by.
 
     columns, compared, wins: as in scores.json. facts: of `reward_model_facts`, for models that are
     no better than a coin, and for second ones that are not unseen.
     """
     names = list(columns)
-    base, last, step = columns[names[0]], columns[names[-1]], compared[f"{names[-1]} - {names[-2]}"]
+    base, last = (
+        {**column, "kl a token": column["kl"] / max(1, column["length"])}
+        for column in (columns[names[0]], columns[names[-1]]))
+    step, fallen = compared[f"{names[-1]} - {names[-2]}"], []
+    for about, key, fell, sentence in _FELL:
+        if key in last and fell(a := base[key], b := last[key]):
+            text = sentence.format(a=a, b=b, share=b / a if a else 0, last=last, title=title(key))
+            fallen.append((about, text))
+    fallen += [("other", text) for text in _fallen_rewards(step, facts)]
     but = "reward rose, but " * any(step[f"reward/{lens}"]["low"] > 0 for lens in LENSES)
-    unseen = "second" if any(m.get("seen") for m in facts) else "unseen"
-    incoherent = [but + text for text in _incoherent(base, last)]
-    others = [*(but + text for text in _fallen(base, last, step, unseen)),
-              *_untrusted(facts), *_judge_warnings(wins)]
-    return [*({"about": "coherence", "text": text} for text in incoherent),
-            *({"about": "other", "text": text} for text in others)]
+    return [*({"about": about, "text": but + text} for about, text in fallen),
+            *({"about": "other", "text": text} for text in (*_untrusted(facts), *_unjudged(wins)))]
 
 
-def _incoherent(base: dict, last: dict) -> Iterator[str]:
-    """Where the last model does not write as the base does."""
-    ratio, kl = last["perplexity"] / base["perplexity"], last["kl"]
-    if not 0.5 <= ratio <= 1.5:
-        yield f"perplexity under the base is {ratio:.2f} times that of the base's own answers"
-    if last["ended"] < 0.97:
-        yield f"only {last['ended']:.1%} of turns end properly"
-    if kl > 0.2 * last["length"]:
-        yield (f"the policy is {kl:.1f} nats a dialogue away from what it started from, "
-               f"{kl / max(1, last['length']):.2f} a token")
-    if last["repetition"] > base["repetition"] + 0.05:
-        yield f"repeated word triples rose {_change(base, last, 'repetition', '.2f')}"
-    for key in (f"{kind}/{lens}" for kind in ("distinct", "patterns") for lens in LENSES):
-        if key in last and last[key] < 0.7 * base[key]:
-            yield f"{title(key)}: {_change(base, last, key, '.2f')}"
-    if "gold" in last and last["broken"] > base["broken"] + 0.05:
-        yield f"broken sentences rose {_change(base, last, 'broken', '.1%')}"
-    if "gold" in last and last["named"] < base["named"] - 0.02:
-        yield (f"the right person and thing are named in {last['named']:.1%} of sentences, by the "
-               f"base in {base['named']:.1%}")
-
-
-def _change(base: dict, last: dict, key: str, form: str) -> str:
-    return f"from {base[key]:{form}} to {last[key]:{form}}"
-
-
-def _fallen(base: dict, last: dict, step: dict, unseen: str) -> Iterator[str]:
-    """What got worse besides; step: the differences from the model before."""
-    if last["refusals"] > base["refusals"] + 0.05:
-        yield f"refusals rose {_change(base, last, 'refusals', '.1%')}"
-    if last["flattery"] > base["flattery"] + 0.5:
-        yield f"flattery rose {_change(base, last, 'flattery', '.2f')} phrases a hundred words"
-    if last["length"] > 1.5 * base["length"]:
-        yield f"dialogues grew {_change(base, last, 'length', '.0f')} tokens"
-    if last["length"] < 0.5 * base["length"]:
-        yield f"dialogues shrank {_change(base, last, 'length', '.0f')} tokens"
-    if "gold" in last and step["gold"]["high"] < 0:
+def _fallen_rewards(step: Mapping[str, dict], facts: Sequence[dict]) -> Iterator[str]:
+    """What of the last model's rewards over the one before it does not hold elsewhere."""
+    if "gold" in step and step["gold"]["high"] < 0:
         yield f"gold fell by {-step['gold']['difference']:.3f}"
-    for lens in LENSES if "eval_reward/action" in last else ():
-        row = step[f"eval_reward/{lens}"]
-        if step[f"reward/{lens}"]["low"] > 0 >= row["low"]:
-            yield (f"the {unseen} reward model of lens {lens} saw no reliable rise: "
+    kind = "second" if any(fact.get("seen") for fact in facts) else "unseen"
+    for lens in LENSES:
+        row = step.get(f"eval_reward/{lens}")
+        if row and step[f"reward/{lens}"]["low"] > 0 >= row["low"]:
+            yield (f"the {kind} reward model of lens {lens} saw no reliable rise: "
                    f"{with_interval(row)}")
 
 
@@ -409,7 +409,7 @@ def _untrusted(facts: Sequence[dict]) -> Iterator[str]:
                "--share second")
 
 
-def _judge_warnings(wins: Mapping[str, dict]) -> Iterator[str]:
+def _unjudged(wins: Mapping[str, dict]) -> Iterator[str]:
     """Where the judge does not answer, or finds the answers less helpful."""
     for pair, lenses in wins.items():
         for lens, row in lenses.items():

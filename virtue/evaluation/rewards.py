@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 
 from virtue import VirtueError, preference
-from virtue.dialogue import (Dialogue, copies_of, encode_conversation, messages_of, pair_rows,
-                             right_pad)
+from virtue.dialogue import (Dialogue, Turn, copies_of, encode_conversation, messages_of,
+                             pair_rows)
 from virtue.ethics import LENSES
 from virtue.evaluation import setup
 from virtue.evaluation.stats import rank_correlation
 from virtue.evaluation.textstats import degenerate
-from virtue.lora import use_stack
-from virtue.models import score_at
 from virtue.plumbing import artefacts, loading, memory, records, resume
 from virtue.plumbing.preview import preview
-from virtue.plumbing.runtime import progress
 from virtue.randomness import held_out_ids
 from virtue.rollout import score_dialogues
 
@@ -39,20 +36,21 @@ class Scorer(NamedTuple):
     std: Tensor
     batch_size: int
 
-    @torch.no_grad()
+    def raw(self, dialogues: Sequence[Dialogue], k: int, name: str | None = None) -> Tensor:
+        """Raw scores (n,) at the end of turn k; `name` is that of a progress bar."""
+        return score_dialogues(
+            self.base.model, [(self.stack, self.head)], dialogues, [k],
+            self.base.tokenizer.pad_token_id, batch_size=self.batch_size,
+            each_batch=resume.spread(name))[0]
+
     def score(self, rows: Sequence[list[int]]) -> Tensor:
         """Standardised scores (n,) at the end of n rows of ids; NaN where one is beyond the
         model's context."""
-        model, pad = self.base.model, self.base.tokenizer.pad_token_id
-        limit, scores = model.config.max_position_embeddings, torch.full((len(rows),), torch.nan)
-        order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit),
-                       key=lambda i: len(rows[i]))
-        with use_stack(model, *self.stack):
-            for begin in progress(range(0, len(order), self.batch_size), f"score {self.lens}"):
-                batch = order[begin:begin + self.batch_size]
-                ids, mask = (t.to(model.device) for t in right_pad([rows[i] for i in batch], pad))
-                last = mask.long().sum(1, keepdim=True) - 1
-                scores[batch] = score_at(model, self.head, ids, mask, last)[:, 0].cpu()
+        scores = torch.full((len(rows),), torch.nan)
+        limit = self.base.model.config.max_position_embeddings
+        fit = [i for i, row in enumerate(rows) if len(row) <= limit]
+        turns = [Dialogue("", [], rows[i], (Turn(0, len(rows[i]), False),)) for i in fit]
+        scores[fit] = self.raw(turns, 0, f"score {self.lens}")
         return (scores - self.mean) / self.std
 
     def score_conversations(self, conversations: Sequence[list[dict]]) -> Tensor:
@@ -147,12 +145,8 @@ def on_pairs(scorer: Scorer, pairs: Sequence[dict], copies: Mapping, data: str) 
 
 def with_length(scorer: Scorer, dialogues: Sequence[Dialogue], k: int) -> float | None:
     """Rank correlation of score and length of turn k, as sampled; None where all are of one."""
-    scores = score_dialogues(
-        scorer.base.model, [(scorer.stack, scorer.head)], dialogues, [k],
-        scorer.base.tokenizer.pad_token_id, batch_size=scorer.batch_size,
-        each_batch=resume.spread())[0]
     lengths = np.array([d.turns[k].end - d.turns[k].start for d in dialogues])
-    correlation = rank_correlation(lengths, scores.double().numpy())
+    correlation = rank_correlation(lengths, scorer.raw(dialogues, k).double().numpy())
     return correlation if np.isfinite(correlation) else None
 
 

@@ -88,6 +88,16 @@ def fitting(prompts: Sequence[dict], args: argparse.Namespace, base: loading.Bas
     return kept
 
 
+def sample(args: argparse.Namespace, base: loading.Base, stack: Stack, prompts: Sequence[dict],
+           stage: str, each_batch: generate.EachBatch, copy: int = 0) -> list[Dialogue]:
+    """One dialogue for each prompt, by the sampling flags; see `generate.sample_dialogues`."""
+    with lora.use_stack(base.model, *stack):
+        return generate.sample_dialogues(
+            base.model, base.tokenizer, prompts, seed=args.seed, stage=stage, copy=copy,
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+            batch_size=args.batch_size, each_batch=each_batch)
+
+
 def raw_scores(loaded: Loaded, ensemble: Ensemble, dialogues: Sequence[Dialogue],
                batch_size: int) -> Tensor:
     """Raw scores (3, n) of n dialogues, each lens at the end of its own turn."""
