@@ -17,7 +17,15 @@ from tiny import make_tiny_model
 
 from virtue import VirtueError
 from virtue.plumbing import hub
-from virtue.plumbing.artefacts import data_hash, file_hash, load_artifact, save_artifact, write_json, write_jsonl, write_manifest
+from virtue.plumbing.artefacts import (
+    data_hash,
+    file_hash,
+    load_artifact,
+    save_artifact,
+    write_json,
+    write_jsonl,
+    write_manifest,
+)
 from virtue.dialogue import Dialogue, Turn
 from virtue.ethics import LENSES
 from virtue.lora import adapter_parameters, add_adapter, use_stack

@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from virtue import VirtueError
-from virtue.plumbing.resume import KEPT, finish, load_checkpoint, may_write, replay, save_checkpoint, spread, start
+from virtue.plumbing.resume import (
+    KEPT,
+    finish,
+    load_checkpoint,
+    may_write,
+    replay,
+    save_checkpoint,
+    spread,
+    start,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 

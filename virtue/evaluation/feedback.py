@@ -82,15 +82,15 @@ def coin_test(odds: Tensor) -> dict:
 
     The null: in each order the judge answers by a bias for the place, which may differ from pair to
     pair, and by noise that is drawn anew for each order, so the two orders know nothing in common
-    of the pair. The statistic: x1 and x2 are a pair's mean over the questions in either order, both as
-    "the first is better"; b, the mean of (x1 - x2) / 2 over all pairs, is the bias; "consistent" is
-    the share of the N pairs ("judged") on which x1 - b and x2 + b prefer the same dialogue, where a
-    tie counts half. For no coin is it above 1/2 in expectation: where a share q of the answers lies
-    above b it is 2 q (1 - q), and a bias that varies lowers it. "coin" is True unless Wilson's 95 %
-    interval lies above 1/2: one coin in forty is believed, of few pairs up to one in 25. A judge
-    whose bias varies between pairs by more than its opinions do is not told from a coin either; one
-    that always prefers what is no better, such as length, passes. With one order all but "judged"
-    is None: not measured.
+    of the pair. The statistic: x1 and x2 are a pair's mean over the questions in either order, both
+    as "the first is better"; b, the mean of (x1 - x2) / 2 over all pairs, is the bias; "consistent"
+    is the share of the N pairs ("judged") on which x1 - b and x2 + b prefer the same dialogue,
+    where a tie counts half. For no coin is it above 1/2 in expectation: where a share q of the
+    answers lies above b it is 2 q (1 - q), and a bias that varies lowers it. "coin" is True unless
+    Wilson's 95 % interval lies above 1/2: one coin in forty is believed, of few pairs up to one in
+    25. A judge whose bias varies between pairs by more than its opinions do is not told from a coin
+    either; one that always prefers what is no better, such as length, passes. With one order all
+    but "judged" is None: not measured.
     """
     n = len(odds)
     test = dict.fromkeys(("coin", "consistent", "consistent_low", "consistent_high"))

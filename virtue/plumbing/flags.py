@@ -151,15 +151,6 @@ def lora_settings(args: argparse.Namespace) -> dict:
     return dict(rank=rank, alpha=2 * (rank or 0), targets=args.targets)
 
 
-def add_aggregator_flags(add: Callable) -> None:
-    """Adds nothing, and goes when no script calls it."""
-
-
-def aggregator_settings(args: argparse.Namespace) -> dict:
-    """For ``ensemble.aggregate``; goes when no script calls it."""
-    return dict(reference=1.0)  # of lsc: the standardised score that counts as good
-
-
 def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: int, batch_size: int,
                        study: Mapping[str, str] | None = None) -> None:
     """Flags of the supervised stages, SFT and reward models (``training.train``). `study`: flag ->
