@@ -190,8 +190,9 @@ def _compared(scores: dict, policy: bool) -> dict:
     differences = {key: [span(**row[key]) if key in row else None for row in pairs.values()]
                    for key in next(iter(pairs.values()))}
     share = "preferred on {rate:.0%} [{low:.0%}, {high:.0%}] of {pairs}".format
-    remarks = [f"the judge, {pair}: {lens} {share(**row)}" for pair, lenses in scores["wins"].items()
-               for lens, row in lenses.items() if row] if policy else []
+    remarks = [f"the judge, {pair}: {lens} {share(**rate)}"
+               for pair, rates in scores["wins"].items() if policy
+               for lens, rate in rates.items() if rate]
     remarks += [f"**warning**: {text}" for text in scores["warnings"] if policy]
     return {"tables": [([*models], rows), ([*pairs], differences)], "remarks": remarks}
 
