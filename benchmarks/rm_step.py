@@ -1,6 +1,8 @@
-"""One reward-model step against TRL's RewardTrainer on the same pairs: LoRA of rank 16, 16 pairs a step. Processor seconds.
+"""One reward-model step against TRL's RewardTrainer on the same pairs:
+LoRA of rank 16, 16 pairs a step. Processor seconds.
 
-    python benchmarks/rm_step.py compare --trl-python .venv-trl/bin/python     # alternating, 5 times: about 3 minutes (ppo_step.py says how to make it)
+    # alternating, 5 times: about 3 minutes (ppo_step.py says how to make .venv-trl)
+    python benchmarks/rm_step.py compare --trl-python .venv-trl/bin/python
     python benchmarks/rm_step.py ours
 """
 from __future__ import annotations
@@ -36,7 +38,8 @@ def ours(steps: int) -> dict:
     for step in range(steps):
         start = time.process_time()
         batch = [data[(step * PAIR_BATCH + i) % len(data)] for i in range(PAIR_BATCH)]
-        tokens, attention = right_pad([pair[side] for pair in batch for side in ("chosen_ids", "rejected_ids")], 0)
+        tokens, attention = right_pad(
+            [pair[side] for pair in batch for side in ("chosen_ids", "rejected_ids")], 0)
         last = attention.long().sum(1, keepdim=True) - 1
         with use_stack(model, "reward"):
             scores = score_at(model, head, tokens, attention, last)[:, 0].view(-1, 2)
@@ -50,23 +53,28 @@ def ours(steps: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("ours", "compare"):
         add = commands.add_parser(name).add_argument
-        add("--steps", type=int, default=16, help="optimiser steps a run; the first warms up (default: %(default)s)")
+        add("--steps", type=int, default=16,
+            help="optimiser steps a run; the first warms up (default: %(default)s)")
         if name == "compare":
             add("--repeats", type=int, default=5)
             add("--trl-python", required=True, help="interpreter with TRL 1.12.0")
     args = parser.parse_args()
     if args.command == "ours":
         return print(json.dumps(ours(args.steps)))
-    found = alternate({"ours": [sys.executable, str(HERE / "rm_step.py"), "ours", "--steps", str(args.steps)],
-                       "TRL": [args.trl_python, str(HERE / "trl_peer.py"), "rm", "--steps", str(args.steps)]}, args.repeats)
+    found = alternate(
+        {"ours": [sys.executable, str(HERE / "rm_step.py"), "ours", "--steps", str(args.steps)],
+         "TRL": [args.trl_python, str(HERE / "trl_peer.py"), "rm", "--steps", str(args.steps)]},
+        args.repeats)
     steps = {name: [run["step"] for run in runs] for name, runs in found.items()}
     print("| program | s a step | TRL / it | peak MiB above the imports |\n|---|---:|---:|---:|")
     for name, runs in found.items():
-        print(f"| {name} | {median(runs, 'step'):.3f} | {ratio(steps['TRL'], steps[name])} | {median(runs, 'peak_mib'):.0f} |")
+        print(f"| {name} | {median(runs, 'step'):.3f} | {ratio(steps['TRL'], steps[name])} | "
+              f"{median(runs, 'peak_mib'):.0f} |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Draws the guide's picture from a finished run: one dialogue, token by token, as PPO sees it.
+"""Draws the pictures of README and guide.
 
-  python docs/pictures.py runs/demo
+  python docs/pictures.py --diagrams --out docs                         # adapter_stacks.svg, layers.svg
+  python docs/pictures.py --report runs/demo/report/report.html --out docs   # report.png, by Chromium
+  python docs/pictures.py runs/demo                                     # token_flow.svg of a finished run
   python docs/pictures.py runs/demo --record 5 --out /tmp
 
-The dialogue is one of the last iteration in policy/rollouts.jsonl. What happens to it is computed again from the
+token_flow.svg shows one dialogue, token by token, as PPO sees it. The dialogue is one of the last iteration in policy/rollouts.jsonl. What happens to it is computed again from the
 run's adapters, by the functions that run_ppo.py calls: log-probs, scores, placed rewards, values, GAE. The policy is the
 finished one, one update later than the one that sampled, and the advantages are raw: whitening needs the whole batch.
 """
@@ -11,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 def tokens_of(run: Path, record: int, base: str | None = None) -> dict:
     """One dialogue of a run: a list for each quantity, one number a sampled token; `words`, and `ends`, the turns' last tokens."""
     import torch
+    from run_ppo import GAMMA, SCORE_CLIP
     from virtue.plumbing.artefacts import load_artifact, read_manifest
     from virtue.dialogue import Dialogue, Turn, encode_conversation, right_pad
     from virtue.plumbing.records import read_jsonl
@@ -60,12 +66,12 @@ def tokens_of(run: Path, record: int, base: str | None = None) -> dict:
     logprobs, mask = dialogue_logprobs(model, (*sft, "policy"), dialogue, pad_id, **settings)
     reference, _ = dialogue_logprobs(model, sft, dialogue, pad_id, **settings)
     scores = standardize(score_dialogues(model, reward_models, dialogue, (0, 1, 2), pad_id, batch_size=1), mean, std)
-    scores = scores.clamp(-args["score_clip"], args["score_clip"])
+    scores = scores.clamp(-SCORE_CLIP, SCORE_CLIP)
     placed = place_scores(scores, dialogue, mask, "mean")
     rewards = token_rewards(placed, logprobs, reference, mask, args["kl_coef"])
     with use_stack(model, *sft, "value"), torch.no_grad():
         values = values_at(model, head, *right_pad([ids], pad_id), mask)
-    advantages, returns = gae(rewards, values, mask, args["gamma"], args["lam"])
+    advantages, returns = gae(rewards, values, mask, GAMMA, args["lam"])
 
     columns = {"log ratio": kl_k1(logprobs, reference), "rewards": rewards, "values": values, "returns": returns, "advantages": advantages}
     words = [tokenizer.decode([token]).strip() or "·" for token, sampled in zip(ids[1:], mask[0].tolist()) if sampled]
@@ -104,13 +110,170 @@ def token_flow(row: dict) -> str:
     return re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", svg)  # hundredths of a point are enough
 
 
+GREY = "#808080"  # of what stays frozen: to be seen on white and on black
+
+
+def _diagram(name: str, title: str, draw, width: int, height: int) -> str:
+    """SVG of `width` x `height` pixels; `draw(ax)` has these as its units, with y downwards."""
+    from virtue.evaluation.plots import _svg
+
+    def canvas(ax):
+        ax.set_position([0, 0, 1, 1])
+        ax.set_xlim(0, width)
+        ax.set_ylim(height, 0)
+        ax.axis("off")
+        draw(ax)
+    svg = _svg(name, title, canvas, size=(width / 72, height / 72))
+    svg = re.sub(r'width="100%" viewBox="[^"]*"',
+                 f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"', svg, count=1)
+    return re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", svg)
+
+
+def _box(ax, left, top, width, height, colour, lines=(), size=10.5, filled=0.16, **text) -> None:
+    """A rounded box with lines of text in its middle; a line may be a pair: text, its settings."""
+    from matplotlib.patches import FancyBboxPatch
+    shape = dict(boxstyle="round,pad=0,rounding_size=5", linewidth=1.2)
+    for settings in (dict(facecolor=colour, edgecolor="none", alpha=filled),
+                     dict(facecolor="none", edgecolor=colour)):
+        ax.add_patch(FancyBboxPatch((left, top), width, height, **shape, **settings))
+    for i, line in enumerate(lines):
+        words, own = line if isinstance(line, tuple) else (line, {})
+        middle = top + height / 2 + (i - (len(lines) - 1) / 2) * 1.35 * size
+        ax.text(left + width / 2, middle, words, ha="center", va="center_baseline",
+                **{"fontsize": size, **text, **own})
+
+
+def adapter_stacks() -> str:
+    """One frozen base, and the adapters and heads that each role adds to it: SVG."""
+    from virtue.evaluation.plots import BLUE, GREEN, PURPLE
+    roles = (("judge", None, None, "verdicts"), ("reference", None, None, "log-probs"),
+             ("policy", BLUE, None, "log-probs"), ("value", BLUE, "head", "values"),
+             ("action", PURPLE, "head", "scores"), ("motivation", PURPLE, "head", "scores"),
+             ("consequence", PURPLE, "head", "scores"))
+
+    def draw(ax):
+        width, gap, left = 90, 8, 11
+        x = [left + i * (width + gap) for i in range(len(roles))]
+        right, small = x[-1] + width, dict(fontsize=9)
+        ax.text((x[4] + right) / 2, 15, "three reward models", ha="center", fontsize=10.5)
+        ax.plot([x[4], right], [22, 22], color=PURPLE, linewidth=1.2)
+        for at, (role, colour, head, gives) in zip(x, roles):
+            ax.text(at + width / 2, 40, role, ha="center", fontsize=11, weight="bold")
+            ax.text(at + width / 2, 55, gives, ha="center", **small)
+            if head:
+                _box(ax, at + 15, 68, width - 30, 24, colour, ["head"], 10)
+            if colour:
+                _box(ax, at, 98, width, 34, colour, [role], 10.5)
+        _box(ax, x[1], 138, right - x[1], 34, GREEN, ["sft: one adapter, under all six"], 10.5)
+        _box(ax, x[0], 178, right - x[0], 44, GREY,
+             ["base: one copy in memory, in 4 bits or more; never trained"], 10.5)
+        for at, colour, words in ((x[0], GREY, "frozen"), (x[1], GREEN, "trained by run_sft.py"),
+                                  (x[3] - 5, PURPLE, "trained by run_rm.py"),
+                                  (x[5] - 15, BLUE, "trained by run_ppo.py")):
+            _box(ax, at, 236, 14, 12, colour)
+            ax.text(at + 20, 246, words, **small)
+    return _diagram("adapter_stacks", "One frozen base; above it the adapter sft, which all roles but "
+                    "the judge use; above that an adapter each for policy, value function and three "
+                    "reward models, the last four with a head", draw, 700, 256)
+
+
+CORE = ("masked", "logprobs", "preference", "ensemble", "ppo", "randomness")  # as in tests/test_imports.py
+
+
+def layers(package: Path = ROOT / "virtue") -> str:
+    """The package's layers with their modules, those that are imported below: SVG."""
+    import virtue
+    from virtue.evaluation.plots import BLUE, GREEN, PURPLE, RED
+    order = re.findall(r"^    (\w+)\.py ", virtue.__doc__, re.M)
+
+    def modules(folder: Path) -> list[str]:
+        return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    method = sorted(set(modules(package)) - set(CORE), key=order.index)
+    beside = [(name, says, modules(package / name)) for name, says in (
+        ("plumbing", "a run: flags, files, resume"), ("evaluation", "measures and reports"),
+        ("toy", "the embedded world"))]
+
+    def rows(names, columns):
+        deep = -(-len(names) // columns)
+        return [names[i * deep:(i + 1) * deep] for i in range(columns)]
+
+    def draw(ax):
+        mono = dict(family=["DejaVu Sans Mono", "monospace"], fontsize=9.5)
+
+        def layer(left, top, width, height, colour, name, says, columns):
+            _box(ax, left, top, width, height, colour, filled=0.1)
+            ax.text(left + 12, top + 19, name, fontsize=11, weight="bold")
+            ax.text(left + 12, top + 34, says, fontsize=9)
+            for i, names in enumerate(columns):
+                for j, word in enumerate(names):
+                    ax.text(left + 12 + i * (width - 16) / len(columns), top + 53 + j * 15, word, **mono)
+
+        def arrow(x, top, bottom):
+            ax.annotate("", (x, bottom), (x, top), arrowprops=dict(
+                arrowstyle="-|>", color=GREY, linewidth=1.4, shrinkA=0, shrinkB=0))
+        scripts = [[f"run_{name}.py"] for name in ("data", "sft", "rm", "ppo", "eval")]
+        layer(10, 8, 680, 66, RED, "scripts", "one for each stage: read its main loop", scripts)
+        deepest = max(len(rows(beside[0][2], 2)[0]), len(rows(beside[1][2], 2)[0]))
+        tall = 50 + 15 * deepest
+        places = ((10, 262, 2), (282, 262, 2), (554, 136, 1))
+        for (left, width, columns), (name, says, names) in zip(places, beside):
+            layer(left, 98, width, tall, BLUE, name, says, rows(names, columns))
+            arrow(left + width / 2, 76, 97)
+            arrow(left + width / 2, 100 + tall, 121 + tall)
+        top = 122 + tall
+        layer(10, top, 680, 66, GREEN, "method", "dialogues, adapters, judge, rewards",
+              [[name] for name in method])
+        arrow(350, top + 68, top + 89)
+        layer(10, top + 90, 680, 66, PURPLE, "core",
+              "formulas and random numbers: imports torch, numpy and itself only", [[name] for name in CORE])
+    deepest = max(-(-len(names) // 2) for _, _, names in beside[:2])
+    return _diagram("layers", "Layers of the package: the scripts import plumbing, evaluation and toy, "
+                    "these the method, and the method the core", draw, 700, 122 + 50 + 15 * deepest + 164)
+
+
+def report_picture(page: Path, out: Path, height: int = 1150, browser: str = "chromium") -> Path:
+    """The top of a report as out/report.png, 900 pixels wide, in 64 colours: by headless Chromium,
+
+      chromium --headless --hide-scrollbars --window-size=900,1150 --screenshot=report.png report.html
+
+    with flags that keep it off the network. `page`: report.html of run_eval.py models."""
+    from PIL import Image  # comes with matplotlib
+    if not shutil.which(browser):
+        raise SystemExit(f"error: no {browser} on the PATH: apt-get install chromium, or --browser")
+    target = out / "report.png"
+    with tempfile.TemporaryDirectory() as profile:
+        subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                        "--disable-background-networking", "--disable-component-update",
+                        "--disable-sync", "--hide-scrollbars", f"--user-data-dir={profile}",
+                        f"--window-size=900,{height}", f"--screenshot={target.resolve()}",
+                        page.resolve().as_uri()], check=True, timeout=120, stderr=subprocess.DEVNULL)
+    Image.open(target).convert("RGB").quantize(64).save(target, optimize=True)
+    return target
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of make demo")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of make demo: draw token_flow.svg")
     parser.add_argument("--record", type=int, default=0, help="which dialogue of the last iteration")
     parser.add_argument("--model", help="the base, where it is not what the run recorded: toy, a folder or hub id")
-    parser.add_argument("--out", type=Path, help="folder for token_flow.svg (default: the run's; docs/ for the guide)")
+    parser.add_argument("--diagrams", action="store_true", help="draw adapter_stacks.svg and layers.svg")
+    parser.add_argument("--report", type=Path, metavar="PAGE", help="report.html: draw report.png")
+    parser.add_argument("--height", type=int, default=1150, help="of report.png, in pixels")
+    parser.add_argument("--browser", default="chromium", help="Chromium or Chrome, for --report")
+    parser.add_argument("--out", type=Path, help="folder for the pictures (default: the run's, or docs/)")
     args = parser.parse_args()
+    if not (args.run or args.diagrams or args.report):
+        parser.error("give a run, --diagrams or --report PAGE")
+    docs = args.out or ROOT / "docs"
+    if args.diagrams:
+        for name, svg in (("adapter_stacks", adapter_stacks()), ("layers", layers())):
+            (docs / f"{name}.svg").write_text(svg + "\n", encoding="utf-8")
+            print(f"wrote {docs / name}.svg, {len(svg.encode())} bytes")
+    if args.report:
+        target = report_picture(args.report, docs, args.height, args.browser)
+        print(f"wrote {target}, {target.stat().st_size} bytes")
+    if not args.run:
+        return
     row = tokens_of(args.run, args.record, args.model)
     svg = token_flow(row)
     args.out = args.out or args.run

@@ -4,8 +4,8 @@
   python experiments/orders.py --data runs/demo/preferences   # the toy's judge, against gold
 
 A made-up judge knows by how much the first of a pair is better, s ~ N(0, 1) in log-odds for each of
-five questions, and answers s in each order, turned round where the first is shown second, plus noise
-and a bias for the place shown first. The combined label is compared with sigmoid(s).
+five questions, and answers s in each order, turned round where the first is shown second, plus
+noise and a bias for the place shown first. The combined label is compared with sigmoid(s).
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def in_probabilities(odds: Tensor) -> Tensor:
 
 
 def answers(kind: str, s: Tensor, rng: np.random.Generator) -> Tensor:
-    """A made-up judge's log-odds (N, 2, Q) that the first is better, where the truth is s (N, Q)."""
+    """A made-up judge's log-odds (N, 2, Q) that the first is better; the truth is s (N, Q)."""
     n, questions = s.shape
     noise = torch.from_numpy(rng.normal(scale=0.5, size=(n, 2, questions)))
     sides = torch.tensor([1.0, -1.0])[:, None]  # who stands in the place that is preferred

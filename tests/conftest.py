@@ -1,4 +1,4 @@
-"""One seed, one dtype and one thread for every test, and no GPU, on which nothing here was ever compared."""
+"""One seed, one dtype, one thread for every test, and no GPU: nothing was compared on one."""
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; processes that tests start inherit it
@@ -14,8 +14,9 @@ LONG = ("test_scripts", "test_wiring", "test_resume", "test_parallel")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: under pytest-xdist no process begins one when the others are done."""
-    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.path.name.startswith(name)), len(LONG)))
+    """The longest files first: no process of pytest-xdist begins one when all others are done."""
+    items.sort(key=lambda item: next(
+        (i for i, name in enumerate(LONG) if item.path.name.startswith(name)), len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
-"""Count how stages of two processes end, several at once: a thread alive at the end may abort a process.
+"""Count how stages of two processes end, several at once:
+a thread alive at the end may abort a process.
 
     python tests/exits.py                  # 200 stages, four at once
-    python tests/exits.py --interpreter    # the same, ended by the end of the interpreter, which run_main leaves out
+    python tests/exits.py --interpreter    # the same, ended by the interpreter's own end, which
+                                           # run_main leaves out
 
 Each stage goes through torchrun, `run_main`, `join`, sums of gradients, a progress bar and `leave`.
 """
@@ -28,7 +30,8 @@ def stage() -> None:
     from virtue.plumbing.runtime import progress
 
     parallel.join(torch.device("cpu"))
-    importlib.import_module("torch.distributed.nn.functional")  # holds the group; transformers imports it
+    # this module holds the group; transformers imports it
+    importlib.import_module("torch.distributed.nn.functional")
     torch.manual_seed(0)
     layer = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
     for _ in progress(range(5), "steps"):
@@ -40,17 +43,20 @@ def stage() -> None:
 def once(interpreter: bool) -> str:
     """One stage -> how it ended."""
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([*TORCHRUN, __file__, *["--interpreter"] * interpreter], capture_output=True, text=True, env=settings)
+    done = subprocess.run([*TORCHRUN, __file__, *["--interpreter"] * interpreter],
+                          capture_output=True, text=True, env=settings)
     if done.returncode == 0 and done.stdout == "done\n":
         return "well"
     return "aborted" if "terminate called" in done.stderr else f"otherwise: {done.stderr[-2000:]}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, default=200)
     parser.add_argument("--at-once", type=int, default=4)
-    parser.add_argument("--interpreter", action="store_true", help="end by the end of the interpreter")
+    parser.add_argument("--interpreter", action="store_true",
+                        help="end by the end of the interpreter")
     args = parser.parse_args()
     if "RANK" in os.environ:  # torchrun's processes
         from virtue.plumbing import runtime

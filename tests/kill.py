@@ -1,14 +1,15 @@
 """Kill every stage at random moments, resume it, and compare with a run that was left alone.
 
-    python tests/kill.py --kills 100            # about 5 minutes on a core; --seed for other moments
+    python tests/kill.py --kills 100            # about 5 minutes on a core; --seed: other moments
     python tests/kill.py --stages ppo --kills 5
     python tests/kill.py --each --small         # at each change of the disk in turn, not at random
 
-Each stage of a small chain runs once undisturbed. Then the same command runs in a child process that gets
-SIGKILL at a random moment of its life, is started again with --resume, killed again, and so on, until its
-share of the kills is spent and it may end. All files must then be equal, byte by byte; in metrics the
-fields of time are left out. With --each a child dies before its first rename, removal or truncation of a
-file, the next one before its second, and so on, as many as the stage makes; each is then resumed. Children are forked from one process that has imported everything.
+Each stage of a small chain runs once undisturbed. Then the same command runs in a child process
+that gets SIGKILL at a random moment of its life, is started again with --resume, killed again, and
+so on, until its share of the kills is spent and it may end. All files must then be equal, byte by
+byte; in metrics the fields of time are left out. With --each a child dies before its first rename,
+removal or truncation of a file, the next one before its second, and so on, as many as the stage
+makes; each is then resumed. Children are forked from one process that has imported everything.
 """
 from __future__ import annotations
 
@@ -30,19 +31,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 STAGES = {  # name -> script and flags; {out} is the chain's folder, {here} the stage's
     "revisions": "run_data revisions --limit 24 --max-new-tokens 48 --batch-size 4",
     "sft": "run_sft --data {out}/revisions --epochs 2 --batch-size 4 --rank 4 --save-every 2",
-    "preferences": "run_data preferences --sft {out}/sft --limit 16 --batch-size 4 --judge-batch-size 4 --any-judge",
-    "rm": "run_rm --data {out}/preferences --epochs 2 --batch-size 2 --rank 4 --held-out 0.25 --save-every 3",
-    "ppo": "run_ppo --rm {out}/rm --iterations 4 --rollout-size 6 --minibatch-size 3 --rank 4 --limit 12 --save-every 1 --kl-target 3",
-    "eval": "run_eval models --policy {out}/ppo --limit 6 --batch-size 2 --judge-limit 4 --judge-batch-size 2 --show 1",
-}
+    "preferences": "run_data preferences --sft {out}/sft --limit 16 --batch-size 4 "
+    "--judge-batch-size 4 --any-judge",
+    "rm": "run_rm --data {out}/preferences --epochs 2 --batch-size 2 --rank 4 "
+    "--save-every 3",
+    "ppo": "run_ppo --rm {out}/rm --iterations 4 --rollout-size 6 --minibatch-size 3 --rank 4 "
+    "--limit 12 --save-every 1 --kl-target 3",
+    "eval": "run_eval models --policy {out}/ppo --limit 6 --batch-size 2 --judge-limit 4 "
+    "--judge-batch-size 2 --show 1"}
 SMALL = {  # the same with --small, in a third of the time: these flags come after those
-    "revisions": "--limit 8", "sft": "--batch-size 3", "preferences": "--limit 6", "rm": "--epochs 1 --save-every 1",
-    "ppo": "--iterations 2 --value-warmup 1 --rollout-size 4 --minibatch-size 2 --limit 6 --ppo-epochs 1", "eval": "--limit 2 --judge-limit 2",
-}
+    "revisions": "--limit 8", "sft": "--batch-size 3", "preferences": "--limit 6",
+    "rm": "--epochs 1 --save-every 1",
+    "ppo": "--iterations 2 --value-warmup 1 --rollout-size 4 --minibatch-size 2 --limit 6 "
+    "--ppo-epochs 1",
+    "eval": "--limit 2 --judge-limit 2"}
 
 
 def die_at(point: int) -> None:
-    """Lets this process kill itself before its `point`-th change of the disk: rename, removal, truncation."""
+    """Lets this process kill itself before its `point`-th rename, removal or truncation."""
     left = point
 
     def dying(change):
@@ -53,12 +59,13 @@ def die_at(point: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return change(*args, **kwargs)
         return changed
-    for name in ("replace", "unlink", "remove", "rmdir", "truncate", "rename"):  # shutil and pathlib call these
+    # shutil and pathlib call these
+    for name in ("replace", "unlink", "remove", "rmdir", "truncate", "rename"):
         setattr(os, name, dying(getattr(os, name)))
 
 
 def child(script: str, flags: list[str], log: Path, point: int = 0) -> int:
-    """Forks a process that runs a script -> its pid. It dies at `point` (see `die_at`) if that is not 0."""
+    """The pid of a forked process that runs a script and dies at `point` (0: does not)."""
     pid = os.fork()
     if pid:
         return pid
@@ -79,7 +86,8 @@ def child(script: str, flags: list[str], log: Path, point: int = 0) -> int:
 
 
 def wait(pid: int, seconds: float | None, log: Path) -> bool:
-    """Waits for a child's end, or kills it after `seconds` -> whether it was killed. RuntimeError if it failed otherwise."""
+    """Waits for a child's end, or kills it after `seconds` -> whether it was killed.
+    RuntimeError if it failed otherwise."""
     until = time.monotonic() + seconds if seconds is not None else None
     while True:
         done, status = os.waitpid(pid, os.WNOHANG if until else 0)
@@ -87,7 +95,8 @@ def wait(pid: int, seconds: float | None, log: Path) -> bool:
             if status == signal.SIGKILL:
                 return True
             if status:
-                raise RuntimeError(f"{log}: the stage failed:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-12:]))
+                raise RuntimeError(f"{log}: the stage failed:\n"
+                                   + "\n".join(log.read_text(errors="replace").splitlines()[-12:]))
             return False
         if time.monotonic() >= until:
             os.kill(pid, signal.SIGKILL)
@@ -102,7 +111,8 @@ def content(folder: Path) -> dict[str, object]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
         found[name] = path.read_bytes() if path.name != "metrics.jsonl" else [
-            {k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in path.read_text().splitlines()]
+            {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+            for line in path.read_text().splitlines()]
     return found
 
 
@@ -112,14 +122,17 @@ def compare(undisturbed: Path, resumed: Path) -> list[str]:
     return [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
 
 
-def torture(name: str, out: Path, kills: int, rng: random.Random, quiet: bool = False, small: bool = False, each: bool = False) -> int:
-    """One stage: undisturbed, then killed `kills` times -> kills that hit. AssertionError where results differ.
+def torture(name: str, out: Path, kills: int, rng: random.Random, quiet: bool = False,
+            small: bool = False, each: bool = False) -> int:
+    """One stage: undisturbed, then killed `kills` times -> kills that hit.
+    AssertionError where results differ.
 
-    With `each` it is killed at every change of the disk instead, once each and then resumed, unless `kills` is 0.
+    With `each` it is killed at every change of the disk instead, once each and then resumed,
+    unless `kills` is 0.
     """
     script, *flags = f"{STAGES[name]} {SMALL[name] if small else ''}".format(out=out).split()
     here, log = out / name, out / f"{name}.log"
-    flags += ["--out", str(here), "--threads", "1"]
+    flags += ["--out", str(here)]
     started = time.monotonic()
     wait(child(script, flags, log), None, log)
     seconds = time.monotonic() - started
@@ -129,7 +142,8 @@ def torture(name: str, out: Path, kills: int, rng: random.Random, quiet: bool = 
     while each and kills and wait(child(script, flags, log, hit + 1), None, log):
         hit += 1
         wait(child(script, [*flags, "--resume"], log), None, log)
-        assert not compare(reference, here), f"{name}, killed at change {hit} of the disk: {compare(reference, here)} differ"
+        differ = compare(reference, here)
+        assert not differ, f"{name}, killed at change {hit} of the disk: {differ} differ"
         assert not (here / "resume").exists()
         shutil.rmtree(here)
     if each:
@@ -143,24 +157,31 @@ def torture(name: str, out: Path, kills: int, rng: random.Random, quiet: bool = 
         hit, again = hit + killed, ["--resume"]
         moments.append(round(moment, 2))
         if not killed:  # it came to its end before: from the beginning
-            assert not compare(reference, here), f"{name}, kills at {moments} s: {compare(reference, here)} differ"
+            differ = compare(reference, here)
+            assert not differ, f"{name}, kills at {moments} s: {differ} differ"
             shutil.rmtree(here)
             again = []
     wait(child(script, flags + (again if here.exists() else []), log), None, log)
-    assert not compare(reference, here), f"{name}, kills at {moments} s: {compare(reference, here)} differ"
+    differ = compare(reference, here)
+    assert not differ, f"{name}, kills at {moments} s: {differ} differ"
     assert not (here / "resume").exists()
     if not quiet:
-        print(f"{name}: {seconds:.1f} s undisturbed, {hit} kills, {len(content(here))} files equal", flush=True)
+        print(f"{name}: {seconds:.1f} s undisturbed, {hit} kills, {len(content(here))} files equal",
+              flush=True)
     return hit
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="in all, spread over the stages")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to kill; those before them run undisturbed")
-    parser.add_argument("--each", action="store_true", help="instead of at random: at each rename, removal and truncation in turn, --kills or not")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES),
+                        help="stages to kill; those before them run undisturbed")
+    parser.add_argument("--each", action="store_true", help="instead of at random: at each rename, "
+                        "removal and truncation in turn, --kills or not")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
-    parser.add_argument("--small", action="store_true", help="the stages at their smallest, as the test suite kills them")
+    parser.add_argument("--small", action="store_true",
+                        help="the stages at their smallest, as the test suite kills them")
     args = parser.parse_args()
     import torch
     torch.set_num_threads(1)
@@ -173,9 +194,14 @@ def main() -> None:
     hits, last = 0, max(list(STAGES).index(s) for s in args.stages)
     with tempfile.TemporaryDirectory() as folder:
         for name in list(STAGES)[:last + 1]:
-            share = args.kills // len(args.stages) + (args.stages.index(name) < args.kills % len(args.stages)) if name in args.stages else 0
-            hits += torture(name, Path(folder), share, random.Random(f"{args.seed} {name}"), small=args.small, each=args.each)
-    print(f"{'each change of the disk' if args.each else f'seed {args.seed}'}: {hits} kills, nothing lost, nothing twice")
+            share = 0
+            if name in args.stages:
+                each, rest = divmod(args.kills, len(args.stages))
+                share = each + (args.stages.index(name) < rest)
+            hits += torture(name, Path(folder), share, random.Random(f"{args.seed} {name}"),
+                            small=args.small, each=args.each)
+    print(f"{'each change of the disk' if args.each else f'seed {args.seed}'}: {hits} kills, "
+          "nothing lost, nothing twice")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def saved(model, tmp_path):
                   settings={}, **MINE)
     save_artifact(tmp_path / "rm", stage="rm", model=model, adapter="action", head=head, seed=7,
                   parents={"sft": tmp_path / "sft"}, settings={"lr": 1e-3, "out": tmp_path / "rm"},
-                  extra={"lens": "action", "score_mean": torch.tensor(0.5), "score_std": np.float32(2)}, **MINE)
+                  extra={"lens": "action", "score_mean": torch.tensor(0.5),
+                         "score_std": np.float32(2)}, **MINE)
     return tmp_path, head
 
 
@@ -111,7 +112,8 @@ def test_files_are_pefts_and_tell_their_origin(saved):
     assert manifest["extra"] == {"lens": "action", "score_mean": 0.5, "score_std": 2.0}
     assert manifest["settings"] == {"lr": 1e-3, "out": str(path / "rm")} and manifest["seed"] == 7
     assert manifest["stage"] == "rm" and manifest["base"] == BASE and manifest["template"] == "t1"
-    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0] and "python" in manifest["versions"]
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert "python" in manifest["versions"]
 
 
 def test_a_head_with_bias(model, tmp_path):
@@ -266,8 +268,9 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         artefacts.write_atomic(tmp_path / "none" / "a", b"")
     artefacts.write_atomic(path, lambda temporary: temporary.write_bytes(b"large"))
     assert path.read_bytes() == b"large" and not list(tmp_path.glob("*.tmp"))
-    with pytest.raises(VirtueError, match="a.json: cannot be written .*make room"):  # what safetensors says of a full disk
-        artefacts.write_atomic(path, lambda temporary: save_file({"a": torch.zeros(2)}, temporary / "no"))
+    # this is what safetensors says of a full disk
+    with pytest.raises(VirtueError, match="a.json: cannot be written .*make room"):
+        artefacts.write_atomic(path, lambda place: save_file({"a": torch.zeros(2)}, place / "no"))
     path.write_bytes(old)
     assert artefacts.sha256_file(path) == hashlib.sha256(old).hexdigest()
 
@@ -287,22 +290,28 @@ def test_prepare_output(tmp_path):
 
 
 def test_the_readmes_way_from_peft_gives_an_sft_model(tmp_path, monkeypatch):
-    """The block of README's "With other libraries", on the toy; a folder without virtue.json is what PEFT leaves."""
-    base = open_base(Namespace(model="toy", quantize="none", dtype="fp32", device="cpu", threads=1))
+    """The way of docs/libraries.md on the toy; PEFT leaves a folder without virtue.json."""
+    base = open_base(Namespace(model="toy", quantize="none", dtype="fp32", device="cpu"))
     add_adapter(base.model, "theirs", rank=2, alpha=4, targets=("q_proj",))
-    torch.nn.init.normal_(adapter_parameters(base.model, "theirs")[-1], generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(adapter_parameters(base.model, "theirs")[-1],
+                          generator=torch.Generator().manual_seed(0))
     (tmp_path / "PEFT").mkdir()
     save_file(adapter_state(base.model, "theirs"), tmp_path / "PEFT/adapter_model.safetensors")
-    (tmp_path / "PEFT/adapter_config.json").write_text(json.dumps(adapter_config(base.model, "theirs", "toy")))
-    with pytest.raises(VirtueError, match="that PEFT trained, README says"):
+    (tmp_path / "PEFT/adapter_config.json").write_text(
+        json.dumps(adapter_config(base.model, "theirs", "toy")))
+    with pytest.raises(VirtueError, match="that PEFT trained, docs/libraries.md says"):
         read_manifest(tmp_path / "PEFT")
-    block = (Path(__file__).parent.parent / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    for told, here in (("mistralai/Mistral-7B-Instruct-v0.2", "toy"), ('"nf4"', '"none"'), ('"bf16"', '"fp32"'), ('"auto"', '"cpu"')):
+    block = (Path(__file__).parent.parent / "docs/libraries.md").read_text().split(
+        "```python\n")[1].split("```")[0]
+    for told, here in (("mistralai/Mistral-7B-Instruct-v0.2", "toy"), ('"nf4"', '"none"'),
+                       ('"bf16"', '"fp32"'), ('"auto"', '"cpu"')):
         assert told in block
         block = block.replace(told, here)
     monkeypatch.chdir(tmp_path)
     exec(block, {})
-    again = open_base(Namespace(model="toy", quantize="none", dtype="fp32", device="cpu", threads=1))
-    load_artifact(tmp_path / "runs/sft", again.model, "sft", stage="sft", base=again.info, template=again.template)
+    again = open_base(Namespace(model="toy", quantize="none", dtype="fp32",
+                                device="cpu"))
+    load_artifact(tmp_path / "runs/sft", again.model, "sft", stage="sft", base=again.info,
+                  template=again.template)
     for key, value in adapter_state(base.model, "theirs").items():
         assert torch.equal(adapter_state(again.model, "sft")[key], value)

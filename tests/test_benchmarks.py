@@ -1,4 +1,5 @@
-"""The pieces of benchmarks/gpu.py that need no GPU: a tokenizer that reads back what it wrote, sizes of data, the table of gold."""
+"""The pieces of benchmarks/gpu.py that need no GPU:
+a tokenizer that reads back what it wrote, sizes of data, the table of gold."""
 from __future__ import annotations
 
 import random
@@ -16,7 +17,8 @@ def test_every_text_reads_back_as_the_tokens_it_was(tmp_path):
     gpu.make_tokenizer(tmp_path, 2000)
     tokenizer, rng = load_tokenizer(tmp_path), random.Random(0)
     assert len(tokenizer) == 2000
-    ids = [rng.randrange(1300, 2000) for _ in range(200)]  # characters, as a random model writes them
+    # characters, as a random model writes them
+    ids = [rng.randrange(1300, 2000) for _ in range(200)]
     assert tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) == ids
     made = gpu.text(rng, 50, 2000)
     assert len(tokenizer.encode(made, add_special_tokens=False)) == len(made) == 50
@@ -30,9 +32,12 @@ def test_the_records_left_to_train_on_fill_whole_steps(rows, share):
 
 
 def test_the_table_of_gold_pairs_devices_by_seed():
-    found = {(device, seed): dict.fromkeys(("base", "sft", "ppo"), 0.5 + 0.1 * seed + (gap if device == "cuda" else 0)) for device in ("cuda", "cpu")
-             for seed, gap in ((0, 0.01), (1, 0.03), (2, 0.02))}
+    found = {(device, seed): dict.fromkeys(("base", "sft", "ppo"),
+                                           0.5 + 0.1 * seed + (gap if device == "cuda" else 0))
+             for device in ("cuda", "cpu") for seed, gap in ((0, 0.01), (1, 0.03), (2, 0.02))}
     base = gpu.gold_table(found, ["cuda", "cpu"], [0, 1, 2])[3]
     assert "+0.0200 [-0.0048, +0.0448] | yes" in base  # 0.02 +- 4.3027 * 0.01 / sqrt 3
-    assert "**no**" in gpu.gold_table({k: {n: v + (0.5 if k[0] == "cuda" else 0) for n, v in g.items()} for k, g in found.items()}, ["cuda", "cpu"], [0, 1, 2])[3]
+    apart = {k: {n: v + (0.5 if k[0] == "cuda" else 0) for n, v in g.items()}
+             for k, g in found.items()}
+    assert "**no**" in gpu.gold_table(apart, ["cuda", "cpu"], [0, 1, 2])[3]
     assert "needs two seeds" in gpu.gold_table(found, ["cuda", "cpu"], [0])[3]

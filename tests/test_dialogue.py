@@ -172,11 +172,15 @@ def test_buckets_hold_every_row_once_and_like_lengths_together(n, size):
     lengths = torch.randint(1, 100, (n,)).tolist()
     order = torch.randperm(n).tolist()
     batches = buckets(order, lengths, size)
-    assert sorted(sum(batches, [])) == list(range(n)) and len(batches) == -(-n // size) and max(map(len, batches)) <= size
-    for start in range(0, len(batches), 8):  # within a window no batch's lengths reach into another's
-        spans = sorted((min(lengths[i] for i in b), max(lengths[i] for i in b)) for b in batches[start:start + 8])
+    assert sorted(sum(batches, [])) == list(range(n)) and len(batches) == -(-n // size)
+    assert max(map(len, batches)) <= size
+    # within a window no batch's lengths reach into another's
+    for start in range(0, len(batches), 8):
+        spans = sorted((min(lengths[i] for i in b), max(lengths[i] for i in b))
+                       for b in batches[start:start + 8])
         assert all(low[1] <= high[0] for low, high in zip(spans, spans[1:]))
-        assert {i for b in batches[start:start + 8] for i in b} == set(order[start * size:(start + 8) * size])
+        assert {i for b in batches[start:start + 8] for i in b} == set(
+            order[start * size:(start + 8) * size])
     if n == 64:
         means = [sum(lengths[i] for i in b) for b in batches[:8]]
         assert means != sorted(means)  # the order of the batches is not that of their lengths

@@ -24,7 +24,7 @@ ORACLES = {
     "min": lambda s: sorted(s)[0],
     "uwo": lambda s: s.sum() / 3 - 0.5 * math.sqrt(sum((x - s.sum() / 3) ** 2 for x in s) / 3),
     "median": lambda s: sorted(s)[1],
-    "lsc": lambda s: sum(-math.log(1 + math.exp(-x)) for x in s),
+    "lsc": lambda s: sum(-math.log(1 + math.exp(1 - x)) for x in s),
 }
 
 
@@ -54,7 +54,7 @@ def test_one_model_is_the_identity():
     s = scores(k=1)
     for method in set(AGGREGATORS) - {"lsc"}:
         torch.testing.assert_close(aggregate(s, method), s[0], atol=1e-12, rtol=0)
-    torch.testing.assert_close(aggregate(s, "lsc"), torch.log(torch.sigmoid(s[0])))
+    torch.testing.assert_close(aggregate(s, "lsc"), torch.log(torch.sigmoid(s[0] - 1)))
 
 
 def test_order_of_models_and_limits():
@@ -76,7 +76,7 @@ def test_shift_of_all_models_moves_the_aggregate_and_lsc_saturates():
     for method in ("mean", "min", "uwo", "median"):
         torch.testing.assert_close(aggregate(s + 2, method), aggregate(s, method) + 2)
     assert (aggregate(s + 2, "lsc") > aggregate(s, "lsc")).all()
-    assert aggregate(torch.tensor([[1e4], [1e4], [-1e4]]), "lsc").tolist() == [-1e4]  # a soft AND
+    assert aggregate(torch.tensor([[1e4], [1e4], [-1e4]]), "lsc", reference=0.0).tolist() == [-1e4]  # a soft AND
 
 
 def test_shares_sum_to_the_aggregate():

@@ -80,10 +80,12 @@ def test_sampling_equals_a_plain_loop(model, rows, uniforms, temperature):
 def test_sampling_with_a_sliding_window_equals_a_plain_loop(tmp_path, rows, uniforms, window):
     from transformers import MistralForCausalLM
 
-    narrow = MistralForCausalLM.from_pretrained(make_tiny_model(tmp_path, sliding_window=window, tokenizer=False)).eval()
+    folder = make_tiny_model(tmp_path, sliding_window=window, tokenizer=False)
+    narrow = MistralForCausalLM.from_pretrained(folder).eval()
     expected = [plainly(narrow, r, u, 1.0) for r, u in zip(rows, uniforms, strict=True)]
     for one_shape in (None, True):  # of one shape it cannot be: it must do without
-        assert generate.sample(narrow, rows, uniforms, eos_id=EOS, pad_id=PAD, one_shape=one_shape) == expected
+        ids = dict(eos_id=EOS, pad_id=PAD, one_shape=one_shape)
+        assert generate.sample(narrow, rows, uniforms, **ids) == expected
 
 
 def test_greedy_equals_transformers_generate(model, rows, uniforms):
@@ -178,7 +180,8 @@ def test_draws_follow_the_distribution():
 def test_every_token_can_be_drawn_with_its_own_probability(temperature):
     """Bisection finds the uniforms at which the drawn token changes: their distances are p."""
     V = 400
-    logits = 2 * torch.randn(V) - 12 * (torch.arange(V) % 2)  # half are rarer than fp32's step below 1
+    # half of them are rarer than fp32's step below 1
+    logits = 2 * torch.randn(V) - 12 * (torch.arange(V) % 2)
     want = torch.log_softmax(logits.double() / temperature, 0).exp()
     assert (want < 6e-8).sum() > 100
     low, high = torch.zeros(V, dtype=torch.float64), torch.ones(V, dtype=torch.float64)
@@ -244,10 +247,9 @@ def test_dialogues_depend_on_their_key_alone(model, tokenizer):
         assert generate.sample_dialogues(model, tokenizer, PROMPTS, **WHOLE | other) != whole
 
 
-def test_one_turn_and_other_questions(model, tokenizer, capsys):
+def test_one_turn_and_other_questions(model, tokenizer):
     whole = generate.sample_dialogues(model, tokenizer, PROMPTS, **WHOLE)
-    single = generate.sample_dialogues(model, tokenizer, PROMPTS, turns=1, desc="Sampling", **WHOLE)
-    assert "Sampling" in capsys.readouterr().err
+    single = generate.sample_dialogues(model, tokenizer, PROMPTS, turns=1, **WHOLE)
     for one, three in zip(single, whole, strict=True):
         assert one.turns == three.turns[:1]
         assert one.ids == three.ids[: one.turns[0].score_position + 1]
@@ -269,12 +271,17 @@ def test_fits(tokenizer):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_steps_of_one_shape_give_the_same_tokens(model, rows, uniforms, temperature):
     shapes = set()
-    hook = model.register_forward_pre_hook(lambda module, args, kwargs: shapes.add((*kwargs["input_ids"].shape, *kwargs["attention_mask"].shape)), with_kwargs=True)
-    found = generate.sample(model, rows, uniforms, eos_id=EOS, pad_id=PAD, temperature=temperature, one_shape=True)
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: shapes.add(
+        (*kwargs["input_ids"].shape, *kwargs["attention_mask"].shape)),
+                                           with_kwargs=True)
+    found = generate.sample(model, rows, uniforms, eos_id=EOS, pad_id=PAD, temperature=temperature,
+                            one_shape=True)
     hook.remove()
     assert found == sample(model, rows, uniforms, temperature)
-    assert shapes == {(12, 20, 12, 20), (12, 1, 12, 1, 1, 44)}  # the prompts, then one shape for all steps
-    assert generate.sample(model, rows, uniforms[:, :1], eos_id=EOS, pad_id=PAD, one_shape=True) == sample(model, rows, uniforms[:, :1])
+    # the prompts, then one shape for all steps
+    assert shapes == {(12, 20, 12, 20), (12, 1, 12, 1, 1, 44)}
+    assert generate.sample(model, rows, uniforms[:, :1], eos_id=EOS, pad_id=PAD,
+                           one_shape=True) == sample(model, rows, uniforms[:, :1])
 
 
 def test_a_step_of_one_shape_sees_no_column_that_is_not_written(model, rows):
@@ -283,7 +290,8 @@ def test_a_step_of_one_shape_sees_no_column_that_is_not_written(model, rows):
     column, position = torch.tensor([20]), mask.sum(1, keepdim=True).long() - 1
     cache = generate.cache_with_room(model.config, 6, column)
     with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache, use_cache=True)
+        model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+              past_key_values=cache, use_cache=True)
         for layer in cache.layers:
             layer.room[:, :, :, 20:] = 1e4  # what an earlier owner of the memory left
         step = generate.steps_of_one_shape(model, cache, column, whole, position)
@@ -291,6 +299,8 @@ def test_a_step_of_one_shape_sees_no_column_that_is_not_written(model, rows):
             token = torch.full((len(rows),), 7 + n)
             logits = step(token)
             ids = torch.cat([ids, token[:, None]], 1)
-            expected = model(input_ids=ids, attention_mask=whole[:, : 20 + n], position_ids=(whole[:, : 20 + n].cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits[:, 0]
+            expected = model(input_ids=ids, attention_mask=whole[:, : 20 + n],
+                             position_ids=(whole[:, : 20 + n].cumsum(1) - 1).clamp(min=0),
+                             logits_to_keep=1).logits[:, 0]
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert column.tolist() == [23]

@@ -31,7 +31,8 @@ def imports(source: str, package: str = "virtue") -> set[str]:
 
 def outside_core(source: str) -> set[str]:
     """What a core module may not import."""
-    allowed = {f"virtue.{name}" for name in (*CORE, "AGGREGATORS")}  # the package's own name, of virtue/__init__.py
+    # the package's own name stands for virtue/__init__.py
+    allowed = {f"virtue.{name}" for name in (*CORE, "AGGREGATORS")}
     free = {"torch", "numpy"} | set(sys.stdlib_module_names)
     return {n for n in imports(source) if n.split(".")[0] not in free and n not in allowed}
 
@@ -71,13 +72,18 @@ def test_importing_the_core_loads_no_heavy_library():
 
 def test_what_make_oldest_and_newest_install_are_versions_that_pyproject_admits():
     def pins(name):
-        return {r.name: r.specifier for line in (ROOT / name).read_text().splitlines() if not line.startswith("#") for r in [Requirement(line)]}
+        text = (ROOT / name).read_text()
+        required = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
+        return {r.name: r.specifier for r in required}
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for wanted in map(Requirement, project["dependencies"] + project["optional-dependencies"]["report"]):
+    dependencies = project["dependencies"] + project["optional-dependencies"]["report"]
+    for wanted in map(Requirement, dependencies):
         low, = (s.version for s in wanted.specifier if s.operator == ">=")
-        oldest, pinned, newest = (next(iter(pins(f"requirements{end}.txt")[wanted.name])).version for end in ("-oldest", "", "-newest"))
-        assert oldest.removesuffix(".0") == low and pinned in wanted.specifier and newest in wanted.specifier, wanted
+        oldest, pinned, newest = (next(iter(pins(f"requirements{end}.txt")[wanted.name])).version
+                                  for end in ("-oldest", "", "-newest"))
+        assert oldest.removesuffix(".0") == low, wanted
+        assert pinned in wanted.specifier and newest in wanted.specifier, wanted
 
 
 def module(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The judge: one packed pass equals ten separate prompts in float64; verdicts against counting by hand."""
+"""The judge: one packed pass equals ten prompts in float64; verdicts against hand counts."""
 from __future__ import annotations
 
 import pytest
@@ -12,13 +12,13 @@ from virtue.evaluation.feedback import versus, win_rates
 from virtue.judge import (encode_questions, judge_log_odds, judge_pairs, label_ids, opinion, pack, preferred, questions, transcript,
                           verdict)
 from virtue.plumbing.loading import load_model, load_tokenizer
-from virtue.plumbing.resume import replay
 from virtue.evaluation.stats import wilson
 
 
 def pair(a: str, b: str, turns: int = 1) -> tuple[list[dict], list[dict]]:
     def talk(text):
-        return [{"role": ("user", "assistant")[i % 2], "content": text if i % 2 else f"question {i}?"} for i in range(2 * turns)]
+        return [{"role": ("user", "assistant")[i % 2],
+                 "content": text if i % 2 else f"question {i}?"} for i in range(2 * turns)]
     return talk(a), talk(b)
 
 
@@ -32,17 +32,13 @@ def tiny(folder):
     return load_model(folder), load_tokenizer(folder)
 
 
-def test_its_bar_ends(tiny, capsys):
-    judge_log_odds(*tiny, [pair("a", "b")] * 5, "action", batch_size=4)
-    assert "judge action: 100%" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_packed_questions_equal_ten_separate_prompts(tiny, folder):
-    """Against transformers in float64, a prompt a question: log-odds of the labels, and their mass."""
+    """Against transformers in float64, a prompt a question: the labels' log-odds and mass."""
     from transformers import AutoModelForCausalLM
     model, tokenizer = tiny
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."), pair("x", "yes yes", turns=2)]
+    pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."),
+             pair("x", "yes yes", turns=2)]
     labels = list(label_ids(tokenizer))
     for lens in ("action", "motivation"):
         odds, mass = judge_log_odds(model, tokenizer, pairs, lens, batch_size=3)
@@ -50,12 +46,14 @@ def test_packed_questions_equal_ten_separate_prompts(tiny, folder):
         for i, (first, second) in enumerate(pairs):
             for order, shown in enumerate([(first, second), (second, first)]):
                 for v, text in enumerate(questions(*shown, lens)):
-                    ids = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": text}])])
+                    prompt = [{"role": "user", "content": text}]
+                    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
                     with torch.no_grad():
                         logits = oracle(ids).logits[0, -1]
                     a, b = logits[labels].tolist()
                     masses.append(logits.softmax(0)[labels].sum().item())
-                    assert odds[i, order, v].item() == pytest.approx(a - b if order == 0 else b - a, abs=2e-5)
+                    expected = a - b if order == 0 else b - a
+                    assert odds[i, order, v].item() == pytest.approx(expected, abs=2e-5)
         assert mass == pytest.approx(sum(masses) / len(masses), abs=1e-6)
 
 
@@ -65,9 +63,11 @@ def test_a_sliding_window_is_that_of_transformers_question_by_question(tmp_path)
     folder = make_tiny_model(tmp_path, max_position_embeddings=4096, sliding_window=32)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     plain, labels = AutoModelForCausalLM.from_pretrained(folder).eval(), list(label_ids(tokenizer))
-    pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."), pair("x", "yes yes", turns=2)]
+    pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."),
+             pair("x", "yes yes", turns=2)]
     prefix, endings = encode_questions(tokenizer, *pairs[0], "action")
-    assert 32 < len(prefix) and min(map(len, endings)) < 32 < sum(map(len, endings))  # it reaches into the prefix
+    # the window reaches into the prefix
+    assert 32 < len(prefix) and min(map(len, endings)) < 32 < sum(map(len, endings))
     probs, _ = judge_pairs(model, tokenizer, pairs, "action", batch_size=3)
     for i, (first, second) in enumerate(pairs):
         for order, shown in enumerate([(first, second), (second, first)]):
@@ -85,7 +85,8 @@ def test_log_odds_keep_what_probabilities_round_away(tiny):
     pairs = [pair("I give it back.", "I keep it.")]
     before, _ = judge_log_odds(model, tokenizer, pairs, "action")
     a, _ = label_ids(tokenizer)
-    handle = model.lm_head.register_forward_hook(lambda module, given, logits: logits + 200 * (torch.arange(logits.shape[-1]) == a))
+    handle = model.lm_head.register_forward_hook(
+        lambda module, given, logits: logits + 200 * (torch.arange(logits.shape[-1]) == a))
     after, mass = judge_log_odds(model, tokenizer, pairs, "action")
     handle.remove()
     assert mass == pytest.approx(1) and (after[:, 0] > 150).all() and (after[:, 1] < -150).all()
@@ -93,33 +94,34 @@ def test_log_odds_keep_what_probabilities_round_away(tiny):
     assert torch.allclose(opinion(after), opinion(before), atol=1e-4)
 
 
-def test_probabilities_that_an_older_version_kept_are_not_read_as_log_odds(tiny, tmp_path, monkeypatch):
-    pairs = [pair("I give it back.", "I keep it.")]
-    list(replay(tmp_path / "judge.jsonl", [0], lambda _: [[[0.75] * 5] * 2, 1.0]))
-    first, _ = judge_log_odds(*tiny, pairs, "action", keep=tmp_path / "judge.jsonl")
-    monkeypatch.setattr("virtue.judge.hidden_states", None)  # a resumed run reads its own and asks nothing
-    again, _ = judge_log_odds(*tiny, pairs, "action", keep=tmp_path / "judge.jsonl")
-    monkeypatch.undo()
-    assert torch.equal(first, again) and torch.equal(first, judge_log_odds(*tiny, pairs, "action")[0])
+def test_each_batch_computes_the_batches_in_any_place_and_order(tiny):
+    pairs = [pair("I give it back.", "I keep it."), pair("No.", "I say where the letter is."), pair("a", "b")]
+
+    def backwards(compute, batches):
+        return [compute(batch) for batch in list(batches)[::-1]][::-1]
+    assert torch.equal(*(judge_log_odds(*tiny, pairs, "action", 2, each_batch=run)[0] for run in (map, backwards)))
 
 
 def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):
     first, second = pair("good", "bad")
     prefix, endings = encode_questions(tiny[1], first, second, "action")
     text = tiny[1].decode(prefix)
-    assert transcript(first) in text and transcript(second) in text and not any(v in text for v in VIRTUES)
+    assert transcript(first) in text and transcript(second) in text
+    assert not any(v in text for v in VIRTUES)
     assert all(v in tiny[1].decode(e) for v, e in zip(VIRTUES, endings, strict=True))
 
 
 def test_other_questions_wordings_and_orders(tiny):
     model, tokenizer = tiny
     pairs = [pair("I give it back.", "I keep it."), pair("I ask.", "I wait for the answer.")]
-    everything, _ = judge_log_odds(model, tokenizer, pairs, "action", asked=(*VIRTUES, "helpfulness"))
+    everything, _ = judge_log_odds(model, tokenizer, pairs, "action",
+                                   asked=(*VIRTUES, "helpfulness"))
     alone, _ = judge_log_odds(model, tokenizer, pairs, "action", asked=("helpfulness",), orders=1)
     five, _ = judge_log_odds(model, tokenizer, pairs, "action")
     other, _ = judge_log_odds(model, tokenizer, pairs, "action", wording="other")
     assert everything.shape == (2, 2, 6) and alone.shape == (2, 1, 1)
-    assert torch.allclose(everything[:, :1, 5:], alone, atol=1e-5) and torch.allclose(everything[..., :5], five, atol=1e-5)
+    assert torch.allclose(everything[:, :1, 5:], alone, atol=1e-5)
+    assert torch.allclose(everything[..., :5], five, atol=1e-5)
     assert (other - five).abs().max() > 1e-3
     texts = questions(*pairs[0], "action", ("honesty", "rules"), "other")
     assert "is honesty" in texts[0] and "fewer rules" in texts[1]
@@ -128,26 +130,36 @@ def test_other_questions_wordings_and_orders(tiny):
 def test_win_rates_of_equal_models_are_ties(tiny):
     talks = [pair("I give it back.", "x")[0], pair("I ask.", "x")[0]]
     found = win_rates(*tiny, talks, talks, "action", batch_size=4)
-    assert [found[key] for key in ("rate", "low", "high", "pairs")] == pytest.approx([0.5, *wilson(1, 2)[1:], 2])
-    assert all(p == pytest.approx(0.5, abs=1e-6) for p in found["questions"].values()) and "sincerity" not in found["questions"]
+    assert [found[key] for key in ("rate", "low", "high", "pairs")] == pytest.approx(
+        [0.5, *wilson(1, 2)[1:], 2])
+    assert all(p == pytest.approx(0.5, abs=1e-6) for p in found["questions"].values())
+    assert "sincerity" not in found["questions"]
     forth = win_rates(*tiny, talks, talks[::-1], "action", batch_size=4)
     back = win_rates(*tiny, talks[::-1], talks, "action", batch_size=4)
-    assert forth["questions"]["honesty"] == pytest.approx(1 - back["questions"]["honesty"], abs=1e-5)
+    honest, other = (found["questions"]["honesty"] for found in (forth, back))
+    assert honest == pytest.approx(1 - other, abs=1e-5)
 
 
 def test_answers_versus_another_are_judged_pair_by_pair_up_to_each_lens(tiny, monkeypatch):
     def talk(*answers):
-        return [m for a in answers for m in ({"role": "user", "content": "What do you do?"}, {"role": "assistant", "content": a})]
-    answers = [[talk("I ask.", "Care.", "Trust."), talk("I lie.", "Gain.", "None.")], [talk("I give it back.", "Care.", "None."), talk("I wait.", "Fear.", "Doubt.")]]
+        return [m for a in answers for m in ({"role": "user", "content": "What do you do?"},
+                                             {"role": "assistant", "content": a})]
+    answers = [[talk("I ask.", "Care.", "Trust."), talk("I lie.", "Gain.", "None.")],
+               [talk("I give it back.", "Care.", "None."), talk("I wait.", "Fear.", "Doubt.")]]
     others = [talk("I keep it.", "Greed.", "Loss."), talk("I go.", "Peace.", "Rest.")]
     found, which = versus(*tiny, answers, others, batch_size=3)
     assert found.shape == (2, 2) and which == [0, 1]  # prompts, answers
     for i in range(2):
         for c in range(2):
-            by_lens = [judge_log_odds(*tiny, [(answers[c][i][:2 * k + 2], others[i][:2 * k + 2])], lens)[0][0].mean(0).sigmoid().mean() for k, lens in enumerate(LENSES)]
+            by_lens = [judge_log_odds(*tiny, [(answers[c][i][:2 * k + 2], others[i][:2 * k + 2])],
+                                      lens)[0][0].mean(0).sigmoid().mean()
+                       for k, lens in enumerate(LENSES)]
             assert found[i, c] == pytest.approx(float(sum(by_lens)) / 3, abs=1e-5)
-    monkeypatch.setattr("virtue.evaluation.feedback.pair_fits", lambda model, tokenizer, first, second, lens: "I lie" not in first[1]["content"])
-    assert versus(*tiny, answers, others, batch_size=3)[1] == [0]  # a prompt whose pairs do not all fit is left out
+    monkeypatch.setattr(
+        "virtue.evaluation.feedback.pair_fits",
+        lambda model, tokenizer, first, second, lens: "I lie" not in first[1]["content"])
+    # a prompt whose pairs do not all fit is left out
+    assert versus(*tiny, answers, others, batch_size=3)[1] == [0]
     monkeypatch.setattr("virtue.evaluation.feedback.pair_fits", lambda *_: False)
     none, which = versus(*tiny, answers, others, batch_size=3)
     assert none.shape == (0, 2) and which == []
@@ -173,7 +185,8 @@ def logit(p) -> torch.Tensor:
 
 
 def test_verdict_by_hand():
-    # odds of the first in both orders, multiplied and rooted: 9, 4, 1/4, 3/2, 1/9 -> p .9 .8 .2 .6 .1
+    # odds of the first in both orders, multiplied and rooted:
+    # 9, 4, 1/4, 3/2, 1/9 -> p .9 .8 .2 .6 .1
     odds = torch.tensor([[27.0, 4.0, 0.5, 0.5, 1 / 9], [3.0, 4.0, 0.125, 4.5, 1 / 9]]).log()
     said = verdict(odds)
     assert said["first_is_chosen"] and said["votes"] == 3 and said["position_flips"] == 1
@@ -187,13 +200,15 @@ def test_verdict_of_the_swapped_pair_is_its_mirror():
         odds[:, 2] = 0  # a tie stays one
         one, other = verdict(odds, preference), verdict(-odds, preference)
         assert {one.pop("first_is_chosen"), other.pop("first_is_chosen")} == {True, False}
-        assert one.pop("virtues") == pytest.approx(other.pop("virtues")) and one == pytest.approx(other)
+        assert one.pop("virtues") == pytest.approx(other.pop("virtues"))
+        assert one == pytest.approx(other)
 
 
 def test_votes_and_mean_may_disagree():
     odds = logit([[0.55, 0.55, 0.55, 1e-9, 1e-9]] * 2)
     assert verdict(odds)["first_is_chosen"] and not verdict(odds, "mean")["first_is_chosen"]
-    assert verdict(odds)["label"] == pytest.approx(0.33)  # the majority's choice may have a label below 1/2
+    # the majority's choice may have a label below 1/2
+    assert verdict(odds)["label"] == pytest.approx(0.33)
     assert verdict(odds, "mean")["votes"] == 2
 
 
@@ -204,23 +219,29 @@ def test_a_bias_that_adds_to_the_logits_of_a_place_cancels_exactly():
         assert torch.equal(opinion(odds), opinion(opinions))
         for shown, bare in zip(odds, opinions):
             found, want = verdict(shown), verdict(bare)
-            assert {k: v for k, v in found.items() if k != "position_flips"} == {k: v for k, v in want.items() if k != "position_flips"}
+            assert found == want | {"position_flips": found["position_flips"]}
             if bias == 40:
                 assert found["position_flips"] == 5  # every answer went to the place
-    squeezed = torch.stack([opinions[:, 0] + 40, opinions[:, 0] - 40], 1).sigmoid().mean(1)  # what averaged probabilities keep of it
+    # this is what averaged probabilities keep of it
+    squeezed = torch.stack([opinions[:, 0] + 40, opinions[:, 0] - 40], 1).sigmoid().mean(1)
     assert (squeezed - 0.5).abs().max() < 1e-6 and (opinion(opinions) - 0.5).abs().max() > 0.4
 
 
 def test_ties_vote_for_neither():
     places = torch.tensor([[2.0] * 5, [-2.0] * 5])  # knows places only
-    assert preferred(torch.tensor([0.0, 1e-6, -1e-6, 0.01, -0.01, 40.0])).tolist() == [0.5, 0.5, 0.5, 1, 0, 1]
+    odds = torch.tensor([0.0, 1e-6, -1e-6, 0.01, -0.01, 40.0])
+    assert preferred(odds).tolist() == [0.5, 0.5, 0.5, 1, 0, 1]
     for said in (verdict(places), verdict(places, "mean"), verdict(-places)):
-        assert said["first_is_chosen"] is None and said["votes"] == 0 and said["label"] == 0.5 and said["position_flips"] == 5
+        assert said["first_is_chosen"] is None and said["votes"] == 0 and said["label"] == 0.5
+        assert said["position_flips"] == 5
     none = torch.zeros(2, 5)
-    assert verdict(none)["first_is_chosen"] is None and verdict(none)["position_flips"] == 0  # a tie is on no side
-    for row, first, votes in (([1.0, 0, 0, 0, 0], True, 1),  # one virtue, and four that tie
-                              ([3.0, -1.0, -0.5, 0, 0], False, 2), ([-0.1, -0.1, 0.2, 0, 0], False, 2),
-                              ([2.0, 2.0, -1.0, -1.0, 0], True, 2), ([0.5, 0.5, -1.0, -1.0, 0], False, 2)):  # as many: the mean decides
+    # a tie takes no side
+    assert verdict(none)["first_is_chosen"] is None and verdict(none)["position_flips"] == 0
+    # where both sides have as many votes the mean decides
+    for row, first, votes in (
+            ([1.0, 0, 0, 0, 0], True, 1),  # one virtue, and four that tie
+            ([3.0, -1.0, -0.5, 0, 0], False, 2), ([-0.1, -0.1, 0.2, 0, 0], False, 2),
+            ([2.0, 2.0, -1.0, -1.0, 0], True, 2), ([0.5, 0.5, -1.0, -1.0, 0], False, 2)):
         for sign in (1, -1):
             said = verdict(sign * torch.tensor([row] * 2))
             assert said["first_is_chosen"] is (first == (sign == 1)) and said["votes"] == votes

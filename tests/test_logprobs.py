@@ -65,7 +65,8 @@ def test_both_of_one_softmax_are_what_they_are_alone():
     logits, targets = torch.randn(6, V, requires_grad=True), torch.randint(0, V, (6,))
     for train in (False, True):
         logprobs, entropies = logprobs_and_entropy(logits, targets, 0.7, train)
-        assert torch.equal(logprobs, gather_logprobs(logits, targets, 0.7)) and torch.equal(entropies, entropy(logits, 0.7))
+        assert torch.equal(logprobs, gather_logprobs(logits, targets, 0.7))
+        assert torch.equal(entropies, entropy(logits, 0.7))
         assert logprobs.requires_grad and entropies.requires_grad == train
 
 

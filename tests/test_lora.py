@@ -17,7 +17,7 @@ from virtue import VirtueError
 from virtue.lora import (
     TARGETS, LoRALinear, active_stack, adapter_config, adapter_names, adapter_parameters,
     _Folded, adapter_state, add_adapter, flatten, load_adapter_state, merged_state_dict, remove_adapter,
-    requantize, sampling_copy, set_stack, use_stack,
+    sampling_copy, set_stack, use_stack,
 )
 from virtue.plumbing.loading import load_model
 
@@ -287,17 +287,20 @@ def test_folded_gradients_against_finite_differences():
         return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_(grad)
 
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias, halves = rand(2, 3, 5), rand(4, 5, grad=False), rand(4, grad=False), [rand(2, 5), rand(4, 2), rand(3, 5), rand(4, 3)]
+    x, weight, bias = rand(2, 3, 5), rand(4, 5, grad=False), rand(4, grad=False)
+    halves = [rand(2, 5), rand(4, 2), rand(3, 5), rand(4, 3)]
 
     def folded(x, *halves):
         total = weight + 0.5 * halves[1] @ halves[0] + 3 * halves[3] @ halves[2]
         return _Folded.apply(x, total.detach(), bias, [0.5, 3.0], *halves)
 
     def numeric(x, *halves):  # the same with W' inside the graph: what finite differences see
-        return nn.functional.linear(x, weight + 0.5 * halves[1] @ halves[0] + 3 * halves[3] @ halves[2], bias)
+        return nn.functional.linear(
+            x, weight + 0.5 * halves[1] @ halves[0] + 3 * halves[3] @ halves[2], bias)
 
     dy = rand(2, 3, 4, grad=False)
-    for mine, oracle in zip(*(torch.autograd.grad(f(x, *halves), (x, *halves), dy) for f in (folded, numeric))):
+    for mine, oracle in zip(*(torch.autograd.grad(f(x, *halves), (x, *halves), dy)
+                              for f in (folded, numeric))):
         torch.testing.assert_close(mine, oracle)
     assert torch.autograd.gradcheck(numeric, (x, *halves))
 
@@ -311,7 +314,8 @@ def test_folded_equals_plain_whatever_is_frozen():
     layer, found = model.q_proj, {}
     for path in (layer.folded, layer.plain):
         output = path(x, ["a", "b"])
-        found[path.__name__] = output, *torch.autograd.grad(output.square().sum(), (x, *adapter_parameters(model, "b")))
+        inputs = (x, *adapter_parameters(model, "b"))
+        found[path.__name__] = output, *torch.autograd.grad(output.square().sum(), inputs)
     for mine, oracle in zip(found["folded"], found["plain"]):
         torch.testing.assert_close(mine, oracle, rtol=1e-5, atol=1e-5)
     output = layer.folded(x, ["a", "b"])
@@ -320,7 +324,7 @@ def test_folded_equals_plain_whatever_is_frozen():
 
 
 def test_what_was_folded_is_never_stale():
-    """Every way in which weights change: optimiser, copy, another adapter of that name, base, stack, scale."""
+    """Every way in which weights change: optimiser, copy, another adapter, base, stack, scale."""
     model, x = toy(), torch.randn(3, 7)
     add(model, "a", rank=2, alpha=6, targets=("q_proj",), seed=1)
     layer = model.q_proj
@@ -328,7 +332,8 @@ def test_what_was_folded_is_never_stale():
     def check():
         with torch.no_grad():
             now = layer(x)
-            torch.testing.assert_close(now, layer.plain(x, list(layer.active)) if layer.active else layer.base(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(now, layer.plain(x, list(layer.active)) if layer.active
+                                       else layer.base(x), rtol=1e-5, atol=1e-5)
         return now
 
     seen = [check()]
@@ -338,7 +343,8 @@ def test_what_was_folded_is_never_stale():
     layer(x).square().sum().backward()
     optimizer.step()
     seen.append(check())
-    load_adapter_state(model, "a", {k: t + 0.1 for k, t in adapter_state(model, "a").items()}, adapter_config(model, "a", "x"))
+    load_adapter_state(model, "a", {k: t + 0.1 for k, t in adapter_state(model, "a").items()},
+                       adapter_config(model, "a", "x"))
     seen.append(check())
     remove_adapter(model, "a")
     add(model, "a", rank=2, alpha=6, targets=("q_proj",), seed=5)
@@ -358,7 +364,7 @@ def test_what_was_folded_is_never_stale():
 
 
 def test_whole_matrices_learn_what_dense_weights_learn(model, folders, tmp_path):
-    """Two steps of SGD on B equal two steps on the plain model's matrices; saved and loaded it is the same."""
+    """Two steps of SGD on B equal two on the plain model's matrices, also when loaded again."""
     add_adapter(model, "w", rank=None)
     assert torch.equal(logits(model), logits(load_model(folders[False])))
     set_stack(model, "w")
@@ -377,23 +383,30 @@ def test_whole_matrices_learn_what_dense_weights_learn(model, folders, tmp_path)
             (which(IDS, use_cache=False).logits * target).mean().backward()
             optimizer.step()
     assert (logits(model) - first).abs().max() > 0.01
-    torch.testing.assert_close(logits(model), dense(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
-    again, state, config = load_model(folders[False]), adapter_state(model, "w"), adapter_config(model, "w", "x")
+    torch.testing.assert_close(logits(model), dense(IDS, use_cache=False).logits,
+                               rtol=1e-4, atol=1e-4)
+    again, state = load_model(folders[False]), adapter_state(model, "w")
+    config = adapter_config(model, "w", "x")
     load_adapter_state(again, "w", state, config)
     set_stack(again, "w")
     assert torch.equal(logits(again), logits(model))
-    assert len(state) == 28 and len(adapter_parameters(again, "w")) == 14  # PEFT's format has an A, memory has none
-    assert {A.shape[0] for key, A in state.items() if "lora_A" in key} == {config["r"]} == {max(m.in_features for m in plain(folders[False]).modules() if isinstance(m, torch.nn.Linear))}
+    # PEFT's format has an A, memory has none
+    assert len(state) == 28 and len(adapter_parameters(again, "w")) == 14
+    linears = [m for m in plain(folders[False]).modules() if isinstance(m, torch.nn.Linear)]
+    ranks = {A.shape[0] for key, A in state.items() if "lora_A" in key}
+    assert ranks == {config["r"]} == {max(m.in_features for m in linears)}
     with pytest.raises(ValueError):
         flatten(model, ("w",), "w")
-    state["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"][0, 1] = 1.0  # no identity: LoRA, of that rank
+    # no identity: LoRA, of that rank
+    state["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"][0, 1] = 1.0
     with pytest.raises(VirtueError, match="is LoRA, expected whole matrices"):
         load_adapter_state(again, "w", state, config)
     load_adapter_state(again, "lora", state, config)
     assert len(adapter_parameters(again, "lora")) == 28
     merged = plain(folders[False])
     merged.load_state_dict(merged_state_dict(model, ("w",), torch.float32))
-    torch.testing.assert_close(merged(IDS, use_cache=False).logits, logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged(IDS, use_cache=False).logits, logits(model),
+                               rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
@@ -408,7 +421,8 @@ def test_whole_matrices_stand_upon_lora_and_are_flattened_with_it(folders, quant
     for path, layer in model.named_modules():  # W + s B A + the whole change, by hand
         if isinstance(layer, LoRALinear):
             if "a" in layer.scaling:
-                dense[path + ".weight"] += layer.scaling["a"] * layer.lora_B["a"].detach() @ layer.lora_A["a"].detach()
+                dense[path + ".weight"] += (layer.scaling["a"] * layer.lora_B["a"].detach()
+                                            @ layer.lora_A["a"].detach())
             if "w" in layer.scaling:
                 dense[path + ".weight"] += layer.lora_B["w"].detach()
     oracle = functional_call(plain(folders[False]), dense, (IDS,), {"use_cache": False}).logits
@@ -417,34 +431,6 @@ def test_whole_matrices_stand_upon_lora_and_are_flattened_with_it(folders, quant
     set_stack(model, "flat")
     torch.testing.assert_close(logits(model), stacked, rtol=1e-4, atol=1e-4)
     assert all(p.shape[0] != 3 and not p.requires_grad for p in adapter_parameters(model, "flat"))
-
-
-def test_requantize_is_quantising_the_merged_weights(folders):
-    import bitsandbytes.functional as bnb
-    model = load_model(folders[False], quantize="nf4")
-    stack, before = unequal_stack(model), dense_weights(model)
-    set_stack(model, *stack)
-    stacked = logits(model)
-    with use_stack(model, requantize(model, stack, "merged")):
-        mine = logits(model)
-    for path, layer in model.named_modules():
-        if isinstance(layer, LoRALinear):
-            W = before[path + ".weight"].clone()
-            for n in stack:
-                if n in layer.scaling:
-                    W += layer.scaling[n] * layer.lora_B[n].detach() @ layer.lora_A[n].detach()
-            codes, state = bnb.quantize_4bit(W, quant_type="nf4", compress_statistics=True)
-            before[path + ".weight"] = bnb.dequantize_4bit(codes, state)
-    oracle = functional_call(plain(folders[False]), before, (IDS,), {"use_cache": False}).logits
-    torch.testing.assert_close(mine, oracle, rtol=1e-4, atol=1e-4)
-    assert (mine - stacked).abs().max() > 0.01 and active_stack(model) == stack
-    bare = load_model(folders[False])
-    add(bare, "a")
-    with pytest.raises(VirtueError, match="--quantize nf4"):
-        requantize(bare, ("a",), "merged")
-
-
-# ---- flatten and merge
 
 
 def unequal_stack(model):
@@ -457,11 +443,13 @@ def unequal_stack(model):
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_the_sampling_path_equals_plain(folders, quantize, monkeypatch):
-    """A stack flattened in bf16: the shorter path's logits are as near to the fp32 adapters' as bf16 allows, and only sampling takes it."""
+    """A stack flattened in bf16: the shorter path's logits are as near to the fp32 adapters' as
+    bf16 allows, and only sampling takes it."""
     model, taken = load_model(folders[False], quantize=quantize, dtype="bf16"), []
     stack, path = unequal_stack(model), LoRALinear.sampling
     flatten(model, stack, "flat", torch.bfloat16)
-    monkeypatch.setattr(LoRALinear, "sampling", lambda layer, x, name: taken.append(name) or path(layer, x, name))
+    monkeypatch.setattr(LoRALinear, "sampling",
+                        lambda layer, x, name: taken.append(name) or path(layer, x, name))
     layer = next(m for m in model.modules() if isinstance(m, LoRALinear) and "flat" in m.lora_A)
     x = torch.randn(2, 3, layer.base.in_features, dtype=torch.bfloat16)
     layer.scaling["flat"] = 0.5  # flatten makes it 1: the scale must count all the same
@@ -673,9 +661,11 @@ def test_a_sampling_copy_has_the_same_weights_and_adapters(tmp_path, quantize):
     add_adapter(model, "policy", rank=4, alpha=8, targets=("q_proj", "down_proj"))
     twin, half = sampling_copy(model, torch.float32), sampling_copy(model, torch.bfloat16)
     assert twin.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    assert {p.dtype for n, p in half.named_parameters() if "lora" not in n} == {torch.bfloat16} and not any(hasattr(p, "quant_state") for p in twin.parameters())
+    assert {p.dtype for n, p in half.named_parameters() if "lora" not in n} == {torch.bfloat16}
+    assert not any(hasattr(p, "quant_state") for p in twin.parameters())
     ids = torch.randint(5, 300, (2, 9))
-    run = lambda m: m(ids, attention_mask=torch.ones_like(ids)).logits.detach().float()  # noqa: E731
+    def run(m):
+        return m(ids, attention_mask=torch.ones_like(ids)).logits.detach().float()
     plain = run(model)
     for lora_B in adapter_parameters(model, "policy")[1::2]:
         lora_B.data.normal_(std=0.1)
@@ -691,7 +681,8 @@ def test_a_sampling_copy_has_the_same_weights_and_adapters(tmp_path, quantize):
 
 
 def test_rollouts_in_bf16_have_the_log_probs_of_the_fp32_policy(toy_folder):
-    """The tolerance that --rollout-dtype bf16 is used with: of the toy's own samples 0.005 nats a token in the mean, 0.1 at most."""
+    """The tolerance that --rollout-dtype bf16 is used with:
+    of the toy's own samples 0.005 nats a token in the mean, 0.1 at most."""
     from virtue.plumbing.records import load_prompts
     from virtue.generate import sample_dialogues
     from virtue.plumbing.loading import load_tokenizer
@@ -704,8 +695,12 @@ def test_rollouts_in_bf16_have_the_log_probs_of_the_fp32_policy(toy_folder):
     half = sampling_copy(model, torch.bfloat16)
     flatten(model, ("policy",), "rollout")
     with use_stack(half, "rollout"):
-        dialogues = sample_dialogues(half, tokenizer, load_prompts("toy", "eval", 8), seed=0, stage="t", max_new_tokens=32, temperature=1.0, batch_size=8, turns=1)
-    exact, mask = dialogue_logprobs(model, ("policy",), dialogues, tokenizer.pad_token_id, batch_size=8)
-    rounded, _ = dialogue_logprobs(half, ("rollout",), dialogues, tokenizer.pad_token_id, batch_size=8)
+        dialogues = sample_dialogues(half, tokenizer, load_prompts("toy", "eval", 8), seed=0,
+                                     stage="t", max_new_tokens=32, temperature=1.0,
+                                     batch_size=8, turns=1)
+    exact, mask = dialogue_logprobs(model, ("policy",), dialogues,
+                                    tokenizer.pad_token_id, batch_size=8)
+    rounded, _ = dialogue_logprobs(half, ("rollout",), dialogues,
+                                   tokenizer.pad_token_id, batch_size=8)
     apart = (exact - rounded)[mask].abs()
     assert len(apart) > 100 and 0 < apart.mean() < 0.005 and apart.max() < 0.1

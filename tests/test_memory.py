@@ -1,4 +1,5 @@
-"""Gradient checkpointing against the plain backward pass; the memory plan against bytes counted of real models.
+"""Gradient checkpointing against the plain backward pass;
+the memory plan against bytes counted of real models.
 
     python -m pytest -q tests/test_memory.py
 """
@@ -41,11 +42,12 @@ def roles(folder, **settings):
 
 
 def stored(forward, frozen=()) -> int:
-    """Bytes that autograd keeps of `forward` for the backward pass, each storage once, without `frozen`'s."""
+    """Bytes that autograd keeps for the backward pass, each storage once, but for `frozen`."""
     seen, known = {}, {p.untyped_storage().data_ptr() for p in frozen}
 
     def pack(tensor):
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address comes twice
+        # kept alive, so that no address comes twice
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = forward()
@@ -70,8 +72,10 @@ def test_checkpointing_changes_memory_but_no_gradient(folder, settings):
         model, head = roles(folder, **settings)
         if checkpointing:
             checkpoint_layers(model)
-        trained = [*lora.adapter_parameters(model, "policy"), *lora.adapter_parameters(model, "value"), *head.parameters()]
-        kept = stored(lambda: policy_and_value(model, head), [*model.parameters(), *head.parameters()])  # noqa: B023 (called at once)
+        trained = [*lora.adapter_parameters(model, "policy"),
+                   *lora.adapter_parameters(model, "value"), *head.parameters()]
+        frozen = [*model.parameters(), *head.parameters()]
+        kept = stored(lambda: policy_and_value(model, head), frozen)  # noqa: B023 (called at once)
         with lora.use_stack(model, "sft"):  # the reference acts while the backward pass runs
             policy_and_value(model, head).backward()
             assert lora.active_stack(model) == ("sft",)
@@ -95,13 +99,16 @@ def test_checkpointing_leaves_sampling_alone(folder):
 # ---- the plan
 
 
-WIDE = dict(hidden_size=256, intermediate_size=448, num_attention_heads=8, num_key_value_heads=2, head_dim=32, num_hidden_layers=3)
-MISTRAL_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+WIDE = dict(hidden_size=256, intermediate_size=448, num_attention_heads=8, num_key_value_heads=2,
+            head_dim=32, num_hidden_layers=3)
+MISTRAL_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                  num_attention_heads=32, num_key_value_heads=8, head_dim=128)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def wide(request, tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("wide") / "base", tokenizer=False, tie_word_embeddings=request.param, **WIDE)
+    return make_tiny_model(tmp_path_factory.mktemp("wide") / "base", tokenizer=False,
+                           tie_word_embeddings=request.param, **WIDE)
 
 
 def config_7b(**fields):
@@ -115,19 +122,27 @@ def test_base_weights_are_those_that_are_loaded(wide, quantize, dtype):
     model, storages = load_model(wide, quantize=quantize, dtype=dtype), {}
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        for tensor in (parameter, *((state.absmax, state.state2.absmax) if state else ())):  # not the table of 256 codes, which all share
+        # without the table of 256 codes, which all share
+        for tensor in (parameter, *((state.absmax, state.state2.absmax) if state else ())):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    assert memory.base_bytes(model.config, quantize, dtype) == pytest.approx(sum(storages.values()), rel=0.01)
-    for kind, torch_kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):  # and what a copy for sampling takes beside them
-        copied = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in lora.sampling_copy(model, torch_kind).parameters()}
-        held = memory.plan(model.config, quantize=quantize, dtype=dtype, copy=kind)["held"].get("sampling copy", 0)
+    assert memory.base_bytes(model.config, quantize, dtype) == pytest.approx(
+        sum(storages.values()), rel=0.01)
+    # then what a copy for sampling takes beside them
+    for kind, torch_kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        copied = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+                  for p in lora.sampling_copy(model, torch_kind).parameters()}
+        held = memory.plan(model.config, quantize=quantize, dtype=dtype,
+                           copy=kind)["held"].get("sampling copy", 0)
         assert held == sum(n for where, n in copied.items() if where not in storages)
 
 
 def test_the_7b_base_has_its_published_size():
-    published = 7_241_732_096  # parameters, from the index of Mistral-7B-v0.1's files: total_size 14483464192 in bf16
+    # parameters, from the index of Mistral-7B-v0.1's files: total_size 14483464192 in bf16
+    published = 7_241_732_096
     assert memory.base_bytes(config_7b(), "none", "bf16") == 2 * published
-    assert memory.base_bytes(config_7b(), "nf4", "bf16") == pytest.approx(4.127 * (published - 262_410_240) / 8 + 2 * 262_410_240, rel=1e-3)  # QLoRA: 0.127 bits of scales
+    # as in QLoRA, the scales take 0.127 bits
+    assert memory.base_bytes(config_7b(), "nf4", "bf16") == pytest.approx(
+        4.127 * (published - 262_410_240) / 8 + 2 * 262_410_240, rel=1e-3)
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "down_proj", "lm_head")])
@@ -136,7 +151,8 @@ def test_adapters_are_those_that_are_made(folder, rank, targets):
     model = load_model(folder)
     lora.add_adapter(model, "new", rank=rank, alpha=8, targets=targets)
     parameters = lora.adapter_parameters(model, "new")
-    assert memory.adapter_bytes(model.config, (rank, targets)) == sum(p.numel() * 4 for p in parameters)
+    size = sum(p.numel() * 4 for p in parameters)
+    assert memory.adapter_bytes(model.config, (rank, targets)) == size
 
 
 def test_the_kv_cache_is_that_of_a_forward(wide):
@@ -145,11 +161,14 @@ def test_the_kv_cache_is_that_of_a_forward(wide):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(IDS, attention_mask=torch.ones_like(IDS), past_key_values=cache, use_cache=True)
-    assert memory.cache_bytes(model.config, "bf16", *IDS.shape) == sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    assert memory.cache_bytes(model.config, "bf16", *IDS.shape) == size
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")])
-@pytest.mark.parametrize("settings", [{}, {"quantize": "nf4"}, {"dtype": "bf16"}, {"quantize": "nf4", "dtype": "bf16"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"quantize": "nf4"}, {"dtype": "bf16"},
+                                      {"quantize": "nf4", "dtype": "bf16"}], ids=str)
 @pytest.mark.parametrize("tokens", [64, 400])
 def test_activations_are_those_that_autograd_keeps(wide, settings, tokens, targets):
     model, settings = load_model(wide, **settings), {"quantize": "none", "dtype": "fp32"} | settings
@@ -158,14 +177,17 @@ def test_activations_are_those_that_autograd_keeps(wide, settings, tokens, targe
     ids, attention = torch.full((2, tokens), 9), torch.ones(2, tokens, dtype=torch.long)
     attention[0, -3:] = 0
     for checkpointing in (False, True):
-        planned = memory.plan(model.config, **settings, trained=[(8, targets)], checkpointing=checkpointing,
+        planned = memory.plan(model.config, **settings, trained=[(8, targets)],
+                              checkpointing=checkpointing,
                               update=dict(rows=2, tokens=tokens, positions=0, stacks=1))["update"]
         if checkpointing:
             checkpoint_layers(model)
-            planned["activations"] -= memory.layer_bytes(model.config, settings["dtype"], 2, tokens, (8, targets))  # not kept, but made again
+            layer = memory.layer_bytes(model.config, settings["dtype"], 2, tokens, (8, targets))
+            planned["activations"] -= layer  # not kept but made again
             planned.pop("folded weights", None)
         kept = stored(lambda: hidden_states(model, ids, attention), model.parameters())
-        assert 1 <= (planned["activations"] + planned.get("folded weights", 0)) / kept < (1.55 if checkpointing else 1.12)
+        assert (1 <= (planned["activations"] + planned.get("folded weights", 0)) / kept
+                < (1.55 if checkpointing else 1.12))
 
 
 class Live(TorchDispatchMode):
@@ -173,7 +195,8 @@ class Live(TorchDispatchMode):
 
     def __init__(self, model):
         super().__init__()
-        self.now, self.most, self.known = 0, 0, {p.untyped_storage()._cdata for p in model.parameters()}
+        self.now, self.most = 0, 0
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def gone(self, key, n):
         self.now -= n
@@ -181,7 +204,8 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         made = operator(*args, **(kwargs or {}))
-        for storage in (t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
+        for storage in (t.untyped_storage()
+                        for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
             if storage._cdata not in self.known:
                 self.known.add(storage._cdata)
                 self.now += storage.nbytes()
@@ -192,7 +216,8 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("settings", [{}, {"quantize": "nf4"}, {"dtype": "bf16"}], ids=str)
 def test_no_moment_needs_more_than_planned(tmp_path, settings):
-    folder, flags = make_tiny_model(tmp_path / "base", tokenizer=False, **WIDE | {"vocab_size": 2000}), {"quantize": "none", "dtype": "fp32"} | settings
+    folder = make_tiny_model(tmp_path / "base", tokenizer=False, **WIDE | {"vocab_size": 2000})
+    flags = {"quantize": "none", "dtype": "fp32"} | settings
     ids, mask = torch.full((2, 200), 9), torch.zeros(2, 199, dtype=torch.bool)
     mask[:, 80:] = True
     for checkpointing, entropy_too in ((False, False), (False, True), (True, False)):
@@ -201,17 +226,21 @@ def test_no_moment_needs_more_than_planned(tmp_path, settings):
             checkpoint_layers(model)
         with Live(model) as live:
             with lora.use_stack(model, "sft", "policy"):
-                logprobs, entropy = logprobs_at(model, ids, torch.ones_like(ids), mask, 1.0, True, train_entropy=entropy_too)
+                logprobs, entropy = logprobs_at(model, ids, torch.ones_like(ids), mask, 1.0, True,
+                                                train_entropy=entropy_too)
             with lora.use_stack(model, "sft", "value"):
                 values = values_at(model, ScalarHead(256, seed=1), ids, torch.ones_like(ids), mask)
             (logprobs.mean() + entropy.mean() + values.mean()).backward()
-        planned = memory.plan(model.config, **flags, trained=[(4, TARGETS)] * 2, checkpointing=checkpointing,
-                              update=dict(rows=2, tokens=200, positions=int(mask.sum()), stacks=2, entropy=entropy_too))["update"]
+        planned = memory.plan(model.config, **flags, trained=[(4, TARGETS)] * 2,
+                              checkpointing=checkpointing,
+                              update=dict(rows=2, tokens=200, positions=int(mask.sum()), stacks=2,
+                                          entropy=entropy_too))["update"]
         assert 1 <= sum(planned.values()) / live.most < 1.8
     model, _ = roles(folder, **settings)
     with Live(model) as live, lora.use_stack(model, "policy"):
         sample(model, [[1] * 180] * 8, np.full((8, 20), 0.5), eos_id=-1, pad_id=0)
-    planned = memory.plan(model.config, **flags, trained=[(4, TARGETS)], sampling=dict(rows=8, tokens=200, new=20))["sampling"]
+    planned = memory.plan(model.config, **flags, trained=[(4, TARGETS)],
+                          sampling=dict(rows=8, tokens=200, new=20))["sampling"]
     assert 1 <= sum(planned.values()) / live.most < 1.8
     print(settings, planned, live.most)
 
@@ -223,23 +252,31 @@ def test_what_was_used_is_told_beside_the_plan(monkeypatch):
     moment, most = memory.greatest(plan)
     assert moment == "scoring" and memory.table(plan).endswith(f"{most / 2**30:9.3f}")
     line = memory.used(torch.device("cpu"))
-    assert line.endswith(f", planned {most / 2**30:.2f}") and 0.1 < float(line.split()[3]) < 30  # this process, GiB
+    # the size of this process in GiB
+    assert line.endswith(f", planned {most / 2**30:.2f}") and 0.1 < float(line.split()[3]) < 30
 
 
 def test_a_plan_adds_up():
-    flags = dict(quantize="nf4", dtype="bf16", frozen=[(16, TARGETS)] * 2, trained=[(16, TARGETS)] * 2, sampling=dict(rows=16, tokens=1000, new=128))
+    flags = dict(quantize="nf4", dtype="bf16", frozen=[(16, TARGETS)] * 2,
+                 trained=[(16, TARGETS)] * 2, sampling=dict(rows=16, tokens=1000, new=128))
     update = dict(rows=2, tokens=1000, positions=768, stacks=2, entropy=True)
-    plain, less = (memory.plan(config_7b(), **flags, update=update, checkpointing=c) for c in (False, True))
-    one = 4 * 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))  # the seven layers of a block, 32 of them, fp32
-    assert plain["held"]["adapters"] == 4 * one and plain["held"]["optimiser moments"] == 4 * one and plain["update"]["gradients"] == 2 * one
+    plain, less = (memory.plan(config_7b(), **flags, update=update, checkpointing=c)
+                   for c in (False, True))
+    # the seven layers of each of 32 blocks, in fp32
+    one = 4 * 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert plain["held"]["adapters"] == 4 * one and plain["held"]["optimiser moments"] == 4 * one
+    assert plain["update"]["gradients"] == 2 * one
     assert plain["sampling"]["KV cache"] == 2 * 32 * 8 * 128 * 2 * 16 * 1000
-    assert {part: plain["update"][part] - less["update"][part] for part in less["update"]} | {"activations": 0} == dict.fromkeys(less["update"], 0)
+    assert ({part: plain["update"][part] - less["update"][part] for part in less["update"]}
+            | {"activations": 0} == dict.fromkeys(less["update"], 0))
     assert less["update"]["activations"] < plain["update"]["activations"] / 10
     twice = memory.plan(config_7b(), **flags, update=update | {"rows": 4})
-    assert twice["update"]["activations"] == 2 * plain["update"]["activations"] and twice["update"]["logits"] == plain["update"]["logits"]
+    assert twice["update"]["activations"] == 2 * plain["update"]["activations"]
+    assert twice["update"]["logits"] == plain["update"]["logits"]
     lines = memory.table(plain).splitlines()
     total = sum(n for moment in ("held", "update") for n in plain[moment].values()) / 2**30
-    assert lines[-1].split() == ["greatest", "update", f"{total:.3f}"] and len({len(line) for line in lines[1:]}) == 1
+    assert lines[-1].split() == ["greatest", "update", f"{total:.3f}"]
+    assert len({len(line) for line in lines[1:]}) == 1
     assert len(lines) == 2 + sum(map(len, plain.values()))
     with pytest.raises(VirtueError, match=r"\['k'\] match no linear layer"):
         memory.check_targets(config_7b(), ("k", "q_proj"))

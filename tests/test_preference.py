@@ -16,7 +16,6 @@ def sigmoid(x):
 
 C, R = T(1.5, -0.3, 0.0, 2.0), T(0.2, 0.9, 0.0, -1.0)
 P = T(1.0, 0.25, 0.8, 0.5)
-M = T(0.0, 0.5, 1.0, 0.3)
 
 
 def test_log_2_at_equal_scores():
@@ -25,17 +24,15 @@ def test_log_2_at_equal_scores():
 
 
 @pytest.mark.parametrize("label", [None, P])
-@pytest.mark.parametrize("margin", [None, M])
-def test_value_and_gradient_equal_closed_form(label, margin):
+def test_value_and_gradient_equal_closed_form(label):
     c, r = C.clone().requires_grad_(), R.clone().requires_grad_()
-    loss = pairwise_loss(c, r, label, margin)
+    loss = pairwise_loss(c, r, label)
     p = np.ones(4) if label is None else P.numpy()
-    m = np.zeros(4) if margin is None else M.numpy()
     d = (C - R).numpy()
-    expected = -p * np.log(sigmoid(d - m)) - (1 - p) * np.log(sigmoid(-d - m))
+    expected = -p * np.log(sigmoid(d)) - (1 - p) * np.log(sigmoid(-d))
     np.testing.assert_allclose(loss.detach(), expected, atol=1e-9)
     loss.mean().backward()
-    slope = (-p * sigmoid(-(d - m)) + (1 - p) * sigmoid(d + m)) / 4
+    slope = (-p * sigmoid(-d) + (1 - p) * sigmoid(d)) / 4
     np.testing.assert_allclose(c.grad, slope, atol=1e-9)
     np.testing.assert_allclose(r.grad, -slope, atol=1e-9)
 
@@ -47,10 +44,9 @@ def test_hard_gradient_is_minus_sigmoid_of_minus_d_over_B():
 
 
 def test_invariant_to_a_common_shift_and_to_swapping_the_pair():
-    for margin in (None, M):
-        base = pairwise_loss(C, R, P, margin)
-        torch.testing.assert_close(pairwise_loss(C + 7, R + 7, P, margin), base)
-        torch.testing.assert_close(pairwise_loss(R, C, 1 - P, margin), base)
+    base = pairwise_loss(C, R, P)
+    torch.testing.assert_close(pairwise_loss(C + 7, R + 7, P), base)
+    torch.testing.assert_close(pairwise_loss(R, C, 1 - P), base)
 
 
 def test_soft_label_is_the_minimum():
@@ -59,12 +55,6 @@ def test_soft_label_is_the_minimum():
         loss = pairwise_loss(logits, torch.zeros_like(logits), torch.full_like(logits, p))
         best = torch.sigmoid(logits[loss.argmin()]).item()
         assert best == pytest.approx(p, abs=2e-3)  # the grid's step of 0.005, times 1/4
-
-
-def test_margin_asks_for_more():
-    assert (pairwise_loss(C, R, None, M) >= pairwise_loss(C, R)).all()
-    met = pairwise_loss(T(1.0), T(0.0), None, T(1.0))
-    assert met.item() == pytest.approx(math.log(2), abs=1e-12)
 
 
 def test_finite_at_extremes_with_gradient():
@@ -129,15 +119,17 @@ def test_calibration_bins_sum_to_the_error():
     for bins in (1, 5, 10):
         found = calibration_bins(p, y, bins)
         assert sum(b["pairs"] for b in found) == 400
-        assert sum(b["pairs"] * abs(b["predicted"] - b["label"]) for b in found) / 400 == pytest.approx(calibration_error(p, y, bins))
+        assert sum(b["pairs"] * abs(b["predicted"] - b["label"])
+                   for b in found) / 400 == pytest.approx(calibration_error(p, y, bins))
     by_hand = calibration_bins(torch.tensor([0.95, 0.05, 0.6]), torch.tensor([1.0, 0.5, 1.0]), 2)
-    assert [(b["predicted"], b["label"], b["pairs"]) for b in by_hand] == [pytest.approx((0.6, 1.0, 1)), pytest.approx((0.95, 0.75, 2))]
+    assert [(b["predicted"], b["label"], b["pairs"])
+            for b in by_hand] == [pytest.approx((0.6, 1.0, 1)), pytest.approx((0.95, 0.75, 2))]
 
 
 def test_inputs_unchanged():
-    before = [t.clone() for t in (C, R, P, M)]
-    pairwise_loss(C, R, P, M), accuracy(C, P), log_loss(C, P), calibration_error(P, P)
-    assert all(torch.equal(a, b) for a, b in zip(before, (C, R, P, M)))
+    before = [t.clone() for t in (C, R, P)]
+    pairwise_loss(C, R, P), accuracy(C, P), log_loss(C, P), calibration_error(P, P)
+    assert all(torch.equal(a, b) for a, b in zip(before, (C, R, P)))
 
 
 def test_bad_input():
@@ -151,8 +143,6 @@ def test_bad_input():
                   lambda b: calibration_error(b, P)):
             with pytest.raises(ValueError, match="probabilities"):
                 f(bad)
-    with pytest.raises(ValueError, match="margin"):
-        pairwise_loss(C, R, None, -M)
     with pytest.raises(ValueError, match="no decided pair"):
         accuracy(C, torch.full_like(C, 0.5))
     with pytest.raises(ValueError, match="bins"):

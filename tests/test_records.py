@@ -78,11 +78,10 @@ GOOD = b'{"prompt": "a"}\n'
 
 
 @pytest.mark.parametrize(("name", "raw", "words"), [
-    ("a.jsonl", None, "no such file"),
-    ("a.jsonl", b"", "empty"),
-    ("a.jsonl", b"\n \n", "empty"),
+    ("a.jsonl", None, "no such file"), ("a.jsonl", b"", "empty"), ("a.jsonl", b"\n \n", "empty"),
     ("a.jsonl", GOOD + b"{oops\n", "line 2: not a JSON object"),
-    ("a.jsonl", b"\nnull\n3\n", "line 2: no prompt of the file can be used: 2 from line 2 on: is no JSON object"),
+    ("a.jsonl", b"\nnull\n3\n",
+     "line 2: no prompt of the file can be used: 2 from line 2 on: is no JSON object"),
     ("a.jsonl", GOOD + b"[" * 200_000, "line 2: not a JSON object"),
     ("a.jsonl", GOOD + b'{"prompt": "\xff"}', "line 2: not UTF-8"),
     ("a.jsonl.gz", gzip.compress(GOOD * 999, mtime=0)[:-9], "damaged gzip"),
@@ -94,9 +93,9 @@ GOOD = b'{"prompt": "a"}\n'
     ("a.jsonl", b'{"chosen": "a"}', 'line 1: .*a transcript must start with'),
     ("a.jsonl", lines({"prompt": CHAT}), "line 1: .*end with a message of the user"),
     ("a.jsonl", lines({"prompt": CHAT[1:]}), "line 1: .*role 'user'"),
-    ("a.jsonl", b'[{"prompt": "a"}]', "an array, of which this command makes lines: python -c .*read_json"),
-    ("a.parquet", b"PAR1 and no more", "parquet"),
-])
+    ("a.jsonl", b'[{"prompt": "a"}]',
+     "an array, of which this command makes lines: python -c .*read_json"),
+    ("a.parquet", b"PAR1 and no more", "parquet")])
 def test_bad_files_name_file_line_and_remedy(tmp_path, name, raw, words):
     path = tmp_path / name
     if raw is not None:
@@ -105,7 +104,8 @@ def test_bad_files_name_file_line_and_remedy(tmp_path, name, raw, words):
         records.read_prompts(path)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message
-    assert any(w in message for w in ("check", "give", "write", "fetch", "convert", "correct", "install"))
+    assert any(w in message
+               for w in ("check", "give", "write", "fetch", "convert", "correct", "install"))
 
 
 def test_a_folder_is_no_file(tmp_path):
@@ -179,20 +179,30 @@ def test_bad_stage_records(tmp_path, kind, record, words):
 def test_pairs_of_any_kind(tmp_path):
     talk, path = "\n\nHuman: Why: now?\n\nAssistant: ", tmp_path / "pairs.jsonl"
     message = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = [{"chosen": talk + "Yes.", "rejected": talk + "No."}, {"chosen": talk, "rejected": talk + "No."}, {"chosen": talk + "Yes.", "rejected": talk + "Yes."},
-               {"chosen": message, "rejected": [*message[:1], {"role": "assistant", "content": "b"}], "lens": "motivation"},
-               {"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": message[:1], "chosen": message[1:], "rejected": [{"role": "assistant", "content": "b"}]}]
+    rows = [{"chosen": talk + "Yes.", "rejected": talk + "No."},
+            {"chosen": talk, "rejected": talk + "No."},
+            {"chosen": talk + "Yes.", "rejected": talk + "Yes."},
+            {"chosen": message, "rejected": [*message[:1], {"role": "assistant", "content": "b"}],
+             "lens": "motivation"},
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"prompt": message[:1], "chosen": message[1:],
+             "rejected": [{"role": "assistant", "content": "b"}]}]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     pairs, skipped = records.read_pairs(path)
-    assert skipped == 2 and [p["lens"] for p in pairs] == ["action", "motivation", "action", "action"]
-    assert pairs[0]["chosen"] == [{"role": "user", "content": "Why: now?"}, {"role": "assistant", "content": "Yes."}]
+    assert skipped == 2
+    assert [p["lens"] for p in pairs] == ["action", "motivation", "action", "action"]
+    assert pairs[0]["chosen"] == [{"role": "user", "content": "Why: now?"},
+                                  {"role": "assistant", "content": "Yes."}]
     assert pairs[2] == pairs[3] and pairs[2]["chosen"] == message
     assert len(records.read_pairs(path, 1)[0]) == 1
-    with pytest.raises(VirtueError, match="Anthropic/hh-rlhf: no such file: .*load_dataset.\"Anthropic/hh-rlhf\", split=\"train\"..to_json"):
+    with pytest.raises(VirtueError, match="Anthropic/hh-rlhf: no such file: "
+                       ".*load_dataset.\"Anthropic/hh-rlhf\", split=\"train\"..to_json"):
         records.read_pairs("Anthropic/hh-rlhf")
     with pytest.raises(VirtueError, match="stage that writes it$"):
         records.read_pairs("runs/none.jsonl")
-    for bad in ({"chosen": "x"}, {"chosen": talk, "rejected": 3}, {"chosen": "no markers", "rejected": talk}, {"chosen": message, "rejected": message, "lens": "virtue"}):
+    for bad in ({"chosen": "x"}, {"chosen": talk, "rejected": 3},
+                {"chosen": "no markers", "rejected": talk},
+                {"chosen": message, "rejected": message, "lens": "virtue"}):
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad) + "\n")
         pairs, skipped = records.read_pairs(path)
         assert len(pairs) == 1 and list(skipped.reasons.values()) == [(1, 2)]  # one row, line 2
@@ -223,48 +233,58 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 
 
 @pytest.mark.parametrize(("row", "prompt"), [
-    # one row of the true shape of: ultrafeedback_binarized, TRL's implicit and explicit prompts, rm-static
-    ({"prompt": "May I?", "prompt_id": "1", "messages": [user("May I?"), assistant("Yes.")], "score_chosen": 9.0,
-      "chosen": [user("May I?"), assistant("Yes.")], "rejected": [user("May I?"), assistant("No.")]}, TALK[2:]),
+    # one row of the true shape of: ultrafeedback_binarized, TRL's implicit and explicit prompts,
+    # rm-static
+    ({"prompt": "May I?", "prompt_id": "1", "messages": [user("May I?"), assistant("Yes.")],
+      "score_chosen": 9.0, "chosen": [user("May I?"), assistant("Yes.")],
+      "rejected": [user("May I?"), assistant("No.")]}, TALK[2:]),
     ({"chosen": [*TALK, assistant("Yes.")], "rejected": [*TALK, assistant("No.")]}, TALK),
     ({"prompt": TALK, "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}, TALK),
     ({"prompt": TEXT, "response": " Yes.", "chosen": " Yes.", "rejected": " No."}, TALK),
     # whole transcripts beside the prompt; a system message
     ({"prompt": TEXT, "chosen": TEXT + " Yes.", "rejected": TEXT + " No."}, TALK),
-    ({"chosen": [SYSTEM, *TALK, assistant("Yes.")], "rejected": [SYSTEM, *TALK, assistant("No.")]}, [SYSTEM, *TALK]),
+    ({"chosen": [SYSTEM, *TALK, assistant("Yes.")], "rejected": [SYSTEM, *TALK, assistant("No.")]},
+     [SYSTEM, *TALK]),
     ({"prompt": [SYSTEM, *TALK], "chosen": "Yes.", "rejected": "No."}, [SYSTEM, *TALK]),
     # LLaMA-Factory's ShareGPT, PKU-SafeRLHF, the HHH evaluation twice, SHP
-    ({"conversations": [{"from": "human", "value": "May I?"}], "chosen": {"from": "gpt", "value": "Yes."},
-      "rejected": {"from": "gpt", "value": "No."}}, TALK[2:]),
+    ({"conversations": [{"from": "human", "value": "May I?"}],
+      "chosen": {"from": "gpt", "value": "Yes."}, "rejected": {"from": "gpt", "value": "No."}},
+     TALK[2:]),
     ({"prompt": "May I?", "response_0": "No.", "response_1": "Yes.", "better_response_id": 1,
       "is_response_0_safe": True}, TALK[2:]),
     ({"prompt": TEXT, "corrects": ["Yes.", "Sure."], "incorrects": ["No."]}, TALK),
     ({"input": TEXT, "targets": {"choices": ["No.", "Yes."], "labels": [0, 1]}}, TALK),
-    ({"prompt": "May I?", "response_0": "No.", "response_1": "Yes.",
-      "better_response_id": 1.0}, TALK[2:]),
-    ({"prompt": "May I?", "response_0": "Yes.", "response_1": "No.",
-      "better_response_id": False}, TALK[2:]),
+    ({"prompt": "May I?", "response_0": "No.", "response_1": "Yes.", "better_response_id": 1.0},
+     TALK[2:]),
+    ({"prompt": "May I?", "response_0": "Yes.", "response_1": "No.", "better_response_id": False},
+     TALK[2:]),
     ({"history": "May I?", "human_ref_A": "Yes.", "human_ref_B": "No.", "labels": 1.0}, TALK[2:]),
-    ({"history": "May I?", "human_ref_A": "Yes.", "human_ref_B": "No.", "labels": 1, "seconds_difference": 2.0}, TALK[2:]),
+    ({"history": "May I?", "human_ref_A": "Yes.", "human_ref_B": "No.", "labels": 1,
+      "seconds_difference": 2.0}, TALK[2:]),
     # the study's: as its code writes a record, and as its report prints one, of the third lens
-    ({"chosen": "\n\nHuman: May I?\n\nAssistant: Yes.\n", "rejected": "\n\nHuman: May I?\n\nAssistant: No.\n"}, TALK[2:]),
+    ({"chosen": "\n\nHuman: May I?\n\nAssistant: Yes.\n",
+      "rejected": "\n\nHuman: May I?\n\nAssistant: No.\n"}, TALK[2:]),
     ({"chosen": "Human: Hi Assistant: Hello. Human: May I? Assistant: Yes.",
-      "rejected": "Human: Hi Assistant: Hello. Human: May I? Assistant: No."}, TALK),
-])
+      "rejected": "Human: Hi Assistant: Hello. Human: May I? Assistant: No."}, TALK)])
 def test_pairs_of_each_public_form(tmp_path, row, prompt):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row))
     (pair,), passed = records.read_pairs(path)
-    assert pair == {"chosen": [*prompt, assistant("Yes.")], "rejected": [*prompt, assistant("No.")], "lens": "action"}
+    assert pair == {"chosen": [*prompt, assistant("Yes.")], "rejected": [*prompt, assistant("No.")],
+                    "lens": "action"}
     assert passed == 0
 
 
 @pytest.mark.parametrize(("row", "reason"), [
-    ({"prompt": "q", "chosen": "Yes.\n\nHuman: And?\n\nAssistant: No.", "rejected": "No."}, "holds the markers"),
-    ({"prompt": "x\n\nHuman: q\n\nAssistant:", "chosen": "Yes.", "rejected": "No."}, "the prompt holds the markers"),
-    ({"prompt": "q", "chosen": [user("r"), assistant("a")], "rejected": [user("r"), assistant("b")]}, "does not begin with"),
+    ({"prompt": "q", "chosen": "Yes.\n\nHuman: And?\n\nAssistant: No.", "rejected": "No."},
+     "holds the markers"),
+    ({"prompt": "x\n\nHuman: q\n\nAssistant:", "chosen": "Yes.", "rejected": "No."},
+     "the prompt holds the markers"),
+    ({"prompt": "q", "chosen": [user("r"), assistant("a")],
+      "rejected": [user("r"), assistant("b")]}, "does not begin with"),
     (None, "is no JSON object"), (3, "is no JSON object"), ("virtues", "is no JSON object"),
-    ({"prompt": "q", "chosen": None, "rejected": "b"}, "non-empty text"), ({"question": "q", "answer": "a"}, "fields are question"),
+    ({"prompt": "q", "chosen": None, "rejected": "b"}, "non-empty text"),
+    ({"question": "q", "answer": "a"}, "fields are question"),
     ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 2}, "0 or 1"),
     ({"prompt": "q", "chosen": "Yes.\n\nHuman:", "rejected": "No."}, "holds the markers"),
     ({"prompt": "q", "chosen": "Yes.\r\n\r\nHuman: And?", "rejected": "No."}, "holds the markers"),
@@ -277,33 +297,40 @@ def test_pairs_of_each_public_form(tmp_path, row, prompt):
     ({"prompt": "q", "corrects": [], "incorrects": ["b"]}, "must be lists"),
     ({"input": "q", "targets": {"choices": ["a", "b"], "labels": [0, 0]}}, "one of two"),
     ({"input": "q", "targets": {"choices": "ab", "labels": 3}}, "not iterable"),
-    ({"chosen": "Human: a Assistant: he said Assistant: twice", "rejected": "Human: a Assistant: b"}, "alternate"),
-    ({"prompt": [user("a"), SYSTEM, user("b")], "chosen": "c", "rejected": "d"}, "must have the role"),
-])
+    ({"chosen": "Human: a Assistant: he said Assistant: twice",
+      "rejected": "Human: a Assistant: b"}, "alternate"),
+    ({"prompt": [user("a"), SYSTEM, user("b")], "chosen": "c", "rejected": "d"},
+     "must have the role")])
 def test_a_row_that_is_passed_over_says_why(tmp_path, row, reason):
     path = tmp_path / "pairs.jsonl"
     good = {"prompt": "q", "chosen": "a", "rejected": "b"}
     path.write_text("\n".join(map(json.dumps, (good, row, row))))
     pairs, passed = records.read_pairs(path)
-    assert len(pairs) == 1 and passed == 2 and reason in str(passed) and str(passed).startswith("2 from line 2 on: ")
+    assert len(pairs) == 1 and passed == 2 and reason in str(passed)
+    assert str(passed).startswith("2 from line 2 on: ")
     path.write_text(json.dumps(row))
-    with pytest.raises(VirtueError, match=f"line 1: no pair of the file can be used: 1 from line 1 on: .*{reason}"):
+    with pytest.raises(VirtueError, match="line 1: no pair of the file can be used: 1 from line 1 "
+                       f"on: .*{reason}"):
         records.read_pairs(path)
 
 
 def test_prompts_of_strangers(tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": TEXT}, {"messages": [*TALK, assistant("Yes.")]}, {"conversations": [{"from": "human", "value": "a"}]},
+    rows = [{"prompt": TEXT}, {"messages": [*TALK, assistant("Yes.")]},
+            {"conversations": [{"from": "human", "value": "a"}]},
             {"prompt": "x\n\nHuman: y\n\nAssistant:"}, {"text": 3},
             {"history": "a", "human_ref_A": "Yes."},
             {"conversations": [{"from": "human", "value": "c"}],
-             "chosen": {"from": "gpt", "value": "Yes."}}, {"prompt": [SYSTEM, user("b")]}]
+             "chosen": {"from": "gpt", "value": "Yes."}},
+            {"prompt": [SYSTEM, user("b")]}]
     path.write_text("\n".join(map(json.dumps, rows)))
     found = [r["prompt"] for r in records.read_prompts(path)]
     assert found == [TALK, [user("a")], [user("c")], [SYSTEM, user("b")]]
     said = capsys.readouterr().err
-    assert "2 rows passed over: 1 from line 4 on: the prompt holds" in said and "1 from line 5 on: has neither" in said
-    assert dialogue.prompt_record([SYSTEM, user("b")])["id"] != dialogue.prompt_record([user("b")])["id"]
+    assert "2 rows passed over: 1 from line 4 on: the prompt holds" in said
+    assert "1 from line 5 on: has neither" in said
+    assert dialogue.prompt_record([SYSTEM,
+                                  user("b")])["id"] != dialogue.prompt_record([user("b")])["id"]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -327,7 +354,8 @@ def test_parquet_without_a_library(tmp_path, monkeypatch):
     (tmp_path / "p").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(VirtueError, match="p: a parquet file, for which pyarrow is needed.*read_parquet"):
+    with pytest.raises(VirtueError,
+                       match="p: a parquet file, for which pyarrow is needed.*read_parquet"):
         records.read_pairs(tmp_path / "p")
 
 

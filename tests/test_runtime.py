@@ -25,7 +25,7 @@ def parser():
 def test_common_flags():
     args = parser().parse_args(["--out", "x", "--seed", "3"])
     assert vars(args) | {"out": str(args.out)} == {
-        "model": "toy", "quantize": "none", "dtype": "fp32", "device": "auto", "threads": 0,
+        "model": "toy", "quantize": "none", "dtype": "fp32", "device": "auto",
         "seed": 3, "out": "x", "dry_run": False, "overwrite": False, "resume": False, "lr": 1e-3}
 
 
@@ -39,7 +39,9 @@ def test_help_keeps_the_docstring_and_shows_defaults():
     (["--lr", "-1e-5"], "argument --lr: must be a number above 0, not '-1e-5'"),
     (["--lr", "0"], "above 0"), (["--lr", "nan"], "above 0"), (["--lr", "inf"], "above 0"),
     (["--seed", "-1"], "at least 0"), (["--seed", "1.5"], "whole number"),
-    (["--quantize", "int8"], "invalid choice"), (["--overwr"], "unrecognized arguments: --overwr: did you mean --overwrite?"), (["--zzz", "1"], "unrecognized arguments: --zzz 1 (see"), ([], None)])
+    (["--quantize", "int8"], "invalid choice"),
+    (["--overwr"], "unrecognized arguments: --overwr: did you mean --overwrite?"),
+    (["--zzz", "1"], "unrecognized arguments: --zzz 1 (see"), ([], None)])
 def test_bad_flags_give_one_line_and_status_2(capsys, argv, words):
     with pytest.raises(SystemExit) as caught:
         parser().parse_args([*argv, *(["--out", "x"] if words else [])])
@@ -59,7 +61,8 @@ def test_an_unknown_flag_is_looked_up_in_its_own_command(capsys):
     p = flags.make_parser("x")
     commands = p.add_subparsers(dest="command", metavar="go|stop")
     commands.add_parser("go").add_argument("--clip-range")
-    for argv, words in ((["go", "--clip", "0.1"], "--clip 0.1: did you mean --clip-range? (see"), (["--clip-range", "1"], "the command comes first, then its flags")):
+    for argv, words in ((["go", "--clip", "0.1"], "--clip 0.1: did you mean --clip-range? (see"),
+                        (["--clip-range", "1"], "the command comes first, then its flags")):
         with pytest.raises(SystemExit) as caught:
             p.parse_args(argv)
         error = capsys.readouterr().err
@@ -74,7 +77,7 @@ def test_an_unknown_flag_is_looked_up_in_its_own_command(capsys):
     ("nonnegative_float", ["0", "0.5"], ["-0.1", "nan", "inf"]),
     ("fraction", ["0", "1", "0.3"], ["1.01", "-0.1", "nan"])])
 def test_number_types(kind, good, bad):
-    parse = getattr(runtime, kind)
+    parse = getattr(flags, kind)
     assert [parse(t) for t in good] == [float(t) for t in good]
     assert isinstance(parse(good[0]), int if "int" in kind else float)
     for text in bad:
@@ -84,7 +87,8 @@ def test_number_types(kind, good, bad):
 
 @pytest.mark.parametrize(("error", "status", "words"), [
     (VirtueError("a.jsonl, line 3:\nno"), 2, "error: a.jsonl, line 3: no\n"),
-    (KeyboardInterrupt(), 130, "interrupted: a stage that was killed goes on with --resume\n"), (None, 0, "")])
+    (KeyboardInterrupt(), 130, "interrupted: a stage that was killed goes on with --resume\n"),
+    (None, 0, "")])
 def test_run_main(capsys, error, status, words):
     def main():
         if error is not None:
@@ -94,12 +98,16 @@ def test_run_main(capsys, error, status, words):
     assert caught.value.code == status and capsys.readouterr().err == words
 
 
-@pytest.mark.parametrize("full", [lambda: torch.empty(10**15), lambda: np.empty(10**15), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
-                                  lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))])
+@pytest.mark.parametrize("full", [
+    lambda: torch.empty(10**15), lambda: np.empty(10**15),
+    lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
+    lambda: (_ for _ in ()).throw(RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))])
 def test_out_of_memory_says_what_to_lower(capsys, full):
     with pytest.raises(SystemExit) as caught:
         runtime.run_main(full)
-    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory: of --batch-size, ")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out of memory: of --batch-size, ")
 
 
 def test_a_programming_error_keeps_its_traceback():
@@ -139,17 +147,22 @@ def test_a_prompt_is_held_out_with_all_its_rows():
     held, train = randomness.hold_out(range(50), prompts, 0.15, 3, "sft")
     assert sorted(held + train) == list(range(50)) and len({prompts[i] for i in held}) == 3
     assert not {prompts[i] for i in held} & {prompts[i] for i in train}
-    assert (held, train) == randomness.hold_out(range(50), prompts, 0.15, 3, "sft") and held != randomness.hold_out(range(50), prompts, 0.15, 4, "sft")[0]
+    assert (held, train) == randomness.hold_out(range(50), prompts, 0.15, 3, "sft")
+    assert held != randomness.hold_out(range(50), prompts, 0.15, 4, "sft")[0]
     assert randomness.hold_out([1, 2], "ab", 0.1, 0) in (([], [1, 2]), ([], [2, 1]))  # too few: none
-    order = randomness.stream(3, "sft").permutation(20)  # one row a prompt: a plain permutation of the rows
-    assert randomness.hold_out(range(20), list(map(str, range(20))), 0.1, 3, "sft") == ([*order[:2]], [*order[2:]])
+    # with one row a prompt it is a plain permutation of the rows
+    order = randomness.stream(3, "sft").permutation(20)
+    assert randomness.hold_out(range(20), list(map(str, range(20))), 0.1, 3,
+                            "sft") == ([*order[:2]], [*order[2:]])
 
 
 def test_progress_yields_all_on_stderr(capsys):
     assert list(runtime.progress(iter([1, 2]), "Reading", total=2)) == [1, 2]
     out, err = capsys.readouterr()
-    assert out == "" and "Reading" in err and "\r" not in err  # a log file gets lines, a terminal a bar
-    assert list(runtime.progress(iter([1, 2]), "Loading", total=2, leave=False)) == [1, 2] and capsys.readouterr().err == ""  # nothing was slow
+    # a log file gets lines, a terminal a bar
+    assert out == "" and "Reading" in err and "\r" not in err
+    assert list(runtime.progress(iter([1, 2]), "Loading", total=2, leave=False)) == [1, 2]
+    assert capsys.readouterr().err == ""  # nothing was slow
 
 
 def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
@@ -162,30 +175,26 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
     assert "\r" in sys.stderr.getvalue() and "3/3" in sys.stderr.getvalue()
 
 
-def test_device_and_threads():
+def test_device():
     assert loading.pick_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
         assert loading.pick_device("auto").type == "cpu"
         with pytest.raises(VirtueError, match="--device cpu"):
             loading.pick_device("cuda")
-    before = torch.get_num_threads()
-    try:
-        for asked, there in ((0, before), (before + 1, before + 1), (0, before + 1)):
-            loading.torch_threads(asked)
-            assert torch.get_num_threads() == there
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_importing_it_loads_no_torch():
-    code = "import sys, virtue.plumbing.runtime; sys.exit('torch' in sys.modules or 'tqdm' in sys.modules)"
+    code = ("import sys, virtue.plumbing.runtime; sys.exit('torch' in sys.modules or 'tqdm' in "
+            "sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_without_the_packages_one_line_says_where_they_are():
-    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a); import virtue.plumbing.runtime"
+    hide = ("import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *a: None "
+            "if name == 'torch' else find(name, *a); import virtue.plumbing.runtime")
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: torch: not installed for ") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("error: torch: not installed for ")
+    assert done.stderr.count("\n") == 1
     assert "source .venv/bin/activate" in done.stderr
 
 
@@ -200,6 +209,7 @@ def main():
 run_main(main)"""
     pipe = {"stdout": "|", "stderr": "2>&1 >/dev/null |"}[output]
     command = f'"$0" -c "$1" {pipe} head -1; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", command, sys.executable, code], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-c", command, sys.executable, code], capture_output=True,
+                          text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (141, "x" * 99 + "\n", "")
     assert (tmp_path / "result").read_text() == "whole"

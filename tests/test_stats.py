@@ -138,10 +138,12 @@ def test_t_interval_limits():
 
 def test_wilson_against_closed_forms():
     z = 1.9599639845400545
-    assert wilson(0, 4) == pytest.approx((0, 0, z * z / (4 + z * z))) and wilson(4, 4) == pytest.approx((1, 4 / (4 + z * z), 1))
+    assert wilson(0, 4) == pytest.approx((0, 0, z * z / (4 + z * z)))
+    assert wilson(4, 4) == pytest.approx((1, 4 / (4 + z * z), 1))
     half = z / 2 / math.sqrt(6 + z * z)
     assert wilson(3, 6) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
-    for p in wilson(2.5, 9, 0.8)[1:]:  # at its ends the score test just rejects; a tie is half a success
+    # at its ends the score test just rejects; a tie is half a success
+    for p in wilson(2.5, 9, 0.8)[1:]:
         assert abs(2.5 / 9 - p) / math.sqrt(p * (1 - p) / 9) == pytest.approx(1.2815515655446004)
     for bad in ((5, 4), (-1, 4), (0, 0), (1, 2, 1.0)):
         with pytest.raises(ValueError):
@@ -185,10 +187,11 @@ def test_bad_settings():
 
 
 def test_hierarchical_against_full_enumeration():
-    """Seeds of 1, 2 and 3 prompts: every draw of seeds, then of prompts in each, with its probability."""
+    """Seeds of 1, 2, 3 prompts: every draw of seeds and of their prompts, with its probability."""
     b = [np.array([0.3]), np.array([1.0, 2.7]), np.array([-1.1, 0.6, 2.2])]
     a = [np.full(len(x), 5.0) for x in b]
-    one = [[np.mean(c) for c in itertools.product(x, repeat=len(x))] for x in b]  # equally likely means of one seed
+    # the means of one seed, all equally likely
+    one = [[np.mean(c) for c in itertools.product(x, repeat=len(x))] for x in b]
     values, odds = [], []
     for seeds in itertools.product(range(3), repeat=3):
         for means in itertools.product(*(one[s] for s in seeds)):
@@ -200,36 +203,43 @@ def test_hierarchical_against_full_enumeration():
         assert got[0] == pytest.approx(np.mean([x.mean() for x in b]) - 5)
         for q, x in zip(((1 - level) / 2, (1 + level) / 2), got[1:]):
             slack = 4 * math.sqrt(q * (1 - q) / 20000)
-            assert odds[values < x - 1e-9].sum() <= q + slack and odds[values <= x + 1e-9].sum() >= q - slack
+            assert odds[values < x - 1e-9].sum() <= q + slack
+            assert odds[values <= x + 1e-9].sum() >= q - slack
 
 
 def test_crossed_against_full_enumeration():
-    """Two seeds, three prompts that both were asked: every draw of seeds and, for all of them together, of prompts."""
+    """Two seeds with three common prompts: every draw of seeds and, for all of them, of prompts."""
     b = np.array([[0.3, 1.0, -2.7], [1.1, 0.6, 2.2]])
-    values = np.array([np.mean([b[s, list(prompts)].mean() for s in seeds]) for seeds in itertools.product(range(2), repeat=2)
+    values = np.array([np.mean([b[s, list(prompts)].mean() for s in seeds])
+                       for seeds in itertools.product(range(2), repeat=2)
                        for prompts in itertools.product(range(3), repeat=3)])  # equally likely
     for level in (0.2, 0.5, 0.8, 0.95):
         got = hierarchical_bootstrap(0 * b, b, crossed=True, resamples=20000, level=level)
         assert got[0] == pytest.approx(b.mean())
         for q, x in zip(((1 - level) / 2, (1 + level) / 2), got[1:]):
             slack = 4 * math.sqrt(q * (1 - q) / 20000)
-            assert (values < x - 1e-9).mean() <= q + slack and (values <= x + 1e-9).mean() >= q - slack
+            assert (values < x - 1e-9).mean() <= q + slack
+            assert (values <= x + 1e-9).mean() >= q - slack
 
 
 def test_crossed_coverage_where_prompts_are_shared():
-    """What is hard in a prompt is hard for all seeds: nested draws divide it by the number of seeds, and miss."""
+    """A prompt is hard for all seeds: nested draws divide that by their number, and miss."""
     rng, hits, nested = np.random.default_rng(16), 0, 0
     for trial in range(200):
-        d = 0.3 + rng.normal(0, 0.02, (8, 1)) + rng.normal(0, 1, (1, 40)) + rng.normal(0, 1, (8, 40))
+        d = 0.3 + rng.normal(0, 0.02, (8, 1)) + rng.normal(0, 1, (1, 40))
+        d = d + rng.normal(0, 1, (8, 40))
         for crossed in (True, False):
-            _, low, high = hierarchical_bootstrap(0 * d, d, crossed=crossed, resamples=300, seed=trial)
-            hits, nested = hits + (crossed and low <= 0.3 <= high), nested + (not crossed and low <= 0.3 <= high)
+            _, low, high = hierarchical_bootstrap(0 * d, d, crossed=crossed,
+                                                  resamples=300, seed=trial)
+            hits = hits + (crossed and low <= 0.3 <= high)
+            nested = nested + (not crossed and low <= 0.3 <= high)
     assert 0.90 < hits / 200 and nested / 200 < 0.80
 
 
 def test_hierarchical_of_one_prompt_is_the_plain_bootstrap_over_seeds():
     a, b = np.random.default_rng(11).normal(0, 1, (2, 12))
-    got, plain = hierarchical_bootstrap(a[:, None], b[:, None], resamples=8000), paired_bootstrap(a, b, resamples=8000)
+    got = hierarchical_bootstrap(a[:, None], b[:, None], resamples=8000)
+    plain = paired_bootstrap(a, b, resamples=8000)
     assert got[0] == pytest.approx(plain[0])
     assert got[1:] == pytest.approx(plain[1:], abs=0.06 * (plain[2] - plain[1]))
 
@@ -241,14 +251,19 @@ def test_hierarchical_width_is_that_of_both_levels():
     _, low, high = hierarchical_bootstrap(0 * d, d, resamples=8000)
     half = 1.959964 * math.sqrt((d.mean(1).var() + d.var(1).mean() / 25) / 30)
     assert (high - low) / 2 == pytest.approx(half, rel=0.06)
-    only_seeds = np.repeat(rng.normal(0, 1, (6, 1)), 40, 1)  # prompts of one seed agree: pooling counts each 40 times
-    wide, pooled = (f(0 * x, x, resamples=1000) for f, x in ((hierarchical_bootstrap, only_seeds), (paired_bootstrap, only_seeds.ravel())))
+    # the prompts of one seed agree, so pooling counts each 40 times
+    only_seeds = np.repeat(rng.normal(0, 1, (6, 1)), 40, 1)
+    wide, pooled = (f(0 * x, x, resamples=1000)
+                    for f, x in ((hierarchical_bootstrap, only_seeds),
+                                 (paired_bootstrap, only_seeds.ravel())))
     assert wide[0] == pytest.approx(pooled[0])
-    assert wide[2] - wide[1] > 4 * (pooled[2] - pooled[1])  # sqrt(40) = 6.3 without the sampling error
+    # without the sampling error the ratio is sqrt(40) = 6.3
+    assert wide[2] - wide[1] > 4 * (pooled[2] - pooled[1])
 
 
 def test_hierarchical_coverage():
-    """Ten seeds of 20 prompts, spread by seeds: near 95 %, less the 9/10 of the docstring; pooled rows know nothing of it."""
+    """Ten seeds of 20 prompts, spread by seeds: near 95 %, less the 9/10 of the docstring;
+    pooled rows know nothing of it."""
     rng, hits, pooled = np.random.default_rng(13), 0, 0
     for trial in range(200):
         a = rng.normal(0, 1, (10, 20))
@@ -286,7 +301,8 @@ def test_hierarchical_bad_input():
 
 
 def test_holm_by_hand():
-    # sorted .005 .01 .03 .04 times 4 3 2 1 = .02 .03 .06 .04; the last is raised to .06, before it in order
+    # sorted .005 .01 .03 .04 times 4 3 2 1 = .02 .03 .06 .04;
+    # the last is raised to .06, before it in order
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.2]) == pytest.approx([0.2]) and holm([0.6, 0.5, 0.0]) == pytest.approx([1, 1, 0])
     assert holm([0.02, 0.02]) == pytest.approx([0.04, 0.04])
@@ -298,7 +314,8 @@ def test_holm_rejects_what_the_step_down_procedure_rejects():
         p = rng.random(6) ** 3
         adjusted = holm(p)
         for alpha in (0.01, 0.05, 0.2):
-            left, rejected = set(range(6)), set()  # Holm's own words: smallest first, stop at the first that fails
+            # Holm's own words: smallest first, stop at the first that fails
+            left, rejected = set(range(6)), set()
             while left and p[best := min(left, key=lambda i: p[i])] <= alpha / len(left):
                 left.remove(best), rejected.add(best)
             assert set(np.flatnonzero(adjusted <= alpha)) == rejected
@@ -315,23 +332,27 @@ def test_length_controlled_against_polyfit():
     a, length_a = rng.normal(0, 1, 60), rng.integers(5, 50, 60)
     b, length_b = rng.normal(1, 1, 60), rng.integers(5, 90, 60)
     got = length_controlled(a, b, length_a, length_b)
-    assert got == pytest.approx(np.polyfit(length_b - length_a, b - a, 1)[1]) and abs(got - (b - a).mean()) > 0.01
+    assert got == pytest.approx(np.polyfit(length_b - length_a, b - a, 1)[1])
+    assert abs(got - (b - a).mean()) > 0.01
     # a judge that pays .02 a token and nothing else: all of the difference is length
-    assert length_controlled(0 * a, 0.02 * (length_b - length_a), length_a, length_b) == pytest.approx(0, abs=1e-12)
+    assert length_controlled(0 * a, 0.02 * (length_b - length_a), length_a,
+                             length_b) == pytest.approx(0, abs=1e-12)
 
 
 def test_length_controlled_without_spread_of_lengths():
     assert length_controlled(A, B, A, A) == pytest.approx(1.4)
     assert math.isnan(length_controlled(A, B, A, A + 3))
     assert math.isnan(length_controlled(A, B, A, A + 0.1))  # not quite constant in float64
-    assert length_controlled_interval(A, B, A, A) == pytest.approx(paired_bootstrap(A, B, resamples=2000))
+    assert length_controlled_interval(A, B, A, A) == pytest.approx(
+        paired_bootstrap(A, B, resamples=2000))
     assert all(map(math.isnan, length_controlled_interval(A, B, A, A + 3)))
-    diff, low, high = length_controlled_interval(A, B, A, A + [1, 1, 1, 1, 2])  # a third of the resamples see only 1
+    # a third of the resamples see only 1
+    diff, low, high = length_controlled_interval(A, B, A, A + [1, 1, 1, 1, 2])
     assert diff == pytest.approx(0.0 + 1 - 2) and math.isnan(low) and math.isnan(high)
 
 
 def test_length_controlled_interval_width_equals_the_normal_one():
-    """The line's textbook standard error at 0; differences of length in rows far from 0 widen it."""
+    """The line's textbook standard error at 0; lengths that differ far from 0 widen it."""
     rng = np.random.default_rng(17)
     x = rng.normal(2, 1, 300)
     d = 0.5 + 0.3 * x + rng.normal(0, 1, 300)
@@ -341,13 +362,15 @@ def test_length_controlled_interval_width_equals_the_normal_one():
     half = 1.959964 * sigma * math.sqrt(1 / 300 + x.mean() ** 2 / ((x - x.mean()) ** 2).sum())
     assert diff == pytest.approx(line[1]) and low < 0.5 < high
     assert (high - low) / 2 == pytest.approx(half, rel=0.15)
-    inner, again, other = (length_controlled_interval(0 * d, d, 0 * x, x, resamples=200, level=0.5, seed=s) for s in (1, 1, 2))
+    inner, again, other = (length_controlled_interval(0 * d, d, 0 * x, x, resamples=200, level=0.5,
+                                                      seed=s) for s in (1, 1, 2))
     assert inner == again != other and inner[2] - inner[1] < 0.5 * (high - low)
 
 
 @pytest.mark.parametrize("f", [length_controlled, length_controlled_interval])
 def test_length_controlled_bad_input(f):
-    for args in ((A, B[:4], A, A), (A, B, A, A[:4]), (A[:1], B[:1], A[:1], A[:1]), (A, B, A[:4], A[:4])):
+    for args in ((A, B[:4], A, A), (A, B, A, A[:4]), (A[:1], B[:1], A[:1], A[:1]),
+                 (A, B, A[:4], A[:4])):
         with pytest.raises(ValueError, match="2 rows|one length"):
             f(*args)
     with pytest.raises(ValueError, match="finite"):
@@ -363,7 +386,7 @@ def test_length_controlled_interval_bad_settings():
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 7])
 def test_best_of_n_against_all_subsets(n, ties):
-    """Mean over all C(7, n) subsets of the gold of the best, or of the mean gold of all that tie for best."""
+    """Mean over all C(7, n) subsets of the gold of the best, or of all that tie for best."""
     rng = np.random.default_rng(18)
     gold = rng.normal(0, 1, (4, 7))
     proxy = rng.integers(0, 3, (4, 7)) * 1.0 if ties else rng.normal(0, 1, (4, 7))
@@ -378,12 +401,15 @@ def test_best_of_n_is_unbiased_and_knows_its_ends():
     rng = np.random.default_rng(19)
     gold = rng.normal(0, 1, (2000, 6))
     # the expected greatest of three standard normals is 3 / (2 sqrt(pi)) (David and Nagaraja 2003)
-    assert best_of_n(gold, gold, 3) == pytest.approx(1.5 / math.sqrt(math.pi), abs=4 * 0.6 / math.sqrt(2000))
-    assert best_of_n(-gold, gold, 6) == pytest.approx(gold.min(1).mean()) and best_of_n(gold, gold, 6) == pytest.approx(gold.max(1).mean())
+    assert best_of_n(gold, gold, 3) == pytest.approx(1.5 / math.sqrt(math.pi),
+                                                     abs=4 * 0.6 / math.sqrt(2000))
+    assert best_of_n(-gold, gold, 6) == pytest.approx(gold.min(1).mean())
+    assert best_of_n(gold, gold, 6) == pytest.approx(gold.max(1).mean())
     assert best_of_n(gold, gold, 1) == pytest.approx(gold.mean()) == best_of_n(0 * gold, gold, 4)
     assert best_of_n([[1.0, 2.0]], [[5.0, 6.0]], 2) == 6  # one prompt is enough
     x = rng.normal(0, 1, (1, 2000))
-    assert x.mean() < best_of_n(x, x, 1000) < x.max()  # C(2000, 1000) is past float64, its ratio is not
+    # C(2000, 1000) is past float64, but the ratio is not
+    assert x.mean() < best_of_n(x, x, 1000) < x.max()
 
 
 def test_best_of_n_bad_input():
@@ -417,8 +443,9 @@ def test_best_of_n_kl_bad_input():
 
 def test_new_inputs_unchanged():
     a, b = A.copy(), B.copy()
-    hierarchical_bootstrap([a, a], [b, b], resamples=9), length_controlled(a, b, b, a), length_controlled_interval(a, b, b, a, resamples=9)
-    best_of_n(a[None], b[None], 2), best_of_n(np.stack([a, b]), np.stack([b, a]), 3), holm(p := a / 10)
+    hierarchical_bootstrap([a, a], [b, b], resamples=9), length_controlled(a, b, b, a)
+    length_controlled_interval(a, b, b, a, resamples=9), best_of_n(a[None], b[None], 2)
+    best_of_n(np.stack([a, b]), np.stack([b, a]), 3), holm(p := a / 10)
     assert (a == A).all() and (b == B).all() and (p == A / 10).all()
 
 
@@ -427,7 +454,10 @@ def test_rank_correlation():
     x, y = rng.normal(size=40), rng.normal(size=40)
     n = len(x)
     rank = [np.array([(v > values).sum() for v in values]) for values in (x, y)]
-    assert rank_correlation(x, y) == pytest.approx(1 - 6 * ((rank[0] - rank[1]) ** 2).sum() / (n * (n * n - 1)))  # no ties: Spearman's formula
-    assert rank_correlation(x, np.exp(x)) == pytest.approx(1) and rank_correlation(x, -x) == pytest.approx(-1)
-    assert rank_correlation([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(np.corrcoef([1.5, 1.5, 3, 4], [1, 2, 3, 4])[0, 1])
+    assert rank_correlation(x, y) == pytest.approx(
+        1 - 6 * ((rank[0] - rank[1]) ** 2).sum() / (n * (n * n - 1)))  # no ties: Spearman's formula
+    assert rank_correlation(x, np.exp(x)) == pytest.approx(1)
+    assert rank_correlation(x, -x) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(
+        np.corrcoef([1.5, 1.5, 3, 4], [1, 2, 3, 4])[0, 1])
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))

@@ -17,32 +17,42 @@ from virtue.judge import label_ids, transcript
 from virtue.plumbing.loading import template_fingerprint
 
 LOOP = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
-REFUSE = "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+REFUSE = ("{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
+          "{% endif %}{% endfor %}")
 INST = "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% elif m['role'] == 'assistant' %}"
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}"
+CHATML = ("{% for m in messages %}"
+          "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 SHAPES = {  # name: (template, byte-level or with a space before each text, added tokens, eos)
-    "mistral v0.1": (LOOP + INST + "{{ m['content'] + eos_token + ' ' }}" + REFUSE, False, [], "</s>"),
-    "mistral v0.2, bytes": (LOOP + INST + "{{ m['content'] + eos_token }}" + REFUSE, True, [], "</s>"),
-    "mistral v0.2 today": (
-        "{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] + '\n\n' %}"
-        "{% set messages = messages[1:] %}{% else %}{% set said = '' %}{% endif %}{{ bos_token }}"
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + (said if loop.first else '')"
-        " + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
-        False, [], "</s>"),
-    "mistral v0.3": (LOOP + "{{ '[INST] ' + m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}"
-                     "{{ ' ' + m['content'] + eos_token }}" + REFUSE, True,
-                     [AddedToken("[INST]", special=True), AddedToken("[/INST]", special=True)], "</s>"),
-    "chatml": (CHATML, True, [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)],
+    "mistral v0.1":
+    (LOOP + INST + "{{ m['content'] + eos_token + ' ' }}" + REFUSE, False, [], "</s>"),
+    "mistral v0.2, bytes":
+    (LOOP + INST + "{{ m['content'] + eos_token }}" + REFUSE, True, [], "</s>"),
+    "mistral v0.2 today":
+    ("{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] + '\n\n' %}"
+     "{% set messages = messages[1:] %}{% else %}{% set said = '' %}{% endif %}{{ bos_token }}"
+     "{% for m in messages %}{% if m['role'] == 'user' %}"
+     "{{ '[INST] ' + (said if loop.first else '') + m['content'] + ' [/INST]' }}"
+     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
+     False, [], "</s>"),
+    "mistral v0.3":
+    (LOOP + "{{ '[INST] ' + m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}"
+     "{{ ' ' + m['content'] + eos_token }}" + REFUSE, True,
+     [AddedToken("[INST]", special=True), AddedToken("[/INST]", special=True)], "</s>"),
+    "chatml": (CHATML, True,
+               [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)],
                "<|im_end|>"),
     "chatml, not special": (CHATML, True, [AddedToken("<|im_start|>", special=False)], "</s>"),
     "chatml, plain text": (CHATML, True, [], "</s>"),
-    "zephyr": ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
-               "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}", False, [], "</s>"),
-    "vicuna": ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] }}"
-               "{% elif m['role'] == 'assistant' %}{{ ' ASSISTANT: ' + m['content'] + eos_token }}" + REFUSE
-               + "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}", False, [], "</s>"),
-}
+    "zephyr": ("{% for m in messages %}"
+               "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+               "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+               False, [], "</s>"),
+    "vicuna": ("{{ bos_token }}{% for m in messages %}"
+               "{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] }}"
+               "{% elif m['role'] == 'assistant' %}{{ ' ASSISTANT: ' + m['content'] + eos_token }}"
+               + REFUSE + "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
+               False, [], "</s>")}
 TEXTS = ("Yes.", "(Yes) I would.", "[A] is better: B?", "{x} < y > z", "no")
 
 
@@ -54,7 +64,8 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
-def make(template: str, byte_level: bool, added: list, eos: str = "</s>") -> PreTrainedTokenizerFast:
+def make(template: str, byte_level: bool, added: list,
+         eos: str = "</s>") -> PreTrainedTokenizerFast:
     """A small BPE that has merged what stands around the borders of turns."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     if byte_level:
@@ -67,10 +78,12 @@ def make(template: str, byte_level: bool, added: list, eos: str = "</s>") -> Pre
         alphabet = [*map(chr, range(33, 127)), "\n"]
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"],
                                   initial_alphabet=alphabet, show_progress=False)
-    borders = ["A B B A", "](", "]Yes", "](Yes)", "][A]", ":Yes", " A or B? [/INST] A", "|>\n(", "What is the answer?"]
+    borders = ["A B B A", "](", "]Yes", "](Yes)", "][A]", ":Yes", " A or B? [/INST] A", "|>\n(",
+               "What is the answer?"]
     tokenizer.train_from_iterator(borders * 9, trainer)
     tokenizer.add_tokens(added)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token=eos,
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+                                   eos_token=eos,
                                    chat_template=template, clean_up_tokenization_spaces=False)
 
 
@@ -107,7 +120,8 @@ def test_reward_models_train_on_the_tokens_that_are_scored(tokenizer, cut):
             edited = said | {"chosen": [*said["chosen"][:-1], assistant("Another.")]}
             rows, as_sampled = pair_rows(tokenizer, edited, pair, lens)
             assert not as_sampled and rows[0] == encode_conversation(tokenizer, edited["chosen"])[0]
-            assert not pair_rows(tokenizer, {k: v for k, v in said.items() if k != "chosen_copy"}, pair, lens)[1]
+            assert not pair_rows(tokenizer, {k: v for k, v in said.items() if k != "chosen_copy"},
+                                 pair, lens)[1]
 
 
 def test_texts_are_encoded_turn_by_turn_as_a_dialogue_is_sampled(tokenizer):
@@ -131,7 +145,8 @@ def test_an_answer_does_not_begin_in_the_middle_of_a_word():
     ids, [(start, end)] = encode_conversation(tokenizer, [user("What?"), assistant("Yes.")])
     tokens = tokenizer.convert_ids_to_tokens(ids)
     assert tokens[start].startswith("\u2581") and "".join(tokens[:start]).endswith("[/INST]")
-    assert ids[start:end] == [*tokenizer("Yes.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert ids[start:end] == [*tokenizer("Yes.", add_special_tokens=False)["input_ids"],
+                              tokenizer.eos_token_id]
 
 
 def test_no_text_of_a_user_becomes_structure(tokenizer):
@@ -139,10 +154,12 @@ def test_no_text_of_a_user_becomes_structure(tokenizer):
     marks = set(re.findall(r"<[^<>\s]+>|\[[^\[\]\s]+\]|[A-Z]{4,}:", plain))
     assert marks
     for mark in marks:
-        text = tokenizer.decode(encode_prompt(tokenizer, [user(f"Hi. {mark} I obey. {mark}{mark}")]))
+        text = tokenizer.decode(encode_prompt(tokenizer,
+                                              [user(f"Hi. {mark} I obey. {mark}{mark}")]))
         assert text.count(mark) == plain.count(mark), (mark, text)
     evil = plain.replace("Hi. I obey.", "I obey.")
-    text = tokenizer.decode(encode_prompt(tokenizer, [user("Hi." + evil), assistant("No." + evil), user("Hm")]))
+    text = tokenizer.decode(encode_prompt(tokenizer, [user("Hi." + evil),
+                                                      assistant("No." + evil), user("Hm")]))
     calm = tokenizer.decode(encode_prompt(tokenizer, [user("Hi."), assistant("No."), user("Hm")]))
     assert all(text.count(mark) == calm.count(mark) for mark in marks)
 
@@ -152,7 +169,8 @@ def test_a_line_that_opens_a_turn_does_not_do_so_in_a_text(mark):
     before, after = mark.split("{}")
     template = ("{% for m in messages %}{{ '" + before + "' + m['role'] + '" + after
                 + "\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
-                "{% if add_generation_prompt %}{{ '" + mark.format("assistant") + "\n' }}{% endif %}")
+                "{% if add_generation_prompt %}{{ '" + mark.format("assistant")
+                + "\n' }}{% endif %}")
     tokenizer = make(template, True, [])
     for role in ("assistant", "user"):
         line = mark.format(role)
@@ -186,9 +204,11 @@ def test_system_messages():
     for name in ("mistral v0.2 today", "chatml", "zephyr"):
         tokenizer = make(*SHAPES[name])
         ids, [(start, _)] = encode_conversation(tokenizer, [*system, assistant("Yes.")])
-        assert "Be kind." in tokenizer.decode(ids[:start]) and ids[:start] == encode_prompt(tokenizer, system)
+        assert "Be kind." in tokenizer.decode(ids[:start])
+        assert ids[:start] == encode_prompt(tokenizer, system)
     for tokenizer in (make(*SHAPES["mistral v0.1"]),
-                      make("{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] + eos_token }}"
+                      make("{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] + "
+                           "eos_token }}"
                            "{% endif %}{% endfor %}", True, [])):
         with pytest.raises(VirtueError, match="the system message"):
             encode_prompt(tokenizer, system)
@@ -213,7 +233,8 @@ def test_a_system_message_that_moves_is_refused_before_anything_is_sampled():
 
 def test_messages_that_a_template_refuses_are_named():
     with pytest.raises(VirtueError, match="begin 'What.*Only user.*correct or remove"):
-        encode_prompt(make(*SHAPES["mistral v0.1"]), [user("What?"), {"role": "tool", "content": "x"}])
+        encode_prompt(make(*SHAPES["mistral v0.1"]),
+                      [user("What?"), {"role": "tool", "content": "x"}])
 
 
 def test_a_template_with_todays_date_writes_the_same_one_every_day(monkeypatch):
@@ -227,7 +248,8 @@ def test_a_template_with_todays_date_writes_the_same_one_every_day(monkeypatch):
     before, mark = encode_prompt(tokenizer, [user("Hi")]), template_fingerprint(tokenizer)
     assert "Today: 26 Jul 2024\n" in tokenizer.decode(before)
     monkeypatch.setattr(clock, "datetime", Later)
-    assert encode_prompt(tokenizer, [user("Hi")]) == before and template_fingerprint(tokenizer) == mark
+    assert encode_prompt(tokenizer, [user("Hi")]) == before
+    assert template_fingerprint(tokenizer) == mark
     for asked in ("{% set f = '%d' %}{{ strftime_now(f) }}", "{{ strftime_now(format='%d') }}",
                   "{% set now = strftime_now %}{{ now('%d') }}",
                   "{{ strftime_now('%d' + ' %b') }}"):
@@ -236,5 +258,6 @@ def test_a_template_with_todays_date_writes_the_same_one_every_day(monkeypatch):
     defined = make("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}" + CHATML,
                    True, [])
     assert tokenizer.decode(encode_prompt(defined, [user("Hi")])).startswith("2024<|im_start|>")
-    monkeypatch.setattr("virtue.dialogue.TODAY", datetime.date(2025, 1, 1))  # other prompts, another fingerprint
+    # another date makes other prompts, so the fingerprint is another
+    monkeypatch.setattr("virtue.dialogue.TODAY", datetime.date(2025, 1, 1))
     assert template_fingerprint(tokenizer) != mark

@@ -501,10 +501,6 @@ def test_best_of_n(world, tmp_path, monkeypatch):
         TEMPERATURE,
         "--max-new-tokens",
         NEW,
-        "--uwo-coef",
-        4.0,
-        "--lsc-reference",
-        3.0,
         "--out",
         tmp_path / "b",
     )
@@ -535,8 +531,8 @@ def test_best_of_n(world, tmp_path, monkeypatch):
         "mean": z.mean(0),
         "min": z.min(0),
         "median": np.median(z, 0),
-        "uwo": z.mean(0) - 4.0 * z.std(0),
-        "lsc": -np.log1p(np.exp(3.0 - z)).sum(0),
+        "uwo": z.mean(0) - 0.5 * z.std(0),
+        "lsc": -np.log1p(np.exp(1.0 - z)).sum(0),
     }
     for row in found["rows"]:
         proxy, m = proxies[row["aggregator"]], row["n"]

@@ -26,20 +26,17 @@ from plain import (
 from virtue.ethics import LENSES, VIRTUES
 from virtue.dialogue import prompt_record
 from virtue.plumbing.records import read_prompts
-from virtue.randomness import held_out_ids, hold_out, stream, torch_seed
+from virtue.randomness import held_out_ids, hold_out, torch_seed
 
-SEED, RANK, ALPHA, LR, CLIP = 2, 3, 5.0, 0.01, 0.4
+SEED, RANK, LR, CLIP = 2, 3, 0.01, 0.4
+ALPHA = 2 * RANK
 TRAINING = [
     "--seed",
     SEED,
     "--rank",
     RANK,
-    "--alpha",
-    ALPHA,
     "--lr",
     LR,
-    "--max-grad-norm",
-    CLIP,
     "--batch-size",
     2,
     "--accumulation",
@@ -48,6 +45,11 @@ TRAINING = [
 LONGEST = 172  # --max-tokens
 STEP = 4  # records a step: batch size times accumulation
 STUDENT = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645, 6: 2.57058, 7: 2.44691}  # by n
+
+
+@pytest.fixture(autouse=True)
+def clipped(monkeypatch):
+    monkeypatch.setattr("virtue.plumbing.training.MAX_GRAD_NORM", CLIP)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def halves(record_id: str) -> str:
     return "second" if int(record_id, 16) % 2 else "first"
 
 
-def pairs_of(world, records, unseen, *, labels, longest, over_long, share):
+def pairs_of(world, records, unseen, *, labels, longest, share):
     """Pairs (chosen ids, rejected ids, label) to train on and held out; how many were over-long."""
     parts, too_long = ([], []), 0
     for r in records:
@@ -78,9 +80,7 @@ def pairs_of(world, records, unseen, *, labels, longest, over_long, share):
         assert all(row[-1] == world["plain"].eos for row in rows)
         if any(len(row) > longest for row in rows):
             too_long += 1
-            rows = [row[:longest] for row in rows]  # read at the last token that is left
-            if over_long == "drop" or rows[0] == rows[1]:
-                continue
+            continue
         label = r["label"] if labels == "soft" else 1.0
         parts[r["id"] in unseen].append((*rows, label))
     return *parts, too_long
@@ -127,7 +127,7 @@ class RewardModel(Trained):
         }
         return found
 
-    def train(self, train, *, epochs, schedule, lens):
+    def train(self, train, *, epochs, lens):
         """Trains epoch by epoch; yields each epoch's (loss, norm, tokens) of its steps."""
         lengths = [max(map(len, pair[:2])) for pair in train]
         epoch_batches = batches(len(train), lengths, STEP, epochs, SEED, "rm", lens)
@@ -137,7 +137,7 @@ class RewardModel(Trained):
             for rows in of_epoch
         ]
         parameters = [half for pair in self.layers.values() for half in pair] + [self.head]
-        run = descend(parameters, losses, lr=LR, clip=CLIP, schedule=schedule, steps=len(losses))
+        run = descend(parameters, losses, lr=LR, clip=CLIP, schedule="linear", steps=len(losses))
         for of_epoch in epoch_batches:
             tokens = [sum(len(side) for i in rows for side in train[i][:2]) for rows in of_epoch]
             yield [(*next(run), n) for n in tokens]
@@ -152,15 +152,11 @@ def check_rm(
     out,
     data,
     *,
-    pooled=False,
     epochs,
     labels="soft",
-    schedule="linear",
     held_out,
     longest=1024,
-    over_long="drop",
     share="all",
-    noise=0.0,
     also=(),
 ):
     """Metrics, weights, head, statistics and measures of every lens in `data`, {lens: records}."""
@@ -172,24 +168,17 @@ def check_rm(
     found, notes = {}, set()
     for lens, records in data.items():
         train, kept, too_long = pairs_of(
-            world, records, unseen, labels=labels, longest=longest, over_long=over_long, share=share
+            world, records, unseen, labels=labels, longest=longest, share=share
         )
-        turned = stream(SEED, "rm", lens, "noise").random(len(train)) < noise
-        train = [(a, b, 1 - p if t else p) for (a, b, p), t in zip(train, turned)]
         found[lens] = train, kept, too_long
         notes |= {"over-long"} if too_long else set()
         notes |= {"unequal"} if len(train) % STEP else set()
-        notes |= {"turned"} if any(turned) and not all(turned) else set()
-    together = [pair for train, *_ in found.values() for pair in train]
-    model = None
     for lens, (train, kept, too_long) in found.items():
         metrics, k = lines(out / lens / "metrics.jsonl"), LENSES.index(lens)
-        train = together if pooled else train
-        if model is None or not pooled:
-            model, turns = RewardModel(world, lens), epochs
+        model = RewardModel(world, lens)
         expected, step = [{"step": 0, **logged(model.measures(kept))}], 0
         for epoch, steps in enumerate(
-            model.train(train, epochs=turns, schedule=schedule, lens=lens)
+            model.train(train, epochs=epochs, lens=lens)
         ):
             for loss, norm, tokens in steps:
                 step += 1
@@ -198,7 +187,6 @@ def check_rm(
                 )
                 notes |= {"clipped"} if norm > CLIP else {"not clipped"}
             expected.append({"step": step, "epoch": epoch + 1, **logged(model.measures(kept))})
-        turns = 0  # of a pooled model the other lenses only measure
         assert [{**m, "time/seconds": None} for m in metrics] == [
             {
                 **{name: pytest.approx(v, rel=2e-3, abs=2e-4) for name, v in m.items()},
@@ -221,73 +209,26 @@ def check_rm(
     return notes
 
 
-def test_reward_models(world, tmp_path):
+def test_reward_models(world, tmp_path, monkeypatch):
     """One for each lens, upon SFT, on soft labels, some pairs over-long, an unequal last step."""
-    call(
-        "run_rm",
-        "--data",
-        world["data"],
-        "--out",
-        tmp_path / "rm",
-        *TRAINING,
-        "--epochs",
-        2,
-        "--held-out",
-        0.3,
-        "--max-tokens",
-        LONGEST,
-    )
+    monkeypatch.setattr("run_rm.HELD_OUT", 0.3)
+    flags = ["--epochs", 2, "--max-tokens", LONGEST, *TRAINING]
+    call("run_rm", "--data", world["data"], "--out", tmp_path / "rm", *flags)
     data = {lens: lines(world["data"] / f"{lens}.jsonl") for lens in LENSES}
     notes = check_rm(world, tmp_path / "rm", data, epochs=2, held_out=0.3, longest=LONGEST)
     assert {"over-long", "unequal", "clipped"} <= notes
 
 
-def test_a_pooled_reward_model(world, tmp_path):
-    """One for all lenses, on one half of the prompts, hard labels, some turned, long pairs cut."""
-    call(
-        "run_rm",
-        "--data",
-        world["data"],
-        "--out",
-        tmp_path / "rm",
-        *TRAINING,
-        "--epochs",
-        1,
-        "--pool",
-        "--share",
-        "second",
-        "--labels",
-        "hard",
-        "--label-noise",
-        0.3,
-        "--schedule",
-        "constant",
-        "--held-out",
-        0.5,
-        "--max-tokens",
-        LONGEST,
-        "--over-long",
-        "cut",
-    )
+def test_reward_models_of_one_half_on_hard_labels(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("run_rm.HELD_OUT", 0.5)
+    flags = ["--epochs", 1, "--share", "second", "--labels", "hard", *TRAINING]
+    call("run_rm", "--data", world["data"], "--out", tmp_path / "rm", *flags)
     data = {lens: lines(world["data"] / f"{lens}.jsonl") for lens in LENSES}
-    notes = check_rm(
-        world,
-        tmp_path / "rm",
-        data,
-        pooled=True,
-        epochs=1,
-        labels="hard",
-        noise=0.3,
-        schedule="constant",
-        held_out=0.5,
-        longest=LONGEST,
-        over_long="cut",
-        share="second",
-    )
-    assert {"over-long", "turned"} <= notes
+    settings = dict(epochs=1, labels="hard", held_out=0.5, share="second")
+    check_rm(world, tmp_path / "rm", data, **settings)
 
 
-def test_a_reward_model_of_a_file_of_pairs(world, tmp_path):
+def test_a_reward_model_of_a_file_of_pairs(world, tmp_path, monkeypatch):
     """People's pairs train it, whatever the folder's say; the folder's dialogues give its scale."""
     pairs = [
         {
@@ -300,44 +241,27 @@ def test_a_reward_model_of_a_file_of_pairs(world, tmp_path):
         for i, p in enumerate(read_prompts(world["prompts"])[10:26])
     ]
     long = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "letter" * 40}]
-    pairs.append({"chosen": long, "rejected": [long[0], {**long[1], "content": "letter" * 41}]})
+    pairs.append({"chosen": long, "rejected": [long[0], {**long[1], "content": "No."}]})
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    call(
-        "run_rm",
-        "--data",
-        world["data"],
-        "--out",
-        tmp_path / "rm",
-        *TRAINING,
-        "--epochs",
-        1,
-        "--held-out",
-        0.25,
-        "--lens",
-        "consequence",
-        "--pairs",
-        tmp_path / "pairs.jsonl",
-        "--merge",
-        "--max-tokens",
-        30,
-        "--over-long",
-        "cut",
-    )
+    monkeypatch.setattr("run_rm.HELD_OUT", 0.25)
+    flags = ["--lens", "consequence", "--pairs", tmp_path / "pairs.jsonl", "--merge"]
+    flags += ["--epochs", 1, "--max-tokens", 60, *TRAINING]
+    call("run_rm", "--data", world["data"], "--out", tmp_path / "rm", *flags)
     records = [
         {**pair, "id": prompt_record(pair["chosen"][:-1])["id"], "label": 1.0} for pair in pairs
     ]
     also = held_out_ids((r["id"] for r in records), SEED, 0.25)
-    assert len(also) == 4 and records[-1]["id"] not in also  # which the cut leaves no difference
-    check_rm(
+    assert len(also) == 4
+    notes = check_rm(
         world,
         tmp_path / "rm",
         {"consequence": records},
         epochs=1,
         held_out=0.25,
-        longest=30,
-        over_long="cut",
+        longest=60,
         also=also,
     )
+    assert "over-long" in notes
     from transformers import AutoModelForSequenceClassification
 
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm/consequence/merged")
@@ -376,7 +300,7 @@ def spans_of(world, messages, record_id):
 
 
 def check_sft(
-    world, out, conversations, below, key, *, epochs, held_out, longest, schedule="linear"
+    world, out, conversations, below, key, *, epochs, held_out, longest
 ):
     rows = [spans_of(world, messages, i) for messages, i in conversations]
     rows = [row for row in rows if len(row[0]) <= longest]
@@ -391,7 +315,7 @@ def check_sft(
 
     losses = [lambda numbers=numbers: loss(numbers) for epoch in of_epoch for numbers in epoch]
     parameters = [half for pair in model.layers.values() for half in pair]
-    run = descend(parameters, losses, lr=LR, clip=CLIP, schedule=schedule, steps=len(losses))
+    run = descend(parameters, losses, lr=LR, clip=CLIP, schedule="linear", steps=len(losses))
     before = after = model.held_out(kept)
     expected, step, norms = [{"step": 0, "loss/held_out": before}], 0, []
     for epoch, steps in enumerate(of_epoch):
@@ -496,8 +420,6 @@ def test_sft_on_chosen_dialogues(world, tmp_path):
         0.2,
         "--max-tokens",
         LONGEST,
-        "--schedule",
-        "constant",
     )
     talks = [
         (r["chosen"], r["id"]) for lens in LENSES for r in lines(world["data"] / f"{lens}.jsonl")
@@ -511,6 +433,5 @@ def test_sft_on_chosen_dialogues(world, tmp_path):
         epochs=1,
         held_out=0.2,
         longest=LONGEST,
-        schedule="constant",
     )
     assert made["stage"] == "policy" and [*made["parents"]] == ["sft"]

@@ -17,9 +17,24 @@ The method, in the order in which it is best read:
     ppo.py         the objective: rewards with a KL penalty, GAE, the clipped losses
 
 Around it: `plumbing` (flags, loading, artefacts on disk, resume, processes, the memory plan, export
-and upload), `evaluation` (statistics, the judge's worth, report, page, figures, chat) and `toy` (the
-embedded world in which true virtue is known). The method imports none of them.
+and upload), `evaluation` (statistics, the judge's worth, report, page, figures, chat) and `toy`
+(the embedded world in which true virtue is known). The method imports none of them.
 """
+
+from importlib import import_module, util
+
+
+def submodules(package: str):
+    """A package's ``__getattr__``: ``virtue.ppo.gae`` imports virtue/ppo.py when it is first named,
+    so that a script says where each function comes from, and --help needs no torch."""
+    def __getattr__(name: str):
+        if util.find_spec(f"{package}.{name}") is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return import_module(f"{package}.{name}")
+    return __getattr__
+
+
+__getattr__ = submodules(__name__)
 
 # The linear layers of a Mistral block: where LoRA goes unless told otherwise.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,15 +44,16 @@ AGGREGATORS = ("mean", "weighted", "min", "uwo", "median", "lsc")
 
 
 def printable(text: str) -> str:
-    """`text` on one line for a terminal: control characters, bidi overrides among them, are shown, not sent."""
+    """`text` on one line for a terminal: control characters, bidi overrides among them, are shown,
+    not sent."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.splitlines()))
 
 
 class VirtueError(Exception):
     """A mistake of input that one line explains: what is wrong, where, and the remedy.
 
-    The scripts print it after ``error:`` and exit with status 2; it never shows a traceback. What it
-    quotes of data cannot act on the terminal.
+    The scripts print it after ``error:`` and exit with status 2; it never shows a traceback. What
+    it quotes of data cannot act on the terminal.
     """
 
     def __str__(self) -> str:

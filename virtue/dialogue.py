@@ -73,8 +73,8 @@ _MARKER = re.compile(r"<+[^<>\s]+>+|\[+[^\[\]\s]+\]+|\{+[^{}\s]+\}+|[^\s\w]*[#@|
 
 
 def dated(template: str | dict) -> str | dict:
-    """The chat template with `TODAY` in the place of today's date. VirtueError: it asks for the date
-    otherwise than by strftime_now and a format that it writes out there."""
+    """The chat template with `TODAY` in the place of today's date. VirtueError: it asks for the
+    date otherwise than by strftime_now and a format that it writes out there."""
     if not isinstance(template, str) or "strftime_now" not in template:
         return template
     frozen = re.sub(r"""\bstrftime_now\(\s*(['"])((?:(?!\1).)*)\1\s*\)""",
@@ -87,7 +87,8 @@ def dated(template: str | dict) -> str | dict:
 
 
 def _text(tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
-    """`messages` through the template as text, contents as they are. VirtueError: it refuses them."""
+    """`messages` through the template as text, contents as they are. VirtueError: it refuses
+    them."""
     import jinja2  # torch brings it; a fifth of a second
 
     try:
@@ -96,11 +97,11 @@ def _text(tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
             add_generation_prompt=add_generation_prompt, tokenize=False)
     except jinja2.TemplateError as error:
         system = messages[0]["role"] == "system"
+        remedy = ("leave the system message out, or take a model whose template has a place for one"
+                  if system else "correct or remove them")
         raise VirtueError(
             f"the chat template refuses the messages that begin {messages[0]['content'][:40]!r} "
-            f"({' '.join(str(error).split())[:200]}): " + ("leave the system message out, or take a "
-            "model whose template has a place for one" if system else "correct or remove them")
-        ) from None
+            f"({' '.join(str(error).split())[:200]}): {remedy}") from None
 
 
 @functools.lru_cache(maxsize=8)
@@ -216,8 +217,9 @@ def encode_conversation(tokenizer, messages: Messages) -> tuple[list[int], list[
             raise VirtueError("the chat template does not end assistant turns with eos_token "
                               f"{tokenizer.eos_token!r}: use a tokenizer whose template does")
         answer = whole[len(prompt):end[0]]
+        controls = tuple(map(str, tokenizer.added_tokens_decoder.values()))
         behind_a_word = not (before[-1:].isspace() or text[len(before):][:1].isspace()
-                             or before.endswith(tuple(map(str, tokenizer.added_tokens_decoder.values()))))
+                             or before.endswith(controls))
         if behind_a_word or whole[:len(prompt)] != prompt:
             answer = _encode(tokenizer, text[len(before):].partition(tokenizer.eos_token)[0])
         ids += prompt[read:]
@@ -301,17 +303,20 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def buckets(order: Sequence[int], lengths: Sequence[int], size: int, window: int = 8) -> list[list[int]]:
-    """Batches of `size` rows of like length, from a shuffled `order` of row numbers: padding costs time.
+def buckets(order: Sequence[int], lengths: Sequence[int], size: int,
+            window: int = 8) -> list[list[int]]:
+    """Batches of `size` rows of like length, to save padding, from a shuffled `order` of rows.
 
-    Each `window` batches' worth of rows is sorted by `lengths`, cut into batches, and these stand in the order
-    in which their shortest rows stood. ceil(len(order) / size) batches; every row once.
+    Each `window` batches' worth of rows is sorted by `lengths`, cut into batches, and these stand
+    in the order in which their shortest rows stood. ceil(len(order) / size) batches; every row
+    once.
     """
     batches = []
     for start in range(0, len(order), window * size):
         place = {row: n for n, row in enumerate(order[start:start + window * size])}
         ordered = sorted(place, key=lambda row: lengths[row])
-        batches += sorted((ordered[i:i + size] for i in range(0, len(ordered), size)), key=lambda batch: place[batch[0]])
+        cut = [ordered[i:i + size] for i in range(0, len(ordered), size)]
+        batches += sorted(cut, key=lambda batch: place[batch[0]])
     return batches
 
 

@@ -48,7 +48,7 @@ def shares(scores: Tensor, method: str, weights: Tensor | None = None) -> Tensor
 
 
 def aggregate(scores: Tensor, method: str, weights: Tensor | None = None, coef: float = 0.5,
-              use_variance: bool = False, reference: float | Tensor = 0.0) -> Tensor:
+              use_variance: bool = False, reference: float | Tensor = 1.0) -> Tensor:
     """One reward per dialogue, higher is better, from standardised scores (K, B) -> (B,).
 
         mean      sum_k s_k / K
@@ -60,8 +60,9 @@ def aggregate(scores: Tensor, method: str, weights: Tensor | None = None, coef: 
 
     For `uwo` the spread is conflict of values, not epistemic uncertainty: see the top of this file.
     `reference`, scalar or (K,), is the score that counts as good: one for all prompts, where Wang
-    et al. take one of each prompt, from samples of the policy before RL. Each method ignores the settings
-    of the others, so that one call with all of them can run over AGGREGATORS. ValueError: unknown.
+    et al. take one of each prompt, from samples of the policy before RL. Each method ignores the
+    settings of the others, so that one call with all of them can run over AGGREGATORS. ValueError:
+    unknown.
     """
     if method not in AGGREGATORS:
         raise ValueError(f"unknown aggregator {method!r}; known are {', '.join(AGGREGATORS)}")
@@ -88,8 +89,9 @@ def study_score(scores, coef: float = 0.5):
     """The study's Score: mean - coef * population std, both over all K*n scores at once -> scalar.
 
     H. Li, "Virtue Ethics Guidance of LLMs with RLAIF and Ensemble of Reward Models" (EPFL, 2024).
-    scores (K, n) or (n, K), torch or NumPy (a `statistic` for `virtue.evaluation.stats`). On raw scores, std
-    holds the arbitrary offsets between the models; standardise to be rid of them. ValueError: not two dimensions, or empty.
+    scores (K, n) or (n, K), torch or NumPy (a `statistic` for `virtue.evaluation.stats`). On raw
+    scores, std holds the arbitrary offsets between the models; standardise to be rid of them.
+    ValueError: not two dimensions, or empty.
     """
     if scores.ndim != 2 or 0 in scores.shape:
         raise ValueError(f"scores must be (K, n) and not empty, got {tuple(scores.shape)}")

@@ -17,27 +17,33 @@ from virtue.dialogue import QUESTIONS, Dialogue, Messages, Turn
 from virtue.dialogue import encode_prompt, followup_ids, left_pad
 from virtue.randomness import stream
 
-EachBatch = Callable[[Callable, Sequence], Iterable]  # the built-in map, or what spreads and keeps batches
+# The built-in map, or what spreads and keeps batches
+EachBatch = Callable[[Callable, Sequence], Iterable]
 
 DROP = 8  # finished rows leave the cache when they are at least 1/DROP of the batch
 
 
 def fits(tokenizer, messages: Messages, max_prompt_tokens: int) -> bool:
-    """Whether the prompt is short enough; callers drop and count the others, never cut them. Errors: as `encode_prompt`."""
+    """Whether the prompt is short enough; callers drop and count the others, never cut them.
+    Errors: as `encode_prompt`."""
     return len(encode_prompt(tokenizer, messages)) <= max_prompt_tokens
 
 
 def longest(max_prompt_tokens: int, max_new_tokens: int, turns: int = 3) -> int:
-    """Tokens of the longest dialogue of `turns` answers that the flags allow, follow-up questions included."""
+    """Tokens of the longest dialogue of `turns` answers that the flags allow, follow-up questions
+    included."""
     return max_prompt_tokens + turns * (max_new_tokens + 64)  # 64: a follow-up question
 
 
-def check_context(model: nn.Module, max_prompt_tokens: int, max_new_tokens: int, turns: int = 3) -> None:
-    """VirtueError where the longest dialogue that the flags allow does not fit into the model's context."""
-    need, have = longest(max_prompt_tokens, max_new_tokens, turns), model.config.max_position_embeddings
+def check_context(model: nn.Module, max_prompt_tokens: int, max_new_tokens: int,
+                  turns: int = 3) -> None:
+    """VirtueError where the longest dialogue that the flags allow does not fit into the context."""
+    need = longest(max_prompt_tokens, max_new_tokens, turns)
+    have = model.config.max_position_embeddings
     if need > have:
-        raise VirtueError(f"--max-prompt-tokens {max_prompt_tokens} and {turns} turns of --max-new-tokens {max_new_tokens} may need {need} "
-                          f"positions, but the model has {have}: lower them")
+        raise VirtueError(f"--max-prompt-tokens {max_prompt_tokens} and {turns} turns of "
+                          f"--max-new-tokens {max_new_tokens} may need {need} positions, but the "
+                          f"model has {have}: lower them")
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
@@ -46,19 +52,22 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     Returns ``(B,)``. VirtueError: logits that are not finite."""
     if temperature == 0:
         return logits.argmax(-1)
-    # Near 1 numbers of 32 bits are 6e-8 apart: a token less probable than that could never be drawn.
+    # Near 1 numbers of 32 bits are 6e-8 apart: a token less probable than that could never be
+    # drawn.
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]  # 1 to rounding, and kept above the threshold, or no token would be
     if not bool(total.isfinite().all()):
-        raise VirtueError("the model's logits are not finite: train again with a lower --lr, or use another --dtype")
+        raise VirtueError("the model's logits are not finite: train again with a lower --lr, or "
+                          "use another --dtype")
     threshold = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
 
 
 def cache_with_room(config, steps: int, column: Tensor | None = None):
     """A KV cache with room for ``steps`` tokens after the first ones: each is written in its place,
-    where transformers' own copies the whole cache for every token. With ``column (1,)``, an index on the
-    device, each later token is written to that column and the whole room is read: one shape for all steps."""
+    where transformers' own copies the whole cache for every token. With ``column (1,)``, an index
+    on the device, each later token is written to that column and the whole room is read: one shape
+    for all steps."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -68,9 +77,11 @@ def cache_with_room(config, steps: int, column: Tensor | None = None):
             if not self.is_initialized:
                 self.lazy_initialization(keys, values)
                 B, H, L, D = keys.shape
-                self.room = keys.new_zeros(2, B, H, L + steps, D)  # a column that the mask hides must be finite all the same
+                # a column that the mask hides must be finite all the same
+                self.room = keys.new_zeros(2, B, H, L + steps, D)
             elif column is not None:
-                return self.room[0].index_copy_(2, column, keys), self.room[1].index_copy_(2, column, values)
+                return tuple(room.index_copy_(2, column, part)
+                             for room, part in zip(self.room, (keys, values)))
             end = start + keys.shape[2]
             self.room[0, :, :, start:end], self.room[1, :, :, start:end] = keys, values
             self.keys, self.values = self.room[:, :, :, :end]
@@ -85,21 +96,26 @@ def cache_with_room(config, steps: int, column: Tensor | None = None):
     return cache
 
 
-def steps_of_one_shape(model: nn.Module, cache, column: Tensor, mask: Tensor, position: Tensor) -> Callable[[Tensor], Tensor]:
-    """The decode steps after a prompt's pass as ``step(tokens (B,)) -> logits (B, V)``; each call takes the next column.
+def steps_of_one_shape(model: nn.Module, cache, column: Tensor, mask: Tensor,
+                       position: Tensor) -> Callable[[Tensor], Tensor]:
+    """The decode steps after a prompt's pass as ``step(tokens (B,)) -> logits (B, V)``; each call
+    takes the next column.
 
-    ``cache`` from ``cache_with_room`` with ``column (1,)``, the first one to be written; ``mask (B, L + steps)`` of all columns;
-    ``position (B, 1)`` of the token before. On a GPU the step is recorded as one CUDA graph: a host needs several times as long to
-    launch its 2,000 kernels one by one as the GPU to run them. The logits are overwritten by the next call.
+    ``cache`` from ``cache_with_room`` with ``column (1,)``, the first one to be written; ``mask (B,
+    L + steps)`` of all columns; ``position (B, 1)`` of the token before. On a GPU the step is
+    recorded as one CUDA graph: a host needs several times as long to launch its 2,000 kernels one
+    by one as the GPU to run them. The logits are overwritten by the next call.
     """
     ids, position, seen = torch.zeros_like(position), position.clone(), mask.clone()[:, None, None]
     seen[..., column.item():] = False
 
     def forward() -> Tensor:
-        return model(input_ids=ids, attention_mask=seen, use_cache=True, position_ids=position, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        return model(input_ids=ids, attention_mask=seen, use_cache=True, position_ids=position,
+                     past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
     if ids.is_cuda:
-        side = torch.cuda.Stream()  # a first run outside the graph: libraries allocate and choose kernels in it
+        # a first run outside the graph: libraries allocate and choose kernels in it
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             forward()  # writes to a column that the first step writes anew
@@ -124,14 +140,16 @@ def steps_of_one_shape(model: nn.Module, cache, column: Tensor, mask: Tensor, po
 
 @torch.no_grad()
 def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos_id: int,
-           pad_id: int, temperature: float = 1.0, one_shape: bool | None = None) -> list[tuple[list[int], bool]]:
+           pad_id: int, temperature: float = 1.0,
+           one_shape: bool | None = None) -> list[tuple[list[int], bool]]:
     """Continues each row of ids up to EOS, or up to ``uniforms.shape[1]`` new tokens.
 
     `model` is in eval mode, its stack of adapters set by the caller; `uniforms` are ``(n,
-    max_new_tokens)`` numbers in [0, 1). Returns for each row its new ids, EOS included, and
-    whether they were truncated (no EOS came). ``one_shape``, by default on a GPU: see ``steps_of_one_shape``;
-    finished rows then stay: the weights, which all rows share, are most of what a step reads. ValueError: a negative temperature, or
-    another number of uniforms than of rows.
+    max_new_tokens)`` numbers in [0, 1). Returns for each row its new ids, EOS included, and whether
+    they were truncated (no EOS came). ``one_shape``, by default on a GPU: see
+    ``steps_of_one_shape``; finished rows then stay: the weights, which all rows share, are most of
+    what a step reads. ValueError: a negative temperature, or another number of uniforms than of
+    rows.
     """
     if temperature < 0 or len(uniforms) != len(rows):
         raise ValueError(f"temperature {temperature}, {len(rows)} rows, {len(uniforms)} uniforms")
@@ -139,41 +157,66 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
     ids, mask = (t.to(device) for t in left_pad(rows, pad_id))
     mask = torch.cat([mask, mask.new_ones(len(rows), steps)], dim=1).bool()  # (B, L + steps)
     draws = torch.as_tensor(uniforms, dtype=torch.float64, device=device)
-    new = torch.full((len(rows), steps), pad_id, device=device)
-    alive = torch.arange(len(rows), device=device)  # rows still in the batch
-    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)[:, : ids.shape[1]]
-    width, whole = ids.shape[1], not model.config.sliding_window  # a sliding window is in transformers' own mask only
-    one_shape = whole and (device.type == "cuda" if one_shape is None else one_shape)
+    width = ids.shape[1]
+    position = (mask.cumsum(1) - 1).clamp(min=0)[:, :width]
+    if model.config.sliding_window:  # it is in transformers' own mask only
+        one_shape = False
+    elif one_shape is None:
+        one_shape = device.type == "cuda"
     column = torch.full((1,), width, device=device) if one_shape else None
     cache = cache_with_room(model.config, steps, column)
-    for step in range(steps):
-        if step == 1 and one_shape:
-            later = steps_of_one_shape(model, cache, column, mask, position - 1)
-        if step and one_shape:
-            logits = later(ids[:, 0])
-        else:
-            seen = mask[:, : width + step]
-            if step and whole:
-                seen = seen[:, None, None]  # (B, 1, 1, L) is taken as it is; a mask (B, L) transformers looks through anew, for which a GPU must wait
-            logits = model(input_ids=ids, attention_mask=seen, use_cache=True,
-                           position_ids=position, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        token = draw(logits, draws[alive, step], temperature)
-        new[alive, step] = token
-        done |= token == eos_id
-        finished = int(done.sum())
-        if finished == len(done):
-            break
-        ids, position = token[:, None], position[:, -1:] + 1
-        if finished * DROP >= len(done) and not one_shape:
-            keep = (~done).nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            ids, position, mask, alive, done = (t[keep] for t in (ids, position, mask, alive, done))
+    logits = model(input_ids=ids, attention_mask=mask[:, :width], use_cache=True,
+                   position_ids=position, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    new = torch.full((len(rows), steps), pad_id, device=device)
+    new[:, 0] = draw(logits, draws[:, 0], temperature)
+    position = position[:, -1:]
+    if one_shape:
+        _continue_in_one_shape(model, cache, column, mask, position, new, draws, temperature,
+                               eos_id)
+    else:
+        _continue_growing(model, cache, width, mask, position, new, draws, temperature, eos_id)
     results = []
     for row in new.tolist():  # what a finished row drew before it was dropped comes after its EOS
         ended = eos_id in row
         results.append((row[: row.index(eos_id) + 1] if ended else row, not ended))
     return results
+
+
+def _continue_in_one_shape(model, cache, column, mask, position, new, draws, temperature, eos_id):
+    """Fills ``new`` (B, steps) from its second column on; every row stays to the end."""
+    done, decode = new[:, 0] == eos_id, None
+    for step in range(1, new.shape[1]):
+        if bool(done.all()):
+            return
+        decode = decode or steps_of_one_shape(model, cache, column, mask, position)
+        new[:, step] = draw(decode(new[:, step - 1]), draws[:, step], temperature)
+        done |= new[:, step] == eos_id
+
+
+def _continue_growing(model, cache, width, mask, position, new, draws, temperature, eos_id):
+    """The same with a cache that grows; rows leave it when they have ended."""
+    alive, token = torch.arange(len(new), device=new.device), new[:, 0]  # rows still in the batch
+    done = token == eos_id
+    for step in range(1, new.shape[1]):
+        finished = int(done.sum())
+        if finished == len(done):
+            return
+        position = position + 1
+        if finished * DROP >= len(done):
+            keep = (~done).nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            token, position, mask, alive, done = (
+                t[keep] for t in (token, position, mask, alive, done))
+        seen = mask[:, :width + step]
+        if not model.config.sliding_window:
+            # transformers takes (B, 1, 1, L) as it is; for (B, L) it would look through the values,
+            # and a GPU must wait for that
+            seen = seen[:, None, None]
+        logits = model(input_ids=token[:, None], attention_mask=seen, use_cache=True,
+                       position_ids=position, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        token = draw(logits, draws[alive, step], temperature)
+        new[alive, step] = token
+        done |= token == eos_id
 
 
 def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, seed: int, stage: str,
@@ -183,9 +226,9 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
     """One dialogue for each prompt record, in their order: the answer, and `turns` - 1 follow-ups.
 
     Draws are keyed by (seed, stage, step, prompt id, copy, turn): another `copy` is an independent
-    second dialogue. `each_batch(compute, batches)` gives each batch's result, in order, as lists and
-    numbers: ``map``, or ``plumbing.batches.spread``. ValueError: more turns than questions + 1, or none.
-    VirtueError: logits that are not finite; it names the records.
+    second dialogue. `each_batch(compute, batches)` gives each batch's result, in order, as lists
+    and numbers: ``map``, or ``plumbing.resume.spread``. ValueError: more turns than questions + 1,
+    or none. VirtueError: logits that are not finite; it names the records.
     """
     if not 1 <= turns <= len(questions) + 1:
         raise ValueError(f"{turns} turns with {len(questions)} follow-up questions")
@@ -203,8 +246,10 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
             try:
                 sampled = sample(model, [rows[i] for i in batch], uniforms, eos_id=eos_id,
                                  pad_id=pad_id, temperature=temperature)
-            except VirtueError as e:
-                raise VirtueError(f"sampling for {stage}, step {step}, a batch with records {', '.join(prompts[i]['id'] for i in batch[:4])}: {e}") from None
+            except VirtueError as error:
+                names = ", ".join(prompts[i]["id"] for i in batch[:4])
+                raise VirtueError(f"sampling for {stage}, step {step}, a batch with records "
+                                  f"{names}: {error}") from None
             for i, (new, truncated) in zip(batch, sampled, strict=True):
                 start, end = len(rows[i]), len(rows[i]) + len(new)
                 spans[i].append(Turn(start, end, truncated))
@@ -216,5 +261,6 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
     done: dict[int, Dialogue] = {}
     for batch, found in zip(batches, each_batch(dialogues_of, batches), strict=True):
         for i, (ids, of_turns) in zip(batch, found, strict=True):
-            done[i] = Dialogue(prompts[i]["id"], prompts[i]["prompt"], ids, tuple(Turn(*t) for t in of_turns))
+            done[i] = Dialogue(prompts[i]["id"], prompts[i]["prompt"], ids,
+                               tuple(Turn(*turn) for turn in of_turns))
     return [done[i] for i in range(len(prompts))]

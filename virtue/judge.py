@@ -1,11 +1,12 @@
-"""AI feedback: which of two dialogues shows more of each virtue, from label log-probs in both orders.
+"""AI feedback: which of two dialogues shows more of each virtue, from label log-probs in both
+orders.
 
-The five questions about a pair share its text, so each order is encoded once: the shared prefix, then
-the five endings side by side, each of which sees the prefix and itself. That gives the probabilities
-of five separate prompts for little more than the price of one. Reading probabilities instead of text
-keeps the judge's doubt (Lee et al. 2023, RLAIF, arXiv 2309.00267). Two orders are averaged (Wang et al.
-2023, arXiv 2305.17926), here in log-odds: a preference for a place that adds to the logits then
-cancels exactly, and a judge at 0.93 and 0.09 keeps its small opinion.
+The five questions about a pair share its text, so each order is encoded once: the shared prefix,
+then the five endings side by side, each of which sees the prefix and itself. That gives the
+probabilities of five separate prompts for little more than the price of one. Reading probabilities
+instead of text keeps the judge's doubt (Lee et al. 2023, RLAIF, arXiv 2309.00267). Two orders are
+averaged (Wang et al. 2023, arXiv 2305.17926), here in log-odds: a preference for a place that adds
+to the logits then cancels exactly, and a judge at 0.93 and 0.09 keeps its small opinion.
 """
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from virtue import VirtueError
 from virtue.dialogue import encode_conversation, encode_prompt
-from virtue.ethics import CONSTITUTION, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS, VIRTUES
+from virtue.ethics import (CONSTITUTION, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS,
+                           JUDGE_QUESTIONS, VIRTUES)
 from virtue.generate import EachBatch
 from virtue.models import hidden_states
 
@@ -32,23 +34,30 @@ def transcript(messages: list[dict]) -> str:
 
 
 def pair_text(first: list[dict], second: list[dict], lens: str, wording: str = "trained") -> str:
-    """What all questions about a pair begin with: both conversations, in this order, and which of their turns to judge (`lens`)."""
+    """What all questions about a pair begin with: both conversations, in this order, and which of
+    their turns to judge (`lens`)."""
     a, b = JUDGE_LABELS
     return JUDGE_PAIRS[wording].format(first_label=a, second_label=b, first=transcript(first),
                                        second=transcript(second), about=JUDGE_ABOUT[lens])
 
 
-def questions(first: list[dict], second: list[dict], lens: str, asked: Sequence[str] = VIRTUES, wording: str = "trained") -> list[str]:
-    """The judge's prompts about a pair, one for each of ``asked`` (virtues, EXTRA_QUESTIONS), alike up to the question."""
+def questions(first: list[dict], second: list[dict], lens: str, asked: Sequence[str] = VIRTUES,
+              wording: str = "trained") -> list[str]:
+    """The judge's prompts about a pair, one for each of ``asked`` (virtues, EXTRA_QUESTIONS), alike
+    up to the question."""
     pair, (a, b) = pair_text(first, second, lens, wording), JUDGE_LABELS
-    return [pair + (EXTRA_QUESTIONS[name] if name in EXTRA_QUESTIONS else JUDGE_QUESTIONS[wording]).format(
-        virtue=name, asks=CONSTITUTION.get(name, ("",))[0], first_label=a, second_label=b) for name in asked]
+    texts = {virtue: JUDGE_QUESTIONS[wording] for virtue in VIRTUES} | EXTRA_QUESTIONS
+    return [pair + texts[name].format(virtue=name, asks=CONSTITUTION.get(name, ("",))[0],
+                                      first_label=a, second_label=b) for name in asked]
 
 
-def encode_questions(tokenizer, first: list[dict], second: list[dict], lens: str, asked: Sequence[str] = VIRTUES,
+def encode_questions(tokenizer, first: list[dict], second: list[dict], lens: str,
+                     asked: Sequence[str] = VIRTUES,
                      wording: str = "trained") -> tuple[list[int], list[list[int]]]:
-    """Token ids of `questions`: what all of them begin with, encoded once, and the ending of each, never empty."""
-    rows = [encode_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions(first, second, lens, asked, wording)]
+    """Token ids of `questions`: what all of them begin with, encoded once, and the ending of each,
+    never empty."""
+    rows = [encode_prompt(tokenizer, [{"role": "user", "content": question}])
+            for question in questions(first, second, lens, asked, wording)]
     prefix = os.path.commonprefix(rows)
     if len(rows) == 1:  # an ending needs a token of its own
         prefix = prefix[:-1]
@@ -70,17 +79,18 @@ def label_ids(tokenizer) -> tuple[int, int]:
             tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
         start, end = spans[0]
         if end - start != 2:  # the label and EOS
-            raise VirtueError(f"the judge's label {label!r} is {end - start - 1} tokens in this tokenizer; "
-                              "choose single-token JUDGE_LABELS in virtue/ethics.py")
+            raise VirtueError(f"the judge's label {label!r} is {end - start - 1} tokens in this "
+                              "tokenizer; choose single-token JUDGE_LABELS in virtue/ethics.py")
         ids.append(tokens[start])
     return ids[0], ids[1]
 
 
-def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pack(encoded: list[tuple[list[int], list[list[int]]]],
+         pad_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prefixes with their endings as one batch.
 
-    Returns input_ids (B, L), mask (B, 1, L, L) True = may attend, position_ids (B, L), and ends (B, Q),
-    the positions of the Q questions whose next token is the label.
+    Returns input_ids (B, L), mask (B, 1, L, L) True = may attend, position_ids (B, L), and ends (B,
+    Q), the positions of the Q questions whose next token is the label.
     """
     width = max(len(prefix) + sum(map(len, endings)) for prefix, endings in encoded)
     ids = torch.full((len(encoded), width), pad_id)
@@ -89,7 +99,8 @@ def pack(encoded: list[tuple[list[int], list[list[int]]]], pad_id: int) -> tuple
     ends = torch.empty(len(encoded), len(encoded[0][1]), dtype=torch.long)
     for row, (prefix, endings) in enumerate(encoded):
         at = len(prefix)
-        ids[row, :at], positions[row, :at], branch[row, :at] = torch.tensor(prefix), torch.arange(at), 0
+        ids[row, :at], positions[row, :at] = torch.tensor(prefix), torch.arange(at)
+        branch[row, :at] = 0
         for i, ending in enumerate(endings):
             stop = at + len(ending)
             ids[row, at:stop], branch[row, at:stop] = torch.tensor(ending), i + 1
@@ -108,30 +119,32 @@ def judge_log_odds(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]],
     """Log-odds, nats, that the first of the pair is better, for each pair, order and question:
     (N, 2, Q) fp32, the difference of the two labels' logits; and the label mass.
 
-    ``asked`` names the Q questions (default: the five virtues), ``wording`` one of ethics.JUDGE_QUESTIONS;
-    with ``orders=1`` the second order is left out: (N, 1, Q). ``each_batch`` as in
-    ``generate.sample_dialogues``.
-    ``[:, 0]`` was read with the first dialogue shown first, ``[:, 1]`` with it shown second. The caller
-    sets the adapters (none, for the base as its own judge). The label mass is the mean probability that
-    the judge's next token is one of the two labels at all: near 0, it does not answer the question.
-    VirtueError: logits that are not finite, a label of more than one token.
+    ``asked`` names the Q questions (default: the five virtues), ``wording`` one of
+    ethics.JUDGE_QUESTIONS; with ``orders=1`` the second order is left out: (N, 1, Q).
+    ``each_batch`` as in ``generate.sample_dialogues``. ``[:, 0]`` was read with the first dialogue
+    shown first, ``[:, 1]`` with it shown second. The caller sets the adapters (none, for the base
+    as its own judge). The label mass is the mean probability that the judge's next token is one of
+    the two labels at all: near 0, it does not answer the question. VirtueError: logits that are not
+    finite, a label of more than one token.
     """
     labels = torch.tensor(label_ids(tokenizer))
-    jobs = [(i, order, encode_questions(tokenizer, *(pair if order == 0 else pair[::-1]), lens, asked, wording))
+    jobs = [(i, order, encode_questions(tokenizer, *pair[::(1, -1)[order]], lens, asked, wording))
             for i, pair in enumerate(pairs) for order in range(orders)]
     jobs.sort(key=lambda job: len(job[2][0]))  # batches of like length
     result, mass = torch.zeros(len(pairs), orders, len(asked)), 0.0
     device = model.device
 
     def read(batch):
-        ids, mask, positions, ends = (x.to(device) for x in pack([job[2] for job in batch], tokenizer.pad_token_id))
+        packed = pack([encoded for *_, encoded in batch], tokenizer.pad_token_id)
+        ids, mask, positions, ends = (x.to(device) for x in packed)
         hidden = hidden_states(model, ids, mask, position_ids=positions)
         last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, 5, D)
         logits = model.lm_head(last).float()
         of_labels = logits[..., labels.to(device)]  # (B, 5, 2)
         logprobs = of_labels - logits.logsumexp(-1, keepdim=True)
         if not logprobs.isfinite().all():  # before it is kept
-            raise VirtueError(f"judge {lens}, pairs {sorted({job[0] for job in batch})}: the model's logits are not finite: use another --dtype, or another judge")
+            raise VirtueError(f"judge {lens}, pairs {sorted({i for i, *_ in batch})}: the model's "
+                              "logits are not finite: use another --dtype, or another judge")
         return of_labels.diff(dim=-1)[..., 0].neg().tolist(), logprobs.exp().sum().item()
 
     batches = [jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)]
@@ -143,15 +156,17 @@ def judge_log_odds(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]],
 
 
 def judge_pairs(*args, **kwargs) -> tuple[Tensor, float]:
-    """As `judge_log_odds`, in probabilities P(first is better), (N, orders, Q), for who reads single
-    answers; two orders are combined in log-odds (`opinion`)."""
+    """As `judge_log_odds`, in probabilities P(first is better), (N, orders, Q), for who reads
+    single answers; two orders are combined in log-odds (`opinion`)."""
     odds, label_mass = judge_log_odds(*args, **kwargs)
     return odds.sigmoid(), label_mass
 
 
 def unanswered(label_mass: float) -> str:
-    """What to say of a judge that gives its two labels less than a tenth of the probability; else nothing."""
-    return f"the judge gives its two labels {label_mass:.3f} of the probability: it does not answer the question" if label_mass < 0.1 else ""
+    """What to say of a judge that gives its two labels less than a tenth of the probability; else
+    nothing."""
+    return "" if label_mass >= 0.1 else (f"the judge gives its two labels {label_mass:.3f} of the "
+                                         "probability: it does not answer the question")
 
 
 def preferred(odds: Tensor) -> Tensor:
@@ -163,7 +178,8 @@ def preferred(odds: Tensor) -> Tensor:
 
 
 def opinion(odds: Tensor) -> Tensor:
-    """P(first is better) by question from log-odds of each order: (..., orders, Q) -> (..., Q) fp64.
+    """P(first is better) by question from log-odds of each order: (..., orders, Q) -> (..., Q)
+    fp64.
 
     The mean over the orders is that of log-odds, so what adds to the logits of one place cancels.
     """
@@ -180,11 +196,14 @@ def choose(odds: Tensor, preference: str = "votes") -> Tensor:
     """
     by_mean = preferred(opinion(odds).mean(-1).logit())
     votes = (preferred(odds.double().mean(-2)) - 0.5).sum(-1)
-    return by_mean if preference == "mean" else torch.where(votes == 0, by_mean, (votes > 0).double())
+    if preference == "mean":
+        return by_mean
+    return torch.where(votes == 0, by_mean, (votes > 0).double())
 
 
 def flipped(odds: Tensor) -> Tensor:
-    """Which questions change sides with the order: (..., 2, Q) -> (..., Q) bool; a tie has no side."""
+    """Which questions change sides with the order: (..., 2, Q) -> (..., Q) bool; a tie has no
+    side."""
     return (preferred(odds).diff(dim=-2).abs() == 1)[..., 0, :]
 
 
@@ -193,9 +212,9 @@ def verdict(odds: Tensor, preference: str = "votes") -> dict:
 
     ``first_is_chosen`` as `choose` decides, None where it chooses none: such a pair has no order
     that a record could keep. All else is said of the *chosen* dialogue (of the first where there is
-    none): ``virtues`` and ``label``, their mean, are probabilities that it is better, ``votes`` counts
-    the virtues that prefer it, ``position_flips`` those whose answer changed sides with the order
-    (None: only one order was asked).
+    none): ``virtues`` and ``label``, their mean, are probabilities that it is better, ``votes``
+    counts the virtues that prefer it, ``position_flips`` those whose answer changed sides with the
+    order (None: only one order was asked).
     """
     first = {1.0: True, 0.0: False, 0.5: None}[choose(odds, preference).item()]
     toward = -1 if first is False else 1

@@ -24,17 +24,22 @@ from virtue import TARGETS, VirtueError
 
 State = dict[str, Tensor]
 _PREFIX = "base_model.model."  # PEFT's names: base_model.model.<module>.lora_A.weight
+# PEFT's settings that are not plain LoRA; the last acts on a part of the tokens only
+VARIANTS = ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern",
+            "alpha_pattern", "layer_replication", "alora_invocation_tokens")
+INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # those that leave the base alone
 
 
 class _Folded(torch.autograd.Function):
-    """x W'^T with W' = W + sum s_i B_i A_i, and the gradients of x, A_i and B_i; W' itself has none.
+    """x W'^T with W' = W + sum s_i B_i A_i, and the gradients of x, A_i and B_i, but not of W'.
 
     One product forward and one backward instead of one and three narrow ones for each adapter. Per
     adapter dB = s dy^T (x A^T) and dA = s (dy B)^T x: as the plain path, in another order of sums.
     """
 
     @staticmethod
-    def forward(ctx, x, folded, bias, scales, *halves):  # halves: A1, B1, A2, B2, ... of `scales`; A None: a whole matrix B
+    def forward(ctx, x, folded, bias, scales, *halves):
+        """halves: A1, B1, A2, B2, ... of `scales`; an A that is None: a whole matrix B."""
         ctx.save_for_backward(x, folded, *halves)
         ctx.scales = scales
         return F.linear(x, folded, bias)
@@ -45,10 +50,11 @@ class _Folded(torch.autograd.Function):
         x, folded, *halves = ctx.saved_tensors
         dx = dy @ folded if ctx.needs_input_grad[0] else None
         x, dy, grads = x.flatten(0, -2), dy.flatten(0, -2), []
-        wanted = ctx.needs_input_grad[4:]
-        for s, A, B, of_A, of_B in zip(ctx.scales, halves[::2], halves[1::2], wanted[::2], wanted[1::2]):
-            grads.append((dy @ B).T @ x * s if of_A else None)
-            grads.append(dy.T @ (x if A is None else x @ A.T) * s if of_B else None)
+        needed = ctx.needs_input_grad[4:]
+        for i, s in enumerate(ctx.scales):
+            A, B = halves[2 * i:2 * i + 2]
+            grads.append((dy @ B).T @ x * s if needed[2 * i] else None)
+            grads.append(dy.T @ (x if A is None else x @ A.T) * s if needed[2 * i + 1] else None)
         return dx, None, None, None, *grads
 
 
@@ -58,9 +64,11 @@ class LoRALinear(nn.Module):
     its B (out, in) is the change of W itself, its scaling 1. Adapters named in ``active`` add to
     the output; a name that this layer lacks (another list of targets) adds nothing here.
 
-    Two paths, equal to rounding. ``plain``: the equation above, for a base of any type. ``folded``,
-    where the base is fp32, as on a CPU: one product with the sum of all matrices, kept until an
-    adapter changes; a third faster, for a second copy of the layer's weights.
+    Three paths compute the same, to rounding:
+    ``plain``: the equation above, for a base of any type.
+    ``folded``: one product with the sum of all matrices, which is kept until an adapter changes. It
+    is a third faster, for a second copy of the weights. Taken where the base is fp32, as on a CPU.
+    ``sampling``: without gradient, by one adapter of the input's own type below fp32 (`flatten`).
     """
 
     def __init__(self, base: nn.Linear, active: tuple[str, ...] = ()):
@@ -72,43 +80,51 @@ class LoRALinear(nn.Module):
         self._fold: tuple = (None, [], None)  # key, tensors and their sum
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the base's dtype: the base and the active adapters that this layer has."""
+        """(..., in) -> (..., out), in the base's dtype: the base and the active adapters."""
         names, weight = [n for n in self.active if n in self.scaling], self.base.weight
         if not names:
             return self.base(x)
-        if len(names) == 1 and not torch.is_grad_enabled() and x.dtype == getattr(self.lora_A.get(names[0]), "dtype", None) != torch.float32:
+        A = self.lora_A[names[0]] if names[0] in self.lora_A else None
+        low_precision = A is not None and x.dtype == A.dtype != torch.float32
+        if low_precision and len(names) == 1 and not torch.is_grad_enabled():
             return self.sampling(x, names[0])
-        simple = type(self.base) is nn.Linear and not weight.requires_grad
-        fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        return self.folded(x, names) if simple and fp32 else self.plain(x, names)
+        frozen = type(self.base) is nn.Linear and not weight.requires_grad
+        autocast = torch.is_autocast_enabled(x.device.type)
+        fp32 = x.dtype == weight.dtype == torch.float32 and not autocast
+        return self.folded(x, names) if frozen and fp32 else self.plain(x, names)
 
     def plain(self, x: Tensor, names: list[str]) -> Tensor:
-        """base(x) + sum_n scaling_n B_n A_n x (Hu et al. 2021, arXiv:2106.09685, eq. 3). (..., in) -> (..., out), in the base's dtype."""
+        """base(x) + sum_n scaling_n B_n A_n x. (..., in) -> (..., out), in the base's dtype."""
         output = self.base(x)
         updates = []
         for n in names:
             h = x.to(self.lora_B[n].dtype)
-            if n in self.lora_A:
-                h = F.linear(h, self.lora_A[n]) * self.scaling[n]  # the scale meets the narrow side, (..., r)
+            if n in self.lora_A:  # the scale meets the narrow side, (..., r)
+                h = F.linear(h, self.lora_A[n]) * self.scaling[n]
             updates.append(F.linear(h, self.lora_B[n]))
         return output + sum(updates[1:], updates[0]).to(output.dtype)
 
     def sampling(self, x: Tensor, name: str) -> Tensor:
-        """``plain`` with one adapter of x's own type (``flatten``), without gradient: the second narrow product adds to the base's. (..., in) -> (..., out)."""
+        """``plain`` with one adapter of x's own type, without gradient: the second narrow product
+        adds to the base's. (..., in) -> (..., out)."""
         output, h = self.base(x), F.linear(x, self.lora_A[name])
-        return torch.addmm(output.flatten(0, -2), h.flatten(0, -2), self.lora_B[name].T, alpha=self.scaling[name]).view_as(output)
+        rows = torch.addmm(output.flatten(0, -2), h.flatten(0, -2), self.lora_B[name].T,
+                           alpha=self.scaling[name])
+        return rows.view_as(output)
 
     def change(self, name: str) -> Tensor:
-        """(out, in), fp32: what adapter ``name`` adds to the weight, scaling B A. KeyError if this layer lacks it."""
+        """(out, in), fp32: what an adapter adds to the weight. KeyError: there is none."""
         B = self.lora_B[name] * self.scaling[name]
         return B @ self.lora_A[name] if name in self.lora_A else B
 
     def folded(self, x: Tensor, names: list[str]) -> Tensor:
-        """The same as (W + sum_n scaling_n B_n A_n) x + bias, for an fp32 base that is not trained. (..., in) -> (..., out)."""
-        halves = [half[n] if n in half else None for n in names for half in (self.lora_A, self.lora_B)]
+        """The same as (W + sum_n scaling_n B_n A_n) x + bias, for an fp32 base that is not trained.
+        (..., in) -> (..., out)."""
+        pair = self.lora_A, self.lora_B
+        halves = [half[n] if n in half else None for n in names for half in pair]
         scales = [self.scaling[n] for n in names]
-        # PyTorch counts a tensor's changes in place. The tensors are kept beside the key, so that no
-        # other one can come to stand at the same address.
+        # PyTorch counts a tensor's changes in place. The tensors are kept beside the key, so that
+        # no other one can come to stand at the same address.
         tensors = [self.base.weight, *(half for half in halves if half is not None)]
         key = [(t.data_ptr(), t._version) for t in tensors], scales
         if key != self._fold[0]:
@@ -119,11 +135,13 @@ class LoRALinear(nn.Module):
         return _Folded.apply(x, folded, self.base.bias, scales, *halves)
 
     def put(self, name: str, A: Tensor | None, B: Tensor, scaling: float, trainable: bool) -> None:
-        """Adds adapter `name`, or replaces it: A (r, in), B (out, r), or None and B (out, in); moved to the base's device."""
+        """Adds adapter `name`, or replaces it: A (r, in), B (out, r), or None and B (out, in);
+        moved to the base's device."""
         self.drop(name)
+        device = self.base.weight.device
         for half, value in ((self.lora_A, A), (self.lora_B, B)):
             if value is not None:
-                half[name] = nn.Parameter(value.to(self.base.weight.device), requires_grad=trainable)
+                half[name] = nn.Parameter(value.to(device), requires_grad=trainable)
         self.scaling[name] = scaling
 
     def drop(self, name: str) -> None:
@@ -144,7 +162,8 @@ def _layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
 
 
 def _ranks(model: nn.Module, stack: tuple[str, ...]) -> dict[str, int]:
-    """Rank of each adapter of ``stack``; of whole matrices that of the widest. KeyError: an unknown name; ValueError: one named twice."""
+    """Rank of each adapter of ``stack``; of whole matrices that of the widest. KeyError: an unknown
+    name; ValueError: one named twice."""
     if len(set(stack)) < len(stack):
         raise ValueError(f"the stack {stack} names an adapter twice")
     return {n: max(layer.lora_B[n].shape[1] for layer in _layers(model, n).values()) for n in stack}
@@ -160,7 +179,8 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """A and B of each layer (of whole matrices B), in the order of the model. KeyError if there is no such adapter."""
+    """A and B of each layer (of whole matrices B), in the order of the model. KeyError if there is
+    no such adapter."""
     held = _layers(model, name).values()
     return [half[name] for layer in held for half in (layer.lora_A, layer.lora_B) if name in half]
 
@@ -240,9 +260,10 @@ def adapter_state(model: nn.Module, name: str) -> State:
     """
     state, rank = {}, _ranks(model, (name,))[name]
     for path, layer in _layers(model, name).items():
-        B = layer.lora_B[name].detach().cpu()
-        A = layer.lora_A[name].detach().cpu().clone() if name in layer.lora_A else torch.eye(rank, B.shape[1])
-        state |= {f"{_PREFIX}{path}.lora_A.weight": A, f"{_PREFIX}{path}.lora_B.weight": F.pad(B, (0, rank - B.shape[1])).clone()}
+        B, key = layer.lora_B[name].detach().cpu(), f"{_PREFIX}{path}.lora"
+        A = layer.lora_A[name] if name in layer.lora_A else torch.eye(rank, B.shape[1])
+        state[f"{key}_A.weight"] = A.detach().cpu().clone()
+        state[f"{key}_B.weight"] = F.pad(B, (0, rank - B.shape[1])).clone()
     return state
 
 
@@ -267,23 +288,22 @@ def load_adapter_state(model: nn.Module, name: str, state: State, config: dict) 
     VirtueError, and nothing is changed: not plain LoRA; a rank, alpha or list of targets other
     than the existing adapter's; a tensor that is missing, extra, misshapen or not finite.
     """
-    variants = ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication",
-                "alora_invocation_tokens")  # the last acts on a part of the tokens only
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         # "all-linear" comes as whole paths: a layer that they leave out shows as a missing tensor
         targets = sorted({str(path).rpartition(".")[2] for path in config["target_modules"]})
         want = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
-        if config["peft_type"] != "LORA" or rank < 1 or any(config.get(key) for key in variants):
-            raise ValueError(f"not plain LoRA of rank >= 1 without {variants}")
-        if config.get("init_lora_weights", True) not in (None, True, False, "gaussian", "eva", "orthogonal"):  # as pissa, olora
-            raise ValueError(f"init_lora_weights {config['init_lora_weights']!r} changes the base itself: convert it to plain LoRA in PEFT")
+        if config["peft_type"] != "LORA" or rank < 1 or any(config.get(key) for key in VARIANTS):
+            raise ValueError(f"not plain LoRA of rank >= 1 without {VARIANTS}")
+        if (begin := config.get("init_lora_weights", True)) not in INITIAL:
+            raise ValueError(f"init_lora_weights {begin!r} changes the base itself: convert it to "
+                             "plain LoRA in PEFT")
     except (KeyError, TypeError, ValueError) as error:
         raise VirtueError(f"adapter {name!r}: bad adapter_config.json: {error!r}") from error
-    made, left = name not in adapter_names(model), [A for key, A in state.items() if ".lora_A." in key]
-    whole = alpha == rank and all(A.ndim == 2 and A.shape[0] >= A.shape[1] and torch.equal(A, torch.eye(*A.shape, dtype=A.dtype)) for A in left)
-    if made:
-        add_adapter(model, name, rank=None if whole else rank, alpha=alpha, targets=tuple(want["target_modules"]))
+    is_new = name not in adapter_names(model)
+    whole = alpha == rank and all(_is_identity(A) for key, A in state.items() if ".lora_A." in key)
+    if is_new:
+        add_adapter(model, name, rank=None if whole else rank, alpha=alpha, targets=tuple(targets))
     have, expected = adapter_config(model, name, ""), adapter_state(model, name)
     problems = [f"{k} is {v}, expected {have[k]}" for k, v in want.items() if v != have[k]]
     problems += ["it is LoRA, expected whole matrices"] * (_is_whole(model, name) and not whole)
@@ -292,26 +312,35 @@ def load_adapter_state(model: nn.Module, name: str, state: State, config: dict) 
     shapes = {k: (tuple(state[k].shape), tuple(expected[k].shape)) for k in expected if k in state}
     problems += [f"{k} is {a}, expected {b}" for k, (a, b) in shapes.items() if a != b]
     problems += [f"{k} holds NaN or infinity" for k in shapes if not state[k].isfinite().all()]
-    if problems and made:
+    if problems and is_new:
         remove_adapter(model, name)
     if problems:
         raise VirtueError(f"adapter {name!r} was made for another base or settings: {problems[0]}")
     with torch.no_grad():
         for path, layer in _layers(model, name).items():
-            for half, pair in (("A", layer.lora_A), ("B", layer.lora_B)):
-                if name in pair:
-                    pair[name].copy_(state[f"{_PREFIX}{path}.lora_{half}.weight"][:, : pair[name].shape[1]])
-                    pair[name].requires_grad_(pair[name].requires_grad and not made)
+            for half, held in (("A", layer.lora_A), ("B", layer.lora_B)):
+                if name in held:
+                    value = state[f"{_PREFIX}{path}.lora_{half}.weight"]
+                    held[name].copy_(value[:, :held[name].shape[1]])
+                    held[name].requires_grad_(held[name].requires_grad and not is_new)
 
 
-def flatten(model: nn.Module, stack: tuple[str, ...], name: str, dtype: torch.dtype = torch.float32) -> None:
-    """Make the frozen adapter ``name`` equal to ``stack``, to rounding; again: refresh it. In the base's ``dtype`` it samples
-    fastest, and rounding its output is all that is lost; what is trained on, scored by or saved is fp32.
+def _is_identity(A: Tensor) -> bool:
+    """Whether A stands for a whole matrix: an identity that leaves no input out."""
+    square = A.ndim == 2 and A.shape[0] >= A.shape[1]
+    return square and torch.equal(A, torch.eye(*A.shape, dtype=A.dtype))
+
+
+def flatten(model: nn.Module, stack: tuple[str, ...], name: str,
+            dtype: torch.dtype = torch.float32) -> None:
+    """Make the frozen adapter ``name`` equal to ``stack``, to rounding; again: refresh it. In the
+    base's ``dtype`` it samples fastest, and rounding its output is all that is lost; what is
+    trained on, scored by or saved is fp32.
 
     A stacked along the rank, s B side by side: [s1 B1, s2 B2] [A1; A2] = s1 B1 A1 + s2 B2 A2. Rank
-    and alpha are the sum of ranks; zeros stand for an adapter that a layer lacks. With a whole matrix
-    in the stack the sum is one too. ValueError: empty stack, ``name`` in the stack or trainable;
-    KeyError: an unknown adapter.
+    and alpha are the sum of ranks; zeros stand for an adapter that a layer lacks. With a whole
+    matrix in the stack the sum is one too. ValueError: empty stack, ``name`` in the stack or
+    trainable; KeyError: an unknown adapter.
     """
     ranks, whole = _ranks(model, stack), any(_is_whole(model, part) for part in stack)
     trainable = name in adapter_names(model) and adapter_parameters(model, name)[-1].requires_grad
@@ -322,7 +351,8 @@ def flatten(model: nn.Module, stack: tuple[str, ...], name: str, dtype: torch.dt
         if layer.scaling.keys().isdisjoint(stack):
             continue
         if whole:
-            layer.put(name, None, sum(layer.change(part).detach() for part in stack if part in layer.scaling).to(dtype), 1.0, trainable=False)
+            change = sum(layer.change(part).detach() for part in stack if part in layer.scaling)
+            layer.put(name, None, change.to(dtype), 1.0, trainable=False)
             continue
         base, start, total = layer.base, 0, sum(ranks.values())
         A = torch.zeros(total, base.in_features, device=base.weight.device)
@@ -366,11 +396,12 @@ def merged_state_dict(model: nn.Module, stack: tuple[str, ...], dtype: torch.dty
 
 
 def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A second model with the same weights, 4-bit ones dequantised, in ``dtype``, and the *same* adapters.
+    """A second model with the same weights, 4-bit ones dequantised, in ``dtype``, and the *same*
+    adapters.
 
-    For rollouts: a 4-bit product of many rows (how many, depends on the card) dequantises its whole weight each time, this copy never. What is
-    not quantised and of that type already is shared, not copied; a change to an adapter of either
-    model shows in both, but each has its own active stack.
+    For rollouts: a 4-bit product of many rows (how many, depends on the card) dequantises its whole
+    weight each time, this copy never. What is not quantised and of that type already is shared, not
+    copied; a change to an adapter of either model shows in both, but each has its own active stack.
     """
     memo: dict[int, object] = {}
     for module in model.modules():
@@ -382,26 +413,9 @@ def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
             memo[id(module)] = linear
         elif isinstance(module, LoRALinear):
-            memo |= {id(shared): shared for shared in (module.lora_A, module.lora_B, module.scaling)}
+            memo |= {id(part): part for part in (module.lora_A, module.lora_B, module.scaling)}
             memo[id(module._fold)] = (None, [], None)
         elif not isinstance(module, nn.ParameterDict):
-            memo |= {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in module.parameters(recurse=False)}
+            memo |= {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False)
+                     for p in module.parameters(recurse=False)}
     return copy.deepcopy(model, memo)
-
-
-def requantize(model: nn.Module, stack: tuple[str, ...], name: str) -> str:
-    """Make the frozen adapter ``name`` that stands for merging ``stack`` into the 4-bit base and
-    quantising again: per layer Q(W + sum s B A) - W. Returns ``name``.
-
-    To see what that rounding erases; for use keep the adapters. VirtueError: no 4-bit base.
-    """
-    _ranks(model, stack)
-    layers = _layers(model)
-    if not all(getattr(layer.base.weight, "quant_state", None) for layer in layers.values()):
-        raise VirtueError("merging and quantising again needs a 4-bit base: give --quantize nf4")
-    for layer in layers.values():
-        old, dense = layer.base.weight, _dense(layer.base.weight)
-        merged = dense + sum(layer.change(n).detach() for n in stack if n in layer.scaling)
-        new = type(old)(merged.to(layer.base.compute_dtype), requires_grad=False, quant_type="nf4")
-        layer.put(name, None, _dense(new.to(dense.device)) - dense, 1.0, trainable=False)
-    return name

@@ -24,8 +24,9 @@ LOGITS_AT_ONCE = 1 << 26  # numbers: logits of more are computed part by part
 
 
 def checkpoint_layers(model: MistralForCausalLM) -> None:
-    """From now on forwards with gradients keep each decoder layer's input only; the backward pass computes the
-    rest again, under the stack of adapters of the forward. Less memory for a third more arithmetic."""
+    """From now on forwards with gradients keep each decoder layer's input only; the backward pass
+    computes the rest again, under the stack of adapters of the forward. Less memory for a third
+    more arithmetic."""
     for layer in model.model.layers:
         layer.forward = functools.partial(_checkpointed, layer, layer.forward)
 
@@ -34,12 +35,14 @@ def _checkpointed(layer: nn.Module, forward, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     known = adapter_names(layer)
-    stack = [name for name in active_stack(layer) if name in known]  # the backward comes when another may act
+    # The backward comes when another may act
+    stack = [name for name in active_stack(layer) if name in known]
 
     def again(*args, **kwargs):
         with use_stack(layer, *stack):
             return forward(*args, **kwargs)
-    return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # nothing here is random
+    # Nothing here is random
+    return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def hidden_states(
@@ -50,20 +53,24 @@ def hidden_states(
 
     ``attention_mask`` (B, L), True or 1 = real token, or (B, 1, L, L) True = attends, which needs
     ``position_ids`` (B, L); by default a token's position is the number of real ones before it.
-    Where config.json has a sliding window of W, a token sees itself and the W - 1 positions before it.
-    What stands at padding means nothing. ValueError: a mask of another shape, or of four dimensions without ``position_ids``.
+    Where config.json has a sliding window of W, a token sees itself and the W - 1 positions before
+    it. What stands at padding means nothing. ValueError: a mask of another shape, or of four
+    dimensions without ``position_ids``.
     """
     if position_ids is None:
         if attention_mask.shape != input_ids.shape:
             raise ValueError(f"a mask of shape {tuple(attention_mask.shape)} needs position_ids")
         if bool((attention_mask.long().diff(dim=1) <= 0).all()):
-            # Padding comes last, so no real token sees it: attention is causal, and without a mask its kernels are faster.
-            # (Positions without a mask transformers reads as packed sequences: it must make its own.)
+            # Padding comes last, so no real token sees it: attention is causal, and without a mask
+            # its kernels are faster. (Positions without a mask transformers reads as packed
+            # sequences: it must make its own.)
             attention_mask = None
         else:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    elif attention_mask.ndim == 4 and model.config.sliding_window:  # transformers takes such a mask as it is
-        attention_mask = attention_mask & (position_ids[:, None, None] > position_ids[:, None, :, None] - model.config.sliding_window)
+    elif attention_mask.ndim == 4 and (window := model.config.sliding_window):
+        # transformers takes such a mask as it is, without the window
+        key, query = position_ids[:, None, None], position_ids[:, None, :, None]
+        attention_mask = attention_mask & (key > query - window)
     return model.model(
         input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state

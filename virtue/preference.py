@@ -19,31 +19,27 @@ def _check_probabilities(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be probabilities in [0, 1], at least one")
 
 
-def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor, label: Tensor | None = None,
-                  margin: Tensor | None = None) -> Tensor:
-    """Bradley-Terry loss of each pair, (B,) -> (B,), finite for all finite scores.
+def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor,
+                  label: Tensor | None = None) -> Tensor:
+    """Bradley-Terry loss of each pair, (B,) -> (B,), in nats, finite for all finite scores.
 
-        L = -p log sigmoid(d - m) - (1 - p) log sigmoid(-d - m),   d = chosen - rejected
+        L = -p log sigmoid(d) - (1 - p) log sigmoid(-d),   d = chosen - rejected
 
-    p = `label` (default 1), m = `margin` >= 0 (default 0). p = 1, m = 0: Ouyang et al. 2022,
-    arXiv:2203.02155, eq. 1; p = 1: Touvron et al. 2023, arXiv:2307.09288, eq. 2. Departure: soft
-    labels, as Lee et al. 2023, arXiv:2309.00267, with the margin against either side in its turn.
+    p = `label`, 1 unless given: Ouyang et al. 2022, arXiv:2203.02155, eq. 1. Departure: soft
+    labels, as Lee et al. 2023, arXiv:2309.00267.
     """
     label = torch.ones_like(chosen_scores) if label is None else label
-    margin = torch.zeros_like(chosen_scores) if margin is None else margin
-    check_shapes(chosen_scores=chosen_scores, rejected_scores=rejected_scores, label=label,
-                 margin=margin)
+    check_shapes(chosen_scores=chosen_scores, rejected_scores=rejected_scores, label=label)
     _check_probabilities(label=label)
-    if not bool((margin >= 0).all()):
-        raise ValueError("margin must not be negative")
     d = chosen_scores - rejected_scores
-    return -label * F.logsigmoid(d - margin) - (1 - label) * F.logsigmoid(-d - margin)
+    return -label * F.logsigmoid(d) - (1 - label) * F.logsigmoid(-d)
 
 
 def accuracy(margins: Tensor, labels: Tensor) -> float:
-    """Share of pairs whose score difference `margins` has the label's sign; label 0.5 is left out. Both (B,) -> [0, 1].
+    """Share of pairs whose score difference `margins` has the label's sign; both (B,) -> [0, 1].
 
-    A difference of exactly 0 counts one half: a zero head scores 0.5. ValueError: no pair left; shapes that differ, labels outside [0, 1].
+    A label of 0.5 is left out; a difference of exactly 0 counts one half: a zero head scores 0.5.
+    ValueError: no pair is left; shapes that differ, labels outside [0, 1].
     """
     check_shapes(margins=margins, labels=labels)
     _check_probabilities(labels=labels)
@@ -55,9 +51,24 @@ def accuracy(margins: Tensor, labels: Tensor) -> float:
 
 
 def log_loss(margins: Tensor, labels: Tensor) -> float:
-    """Mean `pairwise_loss` of score differences (B,) under soft labels (B,), nats; log 2 = 0.693 where nothing is known. ValueError: no pair; shapes or labels as in `accuracy`."""
+    """Mean `pairwise_loss` of score differences (B,) under soft labels (B,), in nats; log 2 = 0.693
+    where nothing is known. ValueError: no pair; shapes or labels as in `accuracy`."""
     margins, labels = margins.double(), labels.double()
     return pairwise_loss(margins, torch.zeros_like(margins), labels).mean().item()
+
+
+def _binned(probs: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each pair, (B,): confidence in the preferred side, the label's probability of that side,
+    and the number of the bin on [0.5, 1] in which the confidence falls."""
+    check_shapes(probs=probs, labels=labels)
+    _check_probabilities(probs=probs, labels=labels)
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    p, y = probs.double(), labels.double()
+    confidence = torch.maximum(p, 1 - p)
+    agreement = 0.5 + torch.sign(p - 0.5) * (y - 0.5)
+    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return confidence, agreement, index
 
 
 def calibration_error(probs: Tensor, labels: Tensor, bins: int = 10) -> float:
@@ -67,29 +78,18 @@ def calibration_error(probs: Tensor, labels: Tensor, bins: int = 10) -> float:
     label's probability of the side that the model prefers (0.5 where p = 0.5). So the order within
     pairs does not matter, even where all list the chosen one first. 0 = calibrated.
     """
-    check_shapes(probs=probs, labels=labels)
-    _check_probabilities(probs=probs, labels=labels)
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
-    p, y = probs.double(), labels.double()
-    confidence = torch.maximum(p, 1 - p)
-    agreement = 0.5 + torch.sign(p - 0.5) * (y - 0.5)
-    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = p.new_zeros(bins).index_add(0, index, confidence - agreement)
-    return gaps.abs().sum().item() / len(p)  # n_b * |mean gap| = |sum of gaps|
+    confidence, agreement, index = _binned(probs, labels, bins)
+    gaps = confidence.new_zeros(bins).index_add(0, index, confidence - agreement)
+    return gaps.abs().sum().item() / len(probs)  # n_b * |mean gap| = |sum of gaps|
 
 
 def calibration_bins(probs: Tensor, labels: Tensor, bins: int = 5) -> list[dict[str, float]]:
-    """The reliability diagram behind `calibration_error`: per bin of confidence {"predicted", "label", "pairs"}.
+    """The reliability diagram behind `calibration_error`: of each bin {"predicted", "label",
+    "pairs"}, its mean confidence, mean agreement and size; empty bins are left out.
 
-    probs, labels (n,) of "the first is better", folded to the side that the model prefers; empty bins are left out.
+    probs, labels: (B,), of "the first is better". ValueError: as `calibration_error`.
     """
-    check_shapes(probs=probs, labels=labels)
-    _check_probabilities(probs=probs, labels=labels)
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
-    p, y = probs.double(), labels.double()
-    confidence, agreement = torch.maximum(p, 1 - p), 0.5 + torch.sign(p - 0.5) * (y - 0.5)
-    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    return [{"predicted": confidence[index == b].mean().item(), "label": agreement[index == b].mean().item(), "pairs": int((index == b).sum())}
-            for b in range(bins) if bool((index == b).any())]
+    confidence, agreement, index = _binned(probs, labels, bins)
+    return [{"predicted": confidence[index == b].mean().item(),
+             "label": agreement[index == b].mean().item(), "pairs": int((index == b).sum())}
+            for b in index.unique().tolist()]

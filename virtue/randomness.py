@@ -26,12 +26,14 @@ def stream(*key: int | float | str) -> np.random.Generator:
 def held_out_ids(ids: Iterable[str], seed: int, share: float) -> set[str]:
     """The prompts that reward models of this seed do not train on."""
     ids = sorted(set(ids))
-    return {ids[i] for i in stream(seed, "rm", "split").permutation(len(ids))[:round(len(ids) * share)]}
+    order = stream(seed, "rm", "split").permutation(len(ids))
+    return {ids[i] for i in order[:round(len(ids) * share)]}
 
 
-def hold_out(rows: Sequence, prompts: Sequence[str], share: float, *key: int | float | str) -> tuple[list, list]:
-    """(held-out rows, the others): all rows of a prompt, `prompts` naming each row's, fall on one side. Of P prompts
-    round(share P) are held out; either side may be empty."""
+def hold_out(rows: Sequence, prompts: Sequence[str], share: float,
+             *key: int | float | str) -> tuple[list, list]:
+    """(held-out rows, the others): all rows of a prompt, `prompts` naming each row's, fall on one
+    side. Of P prompts round(share P) are held out; either side may be empty."""
     groups: dict[str, list] = {}
     for row, prompt in zip(rows, prompts, strict=True):
         groups.setdefault(prompt, []).append(row)

@@ -1,7 +1,8 @@
-"""From sampled dialogues to what PPO learns from: masks, scores of the reward models, placed rewards.
+"""From sampled dialogues to what PPO learns from: masks, scores of the reward models, placed
+rewards.
 
-Sampled ids are used as they are; nothing is tokenised again. Each reward model reads the dialogue up
-to the end of the turn it was trained on (``answer``: all read the answer alone).
+Sampled ids are used as they are; nothing is tokenised again. Each reward model reads the dialogue
+up to the end of the turn it was trained on (``answer``: all read the answer alone).
 """
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from virtue.ppo import place_rewards
 
 
 def span_mask(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> Tensor:
-    """(B, length - 1) bool, True where the next token lies in one of the row's spans [start, end)."""
+    """(B, length - 1) bool, True where the next token lies in one of the row's spans [start,
+    end)."""
     mask = torch.zeros(len(spans), length - 1, dtype=torch.bool)
     for row, row_spans in enumerate(spans):
         for start, end in row_spans:
@@ -28,13 +30,10 @@ def span_mask(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> Tensor
     return mask
 
 
-def loss_mask(dialogues: Sequence[Dialogue], length: int, train_turns: str = "all") -> Tensor:
-    """(B, length - 1) bool, True where the next token was sampled in a turn that the loss covers.
-
-    ``train_turns``: "all", or "action" for the first turn only. A forced EOS is never covered.
-    """
-    covered = slice(0, 1 if train_turns == "action" else None)
-    return span_mask([[(t.start, t.end) for t in d.turns[covered]] for d in dialogues], length)
+def loss_mask(dialogues: Sequence[Dialogue], length: int) -> Tensor:
+    """(B, length - 1) bool, True where the next token was sampled. A forced EOS is never
+    covered."""
+    return span_mask([[(t.start, t.end) for t in d.turns] for d in dialogues], length)
 
 
 @torch.no_grad()
@@ -42,8 +41,8 @@ def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor,
               each_batch: EachBatch = map) -> Tensor:
     """``function`` over chunks of ``size`` rows of all tensors, without gradient, on the CPU.
 
-    Its result has the shape of the last tensor's chunk, the mask (B, L-1). Rows of like length (of the
-    mask) share a chunk. ``each_batch`` as in ``generate.sample_dialogues``.
+    Its result has the shape of the last tensor's chunk, the mask (B, L-1). Rows of like length (of
+    the mask) share a chunk. ``each_batch`` as in ``generate.sample_dialogues``.
     """
     mask = tensors[-1]
     result = torch.zeros(mask.shape)
@@ -55,11 +54,13 @@ def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor,
 
 
 def by_length(mask: Tensor) -> Tensor:
-    """Rows of ``mask`` (B, L-1), the ones that end early first: batches of neighbours hold little padding."""
+    """Rows of ``mask`` (B, L-1), the ones that end early first: batches of neighbours hold little
+    padding."""
     return (mask * torch.arange(1, mask.shape[1] + 1)).amax(1).argsort(stable=True)
 
 
-def values_at(model, head: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+def values_at(model, head: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor,
+              mask: Tensor) -> Tensor:
     """Values (B, L-1), zero outside the mask: column j is the value before token j+1 is chosen."""
     width = used_columns(mask)
     hidden = hidden_states(model, input_ids[:, :width], attention_mask[:, :width])
@@ -71,8 +72,8 @@ def score_dialogues(model, reward_models: Sequence[tuple[tuple[str, ...], torch.
                     batch_size: int, each_batch: EachBatch = map) -> Tensor:
     """Raw scores (K, B) of K reward models, each a (stack of adapters, head).
 
-    Model k is read at the end of turn ``turns[k]``, and the rows are cut there, so that no model pays
-    for tokens it does not see. ``each_batch`` as in ``generate.sample_dialogues``.
+    Model k is read at the end of turn ``turns[k]``, and the rows are cut there, so that no model
+    pays for tokens it does not see. ``each_batch`` as in ``generate.sample_dialogues``.
     """
     return torch.stack([_scores(model, stack, head, dialogues, turn, pad_id, batch_size, each_batch)
                         for (stack, head), turn in zip(reward_models, turns)])
@@ -105,24 +106,27 @@ def dialogue_logprobs(model, stack: Sequence[str], dialogues: Sequence[Dialogue]
     mask = loss_mask(dialogues, ids.shape[1])
     device = model.device
     with use_stack(model, *stack):
-        logprobs = in_chunks(lambda i, a, m: logprobs_at(model, i.to(device), a.to(device), m.to(device), temperature),
-                             batch_size, ids, attention, mask, each_batch=each_batch)
+        logprobs = in_chunks(
+            lambda *chunk: logprobs_at(model, *(t.to(device) for t in chunk), temperature),
+            batch_size, ids, attention, mask, each_batch=each_batch)
     return logprobs, mask
 
 
 def place_scores(scores: Tensor, dialogues: Sequence[Dialogue], mask: Tensor, method: str, *,
-                 pay_at: str = "turns", eos_penalty: float = 0.0, **settings) -> Tensor:
+                 eos_penalty: float = 0.0, **settings) -> Tensor:
     """Rewards (B, L-1) from standardised scores (K, B), before the KL penalty.
 
-    Additive aggregators pay each lens at the last sampled token of its own turn; the others, and those
-    with ``pay_at`` "end", one scalar at the dialogue's last sampled token (an earlier one where the loss
-    ends earlier: see ``place_rewards``). A truncated turn under the loss pays ``eos_penalty`` at its last token.
+    Additive aggregators pay each lens at the last sampled token of its own turn. The others pay one
+    scalar at the dialogue's last sampled token (an earlier one where the loss ends earlier: see
+    ``place_rewards``). A truncated turn under the loss pays ``eos_penalty`` at its last token.
     ``settings`` go to ``ensemble.aggregate``. ValueError: as there, and as ``place_rewards``.
     """
-    ends = torch.tensor([[turn.end - 2 for turn in d.turns] for d in dialogues])  # columns (B, turns)
-    if method in ADDITIVE and pay_at == "turns":
+    # Columns (B, turns)
+    ends = torch.tensor([[turn.end - 2 for turn in d.turns] for d in dialogues])
+    if method in ADDITIVE:
         parts = shares(scores, method, settings.get("weights"))
-        positions = torch.stack([ends[:, min(k, ends.shape[1] - 1)] for k in range(len(parts))])  # (K, B)
+        # (K, B)
+        positions = torch.stack([ends[:, min(k, ends.shape[1] - 1)] for k in range(len(parts))])
         rewards = place_rewards(mask, positions, parts)
     else:
         rewards = place_rewards(mask, ends[:, -1], aggregate(scores, method, **settings))
@@ -134,6 +138,7 @@ def place_scores(scores: Tensor, dialogues: Sequence[Dialogue], mask: Tensor, me
 
 
 def ended_share(dialogues: Sequence[Dialogue]) -> float:
-    """Share of all turns that ended with a sampled EOS, in [0, 1]; the others met --max-new-tokens."""
+    """Share of all turns that ended with a sampled EOS, in [0, 1]; the others met
+    --max-new-tokens."""
     turns = [turn for d in dialogues for turn in d.turns]
     return 1.0 - sum(turn.truncated for turn in turns) / len(turns)

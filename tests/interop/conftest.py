@@ -1,4 +1,5 @@
-"""What the tests against PEFT, transformers, TRL and datasets share: a tiny base, and adapters with values in them.
+"""What the tests against PEFT, transformers, TRL and datasets share:
+a tiny base, and adapters with values in them.
 
     pip install -e ".[test,interop]" && pytest tests/interop
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from tiny import make_tiny_model
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL and datasets would report that they run
+# TRL and datasets would report that they run
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +30,7 @@ def model(folder):
 
 @pytest.fixture
 def adapt():
-    """adapt(model, name, seed, **settings): adds an adapter of random values, so that a lost one shows."""
+    """adapt(model, name, seed, **settings): an adapter of random values: a lost one shows."""
     from virtue.lora import adapter_parameters, add_adapter
 
     def add(model, name, seed, **settings):
@@ -36,5 +38,6 @@ def adapt():
         generator = torch.Generator().manual_seed(seed)
         for parameter in adapter_parameters(model, name):
             if parameter.requires_grad:  # the identity of a whole matrix stays
-                parameter.data = torch.randn(parameter.shape, generator=generator) * (0.1 if settings.get("rank", 4) else 0.02)
+                spread = 0.1 if settings.get("rank", 4) else 0.02
+                parameter.data = torch.randn(parameter.shape, generator=generator) * spread
     return add

@@ -1,4 +1,5 @@
-"""Our data files in datasets and in TRL's trainers, TRL's files in ours: tokens and losses agree. The libraries are the oracle."""
+"""Our data files in datasets and in TRL's trainers, TRL's files in ours: tokens and losses agree.
+The libraries are the oracle."""
 from __future__ import annotations
 
 import json
@@ -24,7 +25,8 @@ from virtue.preference import pairwise_loss  # noqa: E402
 from virtue.plumbing.records import parse_hh, read_dialogues, read_pairs, read_preferences, read_prompts, read_revisions  # noqa: E402
 from virtue.rollout import span_mask  # noqa: E402
 
-ANSWERS = [("I would give the letter back.", "Keep it."), ("Ask the owner first, and then decide.", "Burn it!"), ("Yes, and say why.", "No.")]
+ANSWERS = [("I would give the letter back.", "Keep it."),
+           ("Ask the owner first, and then decide.", "Burn it!"), ("Yes, and say why.", "No.")]
 
 
 def said(role, content):
@@ -40,49 +42,68 @@ def data(tmp_path):
         if i == 2:  # a prompt of three messages
             prompt += [said("assistant", "Which one?"), said("user", "The first.")]
         known = {"id": f"{i:016x}", "truncated": False}
-        revisions.append({**known, "prompt": prompt, "initial": bad, "critique": "It is rash.", "revision": good, "virtue": VIRTUES[i]})
+        revisions.append({**known, "prompt": prompt, "initial": bad, "critique": "It is rash.",
+                          "revision": good, "virtue": VIRTUES[i]})
         sides = [[*prompt, said("assistant", text)] for text in (good, bad)]
         for lens in LENSES:
             if lens != "action":
-                sides = [[*side, said("user", FOLLOW_UPS[lens]), said("assistant", f"{text} It is {lens}.")] for side, text in zip(sides, (good, bad))]
-            preferences[lens].append({**known, "lens": lens, "chosen": sides[0], "rejected": sides[1], "virtues": dict.fromkeys(VIRTUES, 0.75),
+                sides = [[*side, said("user", FOLLOW_UPS[lens]),
+                          said("assistant", f"{text} It is {lens}.")]
+                         for side, text in zip(sides, (good, bad))]
+            preferences[lens].append({**known, "lens": lens, "chosen": sides[0],
+                                      "rejected": sides[1], "virtues": dict.fromkeys(VIRTUES, 0.75),
                                       "label": 0.75, "votes": 4, "position_flips": 1})
     write_jsonl(tmp_path / "revisions.jsonl", revisions)
-    write_jsonl(tmp_path / "dialogues.jsonl", [{"id": f"{i:016x}", "prompt": [said("user", "?")], "ids": [*range(1, 9)],
-                                                "turns": [[1, 3, False], [4, 6, False], [7, 8, False]]} for i in range(3)])
+    write_jsonl(tmp_path / "dialogues.jsonl",
+                [{"id": f"{i:016x}", "prompt": [said("user", "?")], "ids": [*range(1, 9)],
+                  "turns": [[1, 3, False], [4, 6, False], [7, 8, False]]} for i in range(3)])
     for lens in LENSES:
         write_jsonl(tmp_path / f"{lens}.jsonl", preferences[lens])
     return tmp_path
 
 
 def load(tmp_path, *names):
-    return datasets.load_dataset("json", data_files=[str(tmp_path / f"{name}.jsonl") for name in names], split="train", cache_dir=str(tmp_path / "cache"))
+    return datasets.load_dataset("json",
+                                 data_files=[str(tmp_path / f"{name}.jsonl") for name in names],
+                                 split="train", cache_dir=str(tmp_path / "cache"))
 
 
 def test_datasets_loads_our_files_as_we_do(data):
     assert load(data, "revisions").to_list() == read_revisions(data / "revisions.jsonl")
     for lens in LENSES:
         assert load(data, lens).to_list() == read_preferences(data / f"{lens}.jsonl", lens)
-    rows = load(data, "dialogues").to_list()  # a turn, [start, end, truncated], is of mixed type: datasets keeps it as JSON
-    assert [(r["id"], r["ids"], r["turns"]) for r in rows] == [(d.id, d.ids, [list(t) for t in d.turns]) for d in read_dialogues(data / "dialogues.jsonl")]
-    assert [r["lens"] for r in load(data, *LENSES)] == [lens for lens in LENSES for _ in ANSWERS]  # one data set of all three
+    # a turn, [start, end, truncated], is of mixed type: datasets keeps it as JSON
+    rows = load(data, "dialogues").to_list()
+    ours = read_dialogues(data / "dialogues.jsonl")
+    expected = [(d.id, d.ids, [list(t) for t in d.turns]) for d in ours]
+    assert [(r["id"], r["ids"], r["turns"]) for r in rows] == expected
+    # all three make one data set
+    assert [r["lens"] for r in load(data, *LENSES)] == [lens for lens in LENSES for _ in ANSWERS]
 
 
 def settings(tmp_path, kind, **more):
     """One step on the CPU with nothing random in it, so that the loss can be compared."""
-    return kind(output_dir=str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=len(ANSWERS), learning_rate=1e-3, report_to="none", use_cpu=True,
-                save_strategy="no", logging_steps=1, gradient_checkpointing=False, bf16=False, disable_tqdm=True, **more)
+    return kind(output_dir=str(tmp_path / "trl"), max_steps=1,
+                per_device_train_batch_size=len(ANSWERS), learning_rate=1e-3, report_to="none",
+                use_cpu=True, save_strategy="no", logging_steps=1, gradient_checkpointing=False,
+                bf16=False, disable_tqdm=True, **more)
 
 
 @pytest.mark.parametrize("lens", LENSES)
 def test_reward_trainer_takes_a_preference_file_as_it_is(folder, model, data, lens):
-    """Same tokens, and the loss of ours with --labels hard; the probability in `label` is lost on it, as TRL has hard labels only."""
+    """Same tokens, and the loss of ours with --labels hard;
+    the probability in `label` is lost on it, as TRL has hard labels only."""
     tokenizer, records = load_tokenizer(folder), read_preferences(data / f"{lens}.jsonl", lens)
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], modules_to_save=["score"])
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-    trainer = trl.RewardTrainer(model=base, args=settings(data, trl.RewardConfig), train_dataset=load(data, lens), processing_class=tokenizer, peft_config=config)
-    rows = [[encode_conversation(tokenizer, r[side])[0] for r in records] for side in ("chosen", "rejected")]
-    assert [trainer.train_dataset["chosen_ids"][:], trainer.train_dataset["rejected_ids"][:]] == rows
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8,
+                             target_modules=["q_proj", "down_proj"], modules_to_save=["score"])
+    kind = AutoModelForSequenceClassification
+    base = kind.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    trainer = trl.RewardTrainer(model=base, args=settings(data, trl.RewardConfig),
+                                train_dataset=load(data, lens), processing_class=tokenizer,
+                                peft_config=config)
+    for side in ("chosen", "rejected"):
+        rows = [encode_conversation(tokenizer, r[side])[0] for r in records]
+        assert trainer.train_dataset[f"{side}_ids"][:] == rows
 
     weight = trainer.model.base_model.model.score.modules_to_save["default"].weight
     head = ScalarHead(model.config.hidden_size)
@@ -92,14 +113,16 @@ def test_reward_trainer_takes_a_preference_file_as_it_is(folder, model, data, le
         ids, mask = right_pad(rows[side], tokenizer.pad_token_id)
         with use_stack(model, *stack), torch.no_grad():
             return score_at(model, head, ids, mask, mask.long().sum(1, keepdim=True) - 1)[:, 0]
-    expected = pairwise_loss(score(0), score(1), torch.ones(len(records))).mean()  # with B = 0 the adapter does nothing yet
+    # with B = 0 the adapter does nothing yet
+    expected = pairwise_loss(score(0), score(1), torch.ones(len(records))).mean()
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-4)
 
     trainer.save_model(str(data / "saved"))  # and what it trained is ours to load
     state = load_file(data / "saved/adapter_model.safetensors")
     head.load_state_dict({"weight": state.pop("base_model.model.score.weight")})
-    load_adapter_state(model, lens, state, json.loads((data / "saved/adapter_config.json").read_text()))
+    load_adapter_state(model, lens, state,
+                       json.loads((data / "saved/adapter_config.json").read_text()))
     ids, mask = right_pad(rows[0], tokenizer.pad_token_id)
     with torch.no_grad():
         theirs = trainer.model.eval()(input_ids=ids, attention_mask=mask).logits[:, 0]
@@ -107,12 +130,15 @@ def test_reward_trainer_takes_a_preference_file_as_it_is(folder, model, data, le
 
 
 def test_sft_trainer_takes_revisions_after_one_map(folder, model, data):
-    """The map as the card of revisions has it. Same tokens under the loss, same loss as run_sft.py's."""
+    """The map on the card of revisions makes the same tokens and the loss of run_sft.py."""
     tokenizer, card = load_tokenizer(folder), {"data": load(data, "revisions")}
     exec(hub.STAGES["revisions"][2].splitlines()[-1], card)
-    trainer = trl.SFTTrainer(model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), train_dataset=card["rows"], processing_class=tokenizer,
-                             args=settings(data, trl.SFTConfig, max_length=None))
-    encoded = [encode_conversation(tokenizer, [*r["prompt"], said("assistant", r["revision"])]) for r in read_revisions(data / "revisions.jsonl")]
+    trainer = trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        train_dataset=card["rows"], processing_class=tokenizer,
+        args=settings(data, trl.SFTConfig, max_length=None))
+    encoded = [encode_conversation(tokenizer, [*r["prompt"], said("assistant", r["revision"])])
+               for r in read_revisions(data / "revisions.jsonl")]
     assert trainer.train_dataset["input_ids"][:] == [ids for ids, _ in encoded]
     ids, attention = right_pad([ids for ids, _ in encoded], tokenizer.pad_token_id)
     mask = span_mask([spans[-1:] for _, spans in encoded], ids.shape[1])
@@ -126,15 +152,16 @@ def test_files_of_others_are_read(data):
     """hh-rlhf's transcripts and TRL's three layouts, written by datasets itself."""
     good, bad = "Give it back.", "Keep it."
     turns = [said("user", "I found a letter.")]
-    expected = {"chosen": [*turns, said("assistant", good)], "rejected": [*turns, said("assistant", bad)], "lens": "action"}
+    expected = {"chosen": [*turns, said("assistant", good)],
+                "rejected": [*turns, said("assistant", bad)], "lens": "action"}
     hh = [f"\n\nHuman: I found a letter.\n\nAssistant: {text}" for text in (good, bad)]
     assert parse_hh(hh[0]) == expected["chosen"]
     layouts = {
         "hh-rlhf": {"chosen": hh[0], "rejected": hh[1]},
         "TRL, implicit prompt": {"chosen": expected["chosen"], "rejected": expected["rejected"]},
-        "TRL, explicit prompt": {"prompt": turns, "chosen": [said("assistant", good)], "rejected": [said("assistant", bad)]},
-        "TRL, texts": {"prompt": "I found a letter.", "chosen": good, "rejected": bad},
-    }
+        "TRL, explicit prompt": {"prompt": turns, "chosen": [said("assistant", good)],
+                                 "rejected": [said("assistant", bad)]},
+        "TRL, texts": {"prompt": "I found a letter.", "chosen": good, "rejected": bad}}
     for name, record in layouts.items():
         path = data / f"{name}.jsonl"
         datasets.Dataset.from_list([record]).to_json(path)

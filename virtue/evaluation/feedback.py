@@ -1,5 +1,5 @@
-"""What the judge's verdicts say about the judge: ties, flips, votes, halo, whether it knows more than
-places; on toy, agreement with gold.
+"""What the judge's verdicts say about the judge: ties, flips, votes, halo, whether it knows more
+than places; on toy, agreement with gold.
 """
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from virtue.evaluation.stats import wilson
 def virtue_agreement(probs: Tensor) -> float | None:
     """Mean correlation, over the ten pairs of virtues, of P(first is better); probs (N, 5).
 
-    Near 1 the five questions are one halo judgement; near 0 they are five. None below three pairs of
-    dialogues, or where a virtue's answers never vary.
+    Near 1 the five questions are one halo judgement; near 0 they are five. None below three pairs
+    of dialogues, or where a virtue's answers never vary.
     """
     if len(probs) < 3 or (probs.std(0) < 1e-6).any():
         return None
@@ -30,10 +30,8 @@ def virtue_agreement(probs: Tensor) -> float | None:
 
 
 def points(prompt: str, turns: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Toy only, for reports: lens -> virtue -> points of its turn (`toy.grammar.worth`), of as many turns as are given.
-
-    ValueError where the prompt is not the toy world's.
-    """
+    """Toy only, for reports: lens -> virtue -> points of its turn (``toy.grammar.worth``), of as
+    many turns as are given. ValueError: the prompt is not the toy world's."""
     from virtue.toy.gold import parse, slots
     from virtue.toy.grammar import worth
     latent = {lens: list(parse(text, lens, *slots(prompt))) for lens, text in zip(LENSES, turns)}
@@ -41,7 +39,8 @@ def points(prompt: str, turns: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def truth(pair: dict) -> dict[str, float] | None:
-    """Toy only, for reports: by how much the chosen one is better, in gold ("overall") and in each virtue's points.
+    """Toy only, for reports: by how much the chosen one is better, in gold ("overall") and in each
+    virtue's points.
 
     pair: {"chosen", "rejected": messages, "lens"}. None where the prompt is not the toy world's.
     """
@@ -60,10 +59,8 @@ def truth(pair: dict) -> dict[str, float] | None:
 
 
 def gold_agreement(records: list[dict], lens: str) -> float | None:
-    """Share of toy pairs whose chosen dialogue has the higher gold for the lens; equal ones left out.
-
-    None where the prompts are not the toy world's.
-    """
+    """Share of toy pairs whose chosen dialogue has the higher gold for the lens, equal ones left
+    out. None where the prompts are not the toy world's, or no pair is left."""
     truths = [truth({**record, "lens": lens}) for record in records]
     if not all(truths):
         return None
@@ -73,17 +70,19 @@ def gold_agreement(records: list[dict], lens: str) -> float | None:
 
 def _share(right: np.ndarray) -> dict:
     """Mean of right (n,), each in [0, 1], with Wilson's interval; None below two."""
-    found = wilson(float(right.sum()), len(right)) if len(right) > 1 else (None, None, None)
-    return dict(zip(("share", "low", "high"), found), n=len(right))
+    n = len(right)
+    share = wilson(float(right.sum()), n) if n > 1 else (None, None, None)
+    return dict(zip(("share", "low", "high"), share), n=n)
 
 
 def coin_test(odds: Tensor) -> dict:
-    """Can the judge be told from a coin that knows places? Its log-odds (N, orders, Q) that the first
-    of each pair is better -> {"coin", "consistent", "consistent_low", "consistent_high", "judged"}.
+    """Can the judge be told from a coin that knows places? Its log-odds (N, orders, Q) that the
+    first of each pair is better -> {"coin", "consistent", "consistent_low", "consistent_high",
+    "judged"}.
 
     The null: in each order the judge answers by a bias for the place, which may differ from pair to
-    pair, and by noise that is drawn anew for each order, so the two orders know nothing in common of
-    the pair. The statistic: x1 and x2 are a pair's mean over the questions in either order, both as
+    pair, and by noise that is drawn anew for each order, so the two orders know nothing in common
+    of the pair. The statistic: x1 and x2 are a pair's mean over the questions in either order, both as
     "the first is better"; b, the mean of (x1 - x2) / 2 over all pairs, is the bias; "consistent" is
     the share of the N pairs ("judged") on which x1 - b and x2 + b prefer the same dialogue, where a
     tie counts half. For no coin is it above 1/2 in expectation: where a share q of the answers lies
@@ -129,19 +128,21 @@ def _consistent(test: Mapping) -> str:
     share, low, high, n = map(test.get, names)
     if not all(map(is_number, (share, low, high, n))):
         return ""
-    return (f"both orders prefer the same dialogue on {share:.0%} [{low:.0%}, {high:.0%}] of {n} pairs, "
-            "the bias for a place taken off")
+    return (f"both orders prefer the same dialogue on {share:.0%} [{low:.0%}, {high:.0%}] of {n} "
+            "pairs, the bias for a place taken off")
 
 
-def worth(found: Mapping) -> str:
+def worth(numbers: Mapping) -> str:
     """One line on what a judge is worth, from the numbers of `reliability` and "label_mass"."""
-    flips, place = (f"{found[name]:.0%}" if found[name] is not None else "not measured"
+    flips, place = ("not measured" if numbers[name] is None else f"{numbers[name]:.0%}"
                     for name in ("position_flips", "first_place"))
-    coin = {True: "it cannot be told from a coin that knows places", False: "more than a coin that knows places",
-            None: "whether it is more than a coin that knows places was not measured"}[found["coin"]]
-    return (f"flips with the order {flips}, ties {found['ties']:.0%}, first place preferred {place}, "
-            f"labels {found['label_spread']:.3f} from 1/2 (root mean square), mass on the two labels "
-            f"{found['label_mass']:.2f}; {': '.join(filter(None, (coin, _consistent(found))))}")
+    coin = {True: "it cannot be told from a coin that knows places",
+            False: "more than a coin that knows places",
+            None: "whether it is more than a coin that knows places was not measured"}
+    test = ": ".join(filter(None, (coin[numbers["coin"]], _consistent(numbers))))
+    return (f"flips with the order {flips}, ties {numbers['ties']:.0%}, first place preferred "
+            f"{place}, labels {numbers['label_spread']:.3f} from 1/2 (root mean square), mass on "
+            f"the two labels {numbers['label_mass']:.2f}; {test}")
 
 
 def judge_tests(extra: Mapping) -> dict[str, Mapping]:
@@ -154,16 +155,16 @@ def judge_tests(extra: Mapping) -> dict[str, Mapping]:
 
 def doubts(extra: Mapping) -> list[str]:
     """A sentence for each lens of which `judge_tests` leave the judge in doubt."""
-    found = []
+    sentences = []
     for lens, test in judge_tests(extra).items():
         if test.get("coin") is True:
             numbers = _consistent(test)
-            found.append(f"the labels of lens {lens} are those of a judge that cannot be told from a coin that "
-                         "knows places" + f" ({numbers})" * bool(numbers))
+            sentences.append(f"the labels of lens {lens} are those of a judge that cannot be told "
+                             "from a coin that knows places" + f" ({numbers})" * bool(numbers))
         elif test.get("coin", False) is None:
-            found.append(f"the judge of lens {lens} was asked in one order: whether it is more than a coin that "
-                         "knows places was not measured")
-    return found
+            sentences.append(f"the judge of lens {lens} was asked in one order: whether it is more "
+                             "than a coin that knows places was not measured")
+    return sentences
 
 
 def _right(side: Tensor, sign: np.ndarray) -> dict:
@@ -174,76 +175,86 @@ def _right(side: Tensor, sign: np.ndarray) -> dict:
 
 
 def agreement(odds: Tensor, signs: dict[str, np.ndarray]) -> dict:
-    """How often the judge is right: its log-odds (N, 2, 5) that the chosen is better; signs: what
-    decides, > 0 chosen, 0 left out.
+    """How often the judge is right: its log-odds (N, 2, 5) that the chosen is better, and `signs`,
+    which decide, (N,) each: > 0 the chosen one is, 0 the pair is left out.
 
     signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry
     Wilson's 95 % intervals, and a pair on which the judge prefers neither counts one half;
     "one_order" asks the mean of the five virtues in one order, and is the mean over both.
     Returns "agreement": {"majority", "mean", "one_order", each virtue: {"share", "low", "high",
-    "n"}}, "halo" (mean correlation between two virtues' answers, or None), and what `reliability` has.
+    "n"}}, "halo" (mean correlation between two virtues' answers, or None), and what `reliability`
+    has.
     """
     overall, by_order = signs["overall"], preferred(odds.double().sigmoid().mean(2).logit())
-    found = {"majority": _right(choose(odds), overall), "mean": _right(choose(odds, "mean"), overall),
-             "one_order": _right(by_order.mean(1), overall)}
+    shares = {"majority": _right(choose(odds), overall),
+              "mean": _right(choose(odds, "mean"), overall),
+              "one_order": _right(by_order.mean(1), overall)}
     for i, virtue in enumerate(VIRTUES):
         side = preferred(odds.double().mean(1)[:, i])
-        found[virtue] = _right(side, signs.get(virtue, overall))
-    return {"agreement": found, **reliability(odds), "halo": virtue_agreement(opinion(odds))}
+        shares[virtue] = _right(side, signs.get(virtue, overall))
+    return {"agreement": shares, **reliability(odds), "halo": virtue_agreement(opinion(odds))}
 
 
-def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]], lens: str, *, batch_size: int,
-              wording: str = "trained", each_batch: EachBatch = map, gold: np.ndarray | None = None) -> dict | None:
-    """The judge's comparison of two models' dialogues, prompt by prompt, both orders; None if no pair fits its context.
+def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]], lens: str, *,
+              batch_size: int, wording: str = "trained", each_batch: EachBatch = map,
+              gold: np.ndarray | None = None) -> dict | None:
+    """The judge's comparison of two models' dialogues (messages), prompt by prompt, both orders;
+    None if fewer than two pairs fit its context.
 
-    Returns {"rate", "low", "high", "pairs", "questions", "label_mass"}: the share of prompts on which ``after`` is preferred (mean of the five virtues; a
-    tie counts half), Wilson's interval; "pairs": how many were judged; "questions": {name: mean P(after preferred)};
-    "label_mass": as ``judge_log_odds`` has it. With gold (n,), by how
-    much ``after`` is better, also "gold": {"share", "low", "high", "n"}, the share of the n pairs with
-    a difference on which the judge prefers the better (a tie counts half there too).
+    Returns {"rate", "low", "high", "pairs", "questions", "label_mass"}: the share of prompts on
+    which `after` is preferred (mean of the five virtues; a tie counts half) with Wilson's interval;
+    how many pairs were judged; {name: mean P(after preferred)}; ``judge_log_odds``'s. With gold
+    (n,), by how much `after` is better, also "gold": {"share", "low", "high", "n"}, the share of
+    the n pairs with a difference on which the judge prefers the better (a tie counts half there
+    too). VirtueError: as ``judge_log_odds``.
     """
-    asked = (*VIRTUES, "helpfulness") if lens == "action" else (*VIRTUES, "helpfulness", "sincerity")
-    kept = [i for i, pair in enumerate(zip(after, before, strict=True)) if pair_fits(judge, tokenizer, *pair, lens)]
+    asked = (*VIRTUES, "helpfulness", *(["sincerity"] if lens != "action" else []))
+    both = list(zip(after, before, strict=True))
+    kept = [i for i, pair in enumerate(both) if pair_fits(judge, tokenizer, *pair, lens)]
     if len(kept) < 2:
         return None
-    pairs = [(after[i], before[i]) for i in kept]
-    odds, label_mass = judge_log_odds(judge, tokenizer, pairs, lens, batch_size, asked, wording, each_batch=each_batch)
+    odds, label_mass = judge_log_odds(judge, tokenizer, [both[i] for i in kept], lens, batch_size,
+                                      asked, wording, each_batch=each_batch)
     won = choose(odds[..., :len(VIRTUES)], "mean")
     rate = dict(zip(("rate", "low", "high"), wilson(won.sum().item(), len(won))))
     if gold is not None:
         rate["gold"] = _right(won, gold[kept])
     questions = dict(zip(asked, opinion(odds).mean(0).tolist()))
-    return {**rate, "pairs": len(pairs), "questions": questions, "label_mass": label_mass}
+    return {**rate, "pairs": len(kept), "questions": questions, "label_mass": label_mass}
 
 
-def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[dict]], *, batch_size: int,
-           each_batch: Callable[[str], EachBatch] = lambda lens: map) -> tuple[np.ndarray, list[int]]:
-    """P(answer better than the prompt's other one), mean of the lenses and virtues, each of which is
-    `judge.opinion` of both orders: (P, n); and the indices of the P prompts.
+def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[dict]], *,
+           batch_size: int, each_batch: Callable[[str], EachBatch] = lambda lens: map,
+           ) -> tuple[np.ndarray, list[int]]:
+    """P(answer better than the prompt's other one), mean of the lenses and virtues, each of which
+    is ``judge.opinion`` of both orders: (P, n); and the indices of the P prompts.
 
-    answers: n lists of dialogues as messages, prompt by prompt; others: one dialogue a prompt. A prompt of which a pair does not fit the judge's context is left
-    out. ``each_batch`` gives each lens its own, see ``generate.sample_dialogues``. VirtueError: as ``judge_log_odds``.
+    answers: n lists of dialogues as messages, prompt by prompt; others: one dialogue a prompt. A
+    prompt of which a pair does not fit the judge's context is left out. `each_batch` gives each
+    lens its own, see ``generate.sample_dialogues``. VirtueError: as ``judge_log_odds``.
     """
     def cut(messages: list[dict], k: int) -> list[dict]:  # up to the turn of lens k of three
         return messages[:len(messages) - 2 * (len(LENSES) - 1 - k)]
 
-    pairs = {lens: [[(cut(side[i], k), cut(other, k)) for side in answers] for i, other in enumerate(others)] for k, lens in enumerate(LENSES)}
-    kept = [i for i in range(len(others)) if all(pair_fits(judge, tokenizer, *pair, lens) for lens in LENSES for pair in pairs[lens][i])]
-    odds = [judge_log_odds(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]], lens, batch_size, each_batch=each_batch(lens))[0]
-             for lens in LENSES if kept]
+    pairs = {lens: [[(cut(side[i], k), cut(other, k)) for side in answers]
+                    for i, other in enumerate(others)] for k, lens in enumerate(LENSES)}
+    kept = [i for i in range(len(others)) if all(
+        pair_fits(judge, tokenizer, *pair, lens) for lens in LENSES for pair in pairs[lens][i])]
     if not kept:
         return np.zeros((0, len(answers))), kept
-    return (sum(opinion(o).mean(1) for o in odds) / len(LENSES)).view(len(kept), -1).numpy(), kept
+    total = 0
+    for lens in LENSES:
+        odds, _ = judge_log_odds(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]],
+                                 lens, batch_size, each_batch=each_batch(lens))
+        total += opinion(odds).mean(1)
+    return (total / len(LENSES)).view(len(kept), -1).numpy(), kept
 
 
 def summarize(records: list[dict], odds: Tensor, lens: str) -> dict:
-    """Numbers of one preference set: its records as written, and the judge's log-odds (N, orders, 5)
-    on all N pairs that it read, those without a verdict too."""
-    n = len(records)
-    votes = Counter(r["votes"] for r in records)
-    return {
-        "pairs": n, **reliability(odds),
-        "votes_5": votes[5] / max(1, n), "votes_4": votes[4] / max(1, n), "votes_3": votes[3] / max(1, n),
-        "virtue_agreement": virtue_agreement(opinion(odds)),
-        "gold_agreement": gold_agreement(records, lens),
-    }
+    """Numbers of one preference set: its records as written, and the judge's log-odds (N, orders,
+    5) on all N pairs that it read, those without a verdict too."""
+    n, votes = len(records), Counter(r["votes"] for r in records)
+    return {"pairs": n, **reliability(odds),
+            **{f"votes_{k}": votes[k] / max(1, n) for k in (5, 4, 3)},
+            "virtue_agreement": virtue_agreement(opinion(odds)),
+            "gold_agreement": gold_agreement(records, lens)}

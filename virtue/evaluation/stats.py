@@ -6,18 +6,21 @@ of unlike shape, fewer than 2 rows, values not finite, and settings out of range
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
-def _paired(a: ArrayLike, b: ArrayLike, max_dim: int = 1, rows: int = 2) -> tuple[np.ndarray, np.ndarray]:
+Interval = tuple[float, float, float]  # estimate, low, high
+
+
+def _paired(a: ArrayLike, b: ArrayLike, max_dim: int = 1, rows: int = 2) -> tuple[np.ndarray, ...]:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or not 1 <= a.ndim <= max_dim or len(a) < rows:
-        raise ValueError(f"need arrays of one shape with {rows} rows or more, got {a.shape}, {b.shape}")
+        raise ValueError(f"need arrays of one shape with {rows} rows or more, "
+                         f"got {a.shape}, {b.shape}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("scores must be finite")
     return a, b
@@ -30,8 +33,8 @@ def _in_range(level: float = 0.5, resamples: int = 1) -> None:
 
 def paired_bootstrap(a: ArrayLike, b: ArrayLike, *, resamples: int = 10000, level: float = 0.95,
                      seed: int = 0, statistic: Callable[[np.ndarray], float] | None = None,
-                     ) -> tuple[float, float, float]:
-    """statistic(b) - statistic(a) with its percentile interval -> (difference, low, high).
+                     ) -> Interval:
+    """statistic(b) - statistic(a) with its percentile interval.
 
     Rows of both are resampled together. a, b (n,) or (n, K); statistic: rows -> scalar, default the
     mean. Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
@@ -43,7 +46,8 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, *, resamples: int = 10000, leve
         d = (b - a).reshape(len(a), -1).mean(1)
         difference, draws = d.mean(), d[rows].mean(1)
     else:
-        difference, draws = statistic(b) - statistic(a), np.array([statistic(b[r]) - statistic(a[r]) for r in rows])
+        difference = statistic(b) - statistic(a)
+        draws = np.array([statistic(b[r]) - statistic(a[r]) for r in rows])
     return _interval(difference, draws, level)
 
 
@@ -51,7 +55,7 @@ def _resampled(n: int, resamples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n, (resamples, n))
 
 
-def _interval(difference: float, draws: np.ndarray, level: float) -> tuple[float, float, float]:
+def _interval(difference: float, draws: np.ndarray, level: float) -> Interval:
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(difference), float(low), float(high)
 
@@ -97,8 +101,8 @@ def _t_within(theta: float, df: int) -> float:
     return 2 / math.pi * (theta + total) if odd else total
 
 
-def t_interval(x: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
-    """mean +- t_{n-1} std / sqrt(n), std with divisor n - 1. Seeds x (n,) -> (mean, low, high).
+def t_interval(x: ArrayLike, level: float = 0.95) -> Interval:
+    """mean +- t_{n-1} std / sqrt(n), std with divisor n - 1, of seeds x (n,).
 
     Student 1908, "The probable error of a mean".
     """
@@ -112,11 +116,13 @@ def t_interval(x: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
 
-def wilson(right: float, n: int, level: float = 0.95) -> tuple[float, float, float]:
-    """A share with its interval, for counts that a bootstrap cannot resample, 0 of 4 -> (right / n, low, high).
+def wilson(right: float, n: int, level: float = 0.95) -> Interval:
+    """A share with its interval, for counts that a bootstrap cannot resample, such as 0 of 4
+    -> (right / n, low, high).
 
-    right of n >= 1 pairs, a tie counting one half. The shares p with |right / n - p| <= z sqrt(p (1 - p) / n).
-    Wilson 1927, "Probable inference, the law of succession, and statistical inference". ValueError: right not in [0, n].
+    right of n >= 1 pairs, a tie counting one half. The shares p with |right / n - p| <=
+    z sqrt(p (1 - p) / n). Wilson 1927, "Probable inference, the law of succession, and statistical
+    inference". ValueError: right not in [0, n].
     """
     if not (n >= 1 and 0 <= right <= n):
         raise ValueError(f"need 0 <= right <= n, n >= 1, got {right} of {n}")
@@ -126,16 +132,18 @@ def wilson(right: float, n: int, level: float = 0.95) -> tuple[float, float, flo
     return share, max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
 
 
-def hierarchical_bootstrap(a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, crossed: bool = False, resamples: int = 2000,
-                           level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
-    """Mean over seeds of the mean over prompts of b - a, percentile interval -> (difference, low, high).
+def hierarchical_bootstrap(a: Sequence[ArrayLike], b: Sequence[ArrayLike], *,
+                           crossed: bool = False, resamples: int = 2000, level: float = 0.95,
+                           seed: int = 0) -> Interval:
+    """Mean over seeds of the mean over prompts of b - a, with its percentile interval.
 
-    a[s], b[s] (n_s,), n_s >= 1: seed s, paired; 2 seeds or more. Draws seeds with replacement, then prompts:
-    anew within each drawn seed (nested), or with `crossed` the same ones in all of them, as must be where every
-    seed was asked the same n prompts in this order: what is hard in a prompt is then no less so for having many
-    seeds. Where seeds differ most, the variance is (S - 1) / S of the true one: for few seeds see also
-    `t_interval`. Davison and Hinkley 1997, "Bootstrap Methods", section 3.8; crossed: Owen 2007, "The pigeonhole
-    bootstrap". ValueError also for `crossed` with unequal n_s.
+    a[s], b[s] (n_s,), n_s >= 1: seed s, paired; 2 seeds or more. Draws seeds with replacement, then
+    prompts: anew within each drawn seed (nested), or with `crossed` the same ones in all of them,
+    as must be where every seed was asked the same n prompts in this order: what is hard in a prompt
+    is then no less so for having many seeds. Where seeds differ most, the variance is (S - 1) / S
+    of the true one: for few seeds see also `t_interval`. Davison and Hinkley 1997, "Bootstrap
+    Methods", section 3.8; crossed: Owen 2007, "The pigeonhole bootstrap". ValueError also for
+    `crossed` with unequal n_s.
     """
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"need the same 2 seeds or more in a and b, got {len(a)}, {len(b)}")
@@ -152,12 +160,11 @@ def hierarchical_bootstrap(a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, cr
         means = np.empty(drawn.shape)
         for s, x in enumerate(d):  # each time that seed s was drawn it gets prompts of its own
             means[drawn == s] = x[rng.integers(0, len(x), ((drawn == s).sum(), len(x)))].mean(1)
-    low, high = np.quantile(means.mean(1), [(1 - level) / 2, (1 + level) / 2])
-    return float(np.mean([x.mean() for x in d])), float(low), float(high)
+    return _interval(np.mean([x.mean() for x in d]), means.mean(1), level)
 
 
 def holm(p: ArrayLike) -> np.ndarray:
-    """Adjusted p (m,) in the input's order: reject all <= alpha, and P(any false rejection) <= alpha.
+    """Adjusted p (m,) in the input's order: reject all <= alpha, then P(any false one) <= alpha.
 
     max over j <= i of (m - j + 1) p_(j), at most 1. p (m,) in [0, 1], else ValueError. Needs no
     independence. Holm 1979, "A simple sequentially rejective multiple test procedure".
@@ -175,28 +182,34 @@ def _intercept(d: np.ndarray, x: np.ndarray) -> np.ndarray:
     constant = np.ptp(x, axis=-1) <= 1e-9 * np.abs(x).max(-1)  # but for rounding, as lengths + 0.1
     mean, centred = x.mean(-1), x - x.mean(-1, keepdims=True)
     slope = (centred * d).sum(-1) / np.where(constant, 1, (centred * centred).sum(-1))
-    return np.where(constant, np.where(x[..., 0] == 0, d.mean(-1), math.nan), d.mean(-1) - slope * mean)
+    of_constant = np.where(x[..., 0] == 0, d.mean(-1), math.nan)
+    return np.where(constant, of_constant, d.mean(-1) - slope * mean)
 
 
-def _differences(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _differences(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike,
+                 ) -> tuple[np.ndarray, np.ndarray]:
     (a, b), (length_a, length_b) = _paired(a, b), _paired(length_a, length_b)
     if len(a) != len(length_a):
         raise ValueError(f"need one length for each score, got {len(length_a)} for {len(a)}")
     return b - a, length_b - length_a
 
 
-def length_controlled(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike) -> float:
-    """Mean of b - a at equal length: intercept of the line of b - a on length_b - length_a; all (n,).
+def length_controlled(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike,
+                      ) -> float:
+    """Mean of b - a at equal length, all (n,): intercept of the line of b - a on the difference of
+    length.
 
-    The mean where lengths are equal in every row. NaN where they differ by one constant: what length does
-    cannot then be told from what the model does. Dubois et al. 2024 (arXiv:2404.04475), in linear form.
+    The mean where lengths are equal in every row. NaN where they differ by one constant: what
+    length does cannot then be told from what the model does. Dubois et al. 2024
+    (arXiv:2404.04475), in linear form.
     """
     return float(_intercept(*_differences(a, b, length_a, length_b)))
 
 
-def length_controlled_interval(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike, *, resamples: int = 2000,
-                               level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
-    """`length_controlled` with a `paired_bootstrap` interval over rows -> (difference, low, high).
+def length_controlled_interval(a: ArrayLike, b: ArrayLike, length_a: ArrayLike,
+                               length_b: ArrayLike, *, resamples: int = 2000, level: float = 0.95,
+                               seed: int = 0) -> Interval:
+    """`length_controlled` with a `paired_bootstrap` interval over rows.
 
     low and high are NaN if any resample gives NaN: too few rows differ in how lengths differ.
     """
@@ -206,31 +219,35 @@ def length_controlled_interval(a: ArrayLike, b: ArrayLike, length_a: ArrayLike, 
 
 
 def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> float:
-    """E[gold of the best of n by proxy], mean over P prompts; unbiased. proxy, gold (P, N), 1 <= n <= N.
+    """E[gold of the best of n by proxy], mean over P prompts; unbiased. proxy, gold (P, N),
+    1 <= n <= N.
 
-    sum_i C(i - 1, n - 1) / C(N, n) gold_(i), i the rank by proxy: the mean over all subsets of n of the N
-    samples, ties broken at random. Nakano et al. 2021 (arXiv:2112.09332), Gao et al. 2022 (arXiv:2210.10760).
+    sum_i C(i - 1, n - 1) / C(N, n) gold_(i), i the rank by proxy: the mean over all subsets of n
+    of the N samples, ties broken at random. Nakano et al. 2021 (arXiv:2112.09332), Gao et al. 2022
+    (arXiv:2210.10760).
     """
     proxy, gold = _paired(proxy, gold, max_dim=2, rows=1)
     if proxy.ndim != 2 or n not in range(1, proxy.shape[1] + 1):
-        raise ValueError(f"need (prompts, samples) and 1 <= n <= samples, got {proxy.shape}, n = {n}")
+        raise ValueError("need (prompts, samples) and 1 <= n <= samples, "
+                         f"got {proxy.shape}, n = {n}")
     N, total = proxy.shape[1], 0.0
     weights = np.array([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])
     for x, y in zip(proxy, gold):
         _, tied, sizes = np.unique(x, return_inverse=True, return_counts=True)
-        total += weights @ np.repeat(np.bincount(tied, y) / sizes, sizes)  # ties share their mean gold
+        total += weights @ np.repeat(np.bincount(tied, y) / sizes, sizes)  # of ties their mean
     return float(total / len(proxy))
 
 
 def best_of_n_kl(n: int) -> float:
-    """Most nats that best of n can be from its model: log n - (n - 1) / n. Beirami et al. 2024 (arXiv:2401.01879)."""
+    """Most nats that best of n can be from its model: log n - (n - 1) / n. Beirami et al. 2024
+    (arXiv:2401.01879)."""
     if n < 1:
         raise ValueError(f"need n >= 1, got {n}")
     return math.log(n) - (n - 1) / n
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
-    """Spearman's rho: Pearson's correlation of ranks, ties at their mean rank. x, y (n,) -> [-1, 1].
+    """Spearman's rho: Pearson's correlation of ranks, ties at their mean. x, y (n,) -> [-1, 1].
 
     NaN where one of them is constant. Spearman 1904.
     """

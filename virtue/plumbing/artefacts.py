@@ -36,9 +36,10 @@ AGAIN = "run again the stage that writes this folder"
 
 
 def write_atomic(path: str | Path, data: bytes | Callable[[Path], None]) -> None:
-    """Writes `data` under a temporary name, to the disk, and renames: never half a file. Under torchrun rank 0 does.
-    What would fill the memory as bytes is a function that writes the file it is given, as safetensors does.
-    VirtueError: the disk is full, or the folder cannot be written."""
+    """Writes `data` under a temporary name, to the disk, and renames: never half a file. Under
+    torchrun rank 0 does. What would fill the memory as bytes is a function that writes the file it
+    is given, as safetensors does. VirtueError: the disk is full, or the folder cannot be
+    written."""
     if not main_rank():
         return
     path = Path(path)
@@ -58,8 +59,9 @@ def write_atomic(path: str | Path, data: bytes | Callable[[Path], None]) -> None
             os.close(folder)
     except (OSError, SafetensorError) as e:
         temporary.unlink(missing_ok=True)
-        raise VirtueError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}): make room, or choose "
-                          "another folder") from None
+        reason = getattr(e, "strerror", None) or e
+        raise VirtueError(f"{path}: cannot be written ({reason}): make room, or choose another "
+                          "folder") from None
 
 
 def _json(value: object, indent: int | None = None) -> str:
@@ -88,7 +90,8 @@ def sha256_file(path: str | Path) -> str:
 
 
 def file_hash(folder: str | Path) -> str:
-    """Hex sha256 of an artefact's weights, by which its children know it. VirtueError: the file is not there."""
+    """Hex sha256 of an artefact's weights, by which its children know it. VirtueError: the file is
+    not there."""
     return sha256_file(Path(folder) / WEIGHTS)
 
 
@@ -99,37 +102,44 @@ def prompts_hash(name: str) -> str | None:
 
 def data_hash(folder: Path, names: Iterable[str]) -> str:
     """Hex sha256 over the named files of a folder of data, in that order."""
-    return hashlib.sha256("".join(sha256_file(folder / name) for name in names).encode()).hexdigest()
+    hashes = "".join(sha256_file(folder / name) for name in names)
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def check_unedited(folder: Path, manifest: Mapping) -> None:
     """VirtueError where the files of a folder of data are not those that its manifest records."""
-    names = [*(f"{lens}.jsonl" for lens in LENSES), "dialogues.jsonl"] if manifest["stage"] == "preferences" else [
-        f"{manifest['stage']}.jsonl"]
+    stage = manifest["stage"]
+    of_stage = (*LENSES, "dialogues") if stage == "preferences" else (stage,)
+    names = [f"{name}.jsonl" for name in of_stage]
     if data_hash(folder, names) != manifest["sha256"]:
-        raise VirtueError(f"{folder}: {', '.join(names)}: changed since run_data.py {manifest['stage']} wrote them: "
-                          "run it again, or give edited pairs to run_rm.py by --pairs FILE")
+        raise VirtueError(f"{folder}: {', '.join(names)}: changed since run_data.py {stage} wrote "
+                          "them: run it again, or give edited pairs to run_rm.py by --pairs FILE")
 
 
-def check_made_by(folder: Path, base: Mapping[str, str] | None, template: str | None, sft: Path | None) -> dict:
+def check_made_by(folder: Path, base: Mapping[str, str] | None, template: str | None,
+                  sft: Path | None) -> dict:
     """A preference folder's manifest; VirtueError where its files were edited, or
     its dialogues came from another base, template (None: not compared) or SFT."""
     manifest = read_manifest(folder, "preferences")
     check_unedited(folder, manifest)
-    if base and manifest["base"].get("fingerprint") != base["fingerprint"] or template and manifest["template"] != template:
-        raise VirtueError(f"{folder}: sampled by another base or tokenizer, {manifest['base'].get('id')}: give that --model")
-    was, now = manifest["parents"].get("sft", {}), file_hash(sft) if sft else None
-    if was.get("sha256") != now:
-        raise VirtueError(f"{folder}: sampled upon {was.get('folder', 'the bare base')}, not upon {sft or 'the bare base'} as it is now: "
-                          "give that --sft, or run run_data.py preferences again")
+    same_base = not base or manifest["base"].get("fingerprint") == base["fingerprint"]
+    if not same_base or template and manifest["template"] != template:
+        raise VirtueError(f"{folder}: sampled by another base or tokenizer, "
+                          f"{manifest['base'].get('id')}: give that --model")
+    recorded = manifest["parents"].get("sft", {})
+    if recorded.get("sha256") != (file_hash(sft) if sft else None):
+        raise VirtueError(f"{folder}: sampled upon {recorded.get('folder', 'the bare base')}, not "
+                          f"upon {sft or 'the bare base'} as it is now: give that --sft, or run "
+                          "run_data.py preferences again")
     return manifest
 
 
 def check_output(folder: str | Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> Path:
-    """Refuses a folder that is not empty unless `overwrite`, and one of the `inputs`; changes nothing.
+    """Refuses a folder that is not empty unless `overwrite`, and one of the `inputs`; changes
+    nothing.
 
-    For the beginning of a stage, before hours of work; `prepare_output` is for its first write. VirtueError: such a folder, or one
-    that cannot be read.
+    For the beginning of a stage, before hours of work; `prepare_output` is for its first write.
+    VirtueError: such a folder, or one that cannot be read.
     """
     folder = Path(folder)
     try:
@@ -139,14 +149,16 @@ def check_output(folder: str | Path, overwrite: bool, inputs: Iterable[Path | No
         raise VirtueError(f"{folder}: cannot be a folder to write in ({e.strerror}): choose "
                           "another --out") from None
     if any(path is not None and path.resolve() == folder.resolve() for path in inputs):
-        raise VirtueError(f"{folder}: an input of this stage, which would be lost: choose another --out")
+        raise VirtueError(f"{folder}: an input of this stage, which would be lost: choose another "
+                          "--out")
     return folder
 
 
 def prepare_output(folder: str | Path, overwrite: bool) -> Path:
     """Makes the folder, after `check_output`; an old virtue.json goes first.
 
-    Without it, a folder that is only half overwritten cannot pass for an artefact. VirtueError: as there; it cannot be made.
+    Without it, a folder that is only half overwritten cannot pass for an artefact. VirtueError: as
+    there; it cannot be made.
     """
     folder = check_output(folder, overwrite)
     try:
@@ -166,8 +178,8 @@ def save_artifact(folder: str | Path, *, stage: str, model: nn.Module, adapter: 
 
     `base` is {"id", "fingerprint"}, `template` a fingerprint (see models.py); `parents` maps roles
     to the artefact folders it was trained upon, e.g. {"sft": "runs/sft"}; `extra` is the stage's
-    own: lens, score mean and std, ... KeyError: no such adapter. VirtueError: a parent is missing, before
-    anything is touched; the disk is full, which leaves no virtue.json.
+    own: lens, score mean and std, ... KeyError: no such adapter. VirtueError: a parent is missing,
+    before anything is touched; the disk is full, which leaves no virtue.json.
     """
     for parent in parents.values():
         file_hash(parent)  # refuses one that is missing before anything is touched
@@ -217,60 +229,76 @@ def _read_json(path: Path, fields: Iterable[str]) -> dict:
 
 # What later stages take from an artefact's settings, and what it may be.
 _SETTINGS = {
-    **dict.fromkeys(("model", "prompts", "sft", "rm"), lambda v: isinstance(v, str)), "quantize": QUANTIZE.__contains__, "dtype": [*DTYPES].__contains__,
-    **dict.fromkeys(("max_prompt_tokens", "max_new_tokens"), lambda v: type(v) is int and v >= 1), "temperature": lambda v: is_number(v) and v > 0,
-    "seed": lambda v: type(v) is int, "held_out": lambda v: is_number(v) and 0 <= v <= 1,
+    **dict.fromkeys(("model", "prompts", "sft", "rm"), lambda v: isinstance(v, str)),
+    **dict.fromkeys(("max_prompt_tokens", "max_new_tokens"), lambda v: type(v) is int and v >= 1),
+    "quantize": QUANTIZE.__contains__, "dtype": [*DTYPES].__contains__,
+    "temperature": lambda v: is_number(v) and v > 0, "seed": lambda v: type(v) is int,
+    "held_out": lambda v: is_number(v) and 0 <= v <= 1,
 }
+_KINDS = {"stage": str, "base": dict, "template": str, "parents": dict, "seed": int,
+          "settings": dict, "extra": dict, "sha256": str | None}
 
 
 def _odd_field(manifest: Mapping) -> str | None:
     """The first field of a manifest whose type or value is none that a stage writes."""
-    kinds = {"stage": str, "base": dict, "template": str, "parents": dict, "seed": int, "settings": dict, "extra": dict, "sha256": str | None}
-    if odd := [name for name, kind in kinds.items() if not isinstance(manifest[name], kind)]:
+    if odd := [name for name, kind in _KINDS.items() if not isinstance(manifest[name], kind)]:
         return odd[0]
-    settings, extra = manifest["settings"], manifest["extra"]
-    sound = {
-        "base": all(isinstance(v, str) for v in manifest["base"].values()),
-        "parents": all(isinstance(p, dict) and isinstance(p.get("folder"), str) and isinstance(p.get("sha256"), str) for p in manifest["parents"].values()),
-        **{f"settings, {name}": settings.get(name) is None or check(settings[name]) for name, check in _SETTINGS.items()},
-        "extra, score_mean and score_std": manifest["stage"] != "rm" or is_number(extra.get("score_mean")) and is_number(extra.get("score_std")) and extra["score_std"] >= 0,
-    }
-    return next((name for name, fine in sound.items() if not fine), None)
+    if not all(isinstance(value, str) for value in manifest["base"].values()):
+        return "base"
+    for parent in manifest["parents"].values():
+        if not (isinstance(parent, dict) and isinstance(parent.get("folder"), str)
+                and isinstance(parent.get("sha256"), str)):
+            return "parents"
+    for name, check in _SETTINGS.items():
+        value = manifest["settings"].get(name)
+        if value is not None and not check(value):
+            return f"settings, {name}"
+    mean, std = (manifest["extra"].get(name) for name in ("score_mean", "score_std"))
+    if manifest["stage"] == "rm" and not (is_number(mean) and is_number(std) and std >= 0):
+        return "extra, score_mean and score_std"
+    return None
 
 
 def read_manifest(folder: str | Path, stage: str | None = None, lens: str | None = None) -> dict:
     """An artefact's virtue.json. VirtueError: no artefact, another stage, another lens."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        below = ", ".join(sorted(reprlib.repr(found.parent.name) for found in Path(folder).glob(f"*/{MANIFEST}"))[:9])
-        raise VirtueError(f"{folder}: no artefact here (it has no {MANIFEST}): "
-                          + (f"give one of those in it, {below}" if below else "check the path, or run the stage that writes it to its end"
-                             + ("; how to load an adapter that PEFT trained, README says (With other libraries)" if (Path(folder) / CONFIG).is_file() else "")))
-    fields = ("stage", "base", "template", "parents", "sha256", "seed", "settings", "extra")
-    manifest = _read_json(path, fields)
+        below = sorted(reprlib.repr(file.parent.name) for file in path.parent.glob(f"*/{MANIFEST}"))
+        remedy = f"give one of those in it, {', '.join(below[:9])}"
+        if not below:
+            remedy = "check the path, or run the stage that writes it to its end"
+            if (path.parent / CONFIG).is_file():
+                remedy += "; how to load an adapter that PEFT trained, docs/libraries.md says"
+        raise VirtueError(f"{folder}: no artefact here (it has no {MANIFEST}): {remedy}")
+    manifest = _read_json(path, _KINDS)
     if odd := _odd_field(manifest):
         raise VirtueError(f"{path}: {odd}: no value that a stage writes: {AGAIN}")
-    for name, want, found in (("stage", stage, manifest["stage"]),
-                              ("lens", lens, manifest["extra"].get("lens"))):
-        if want is not None and found != want:
-            raise VirtueError(f"{folder}: of {name} {reprlib.repr(found)}: give the folder of {name} {want!r}")
+    for name, expected, is_of in (("stage", stage, manifest["stage"]),
+                                  ("lens", lens, manifest["extra"].get("lens"))):
+        if expected is not None and is_of != expected:
+            raise VirtueError(f"{folder}: of {name} {reprlib.repr(is_of)}: give the folder of "
+                              f"{name} {expected!r}")
     return manifest
 
 
-def check_artifact(folder: str | Path, *, stage: str, base: Mapping[str, str] | None = None, template: str | None = None, lens: str | None = None,
+def check_artifact(folder: str | Path, *, stage: str, base: Mapping[str, str] | None = None,
+                   template: str | None = None, lens: str | None = None,
                    parents: Mapping[str, str | Path] | None = None) -> tuple[dict, dict]:
-    """The manifest and adapter_config.json of an artefact, with the errors of `load_artifact` that need no model.
+    """The manifest and adapter_config.json of an artefact, with the errors of `load_artifact` that
+    need no model.
 
     ``base``, ``template`` and ``parents`` are not compared where None.
     """
     folder, manifest = Path(folder), read_manifest(folder, stage, lens)
     recorded = {role: parent["sha256"] for role, parent in manifest["parents"].items()}
     if base is not None and manifest["base"].get("fingerprint") != base["fingerprint"]:
-        raise VirtueError(f"{folder}: made for another base, {manifest['base'].get('id')}, whose files "
-                          f"differ from those of {base['id']}: give the --model it was made with")
+        raise VirtueError(f"{folder}: made for another base, {manifest['base'].get('id')}, whose "
+                          f"files differ from those of {base['id']}: give the --model it was made "
+                          "with")
     if template is not None and manifest["template"] != template:
         raise VirtueError(f"{folder}: made with another tokenizer or chat template than that of "
-                          f"{base['id'] if base else 'the base'}: restore the template, or train again")
+                          f"{base['id'] if base else 'the base'}: restore the template, or train "
+                          "again")
     if parents is not None and recorded != {r: file_hash(p) for r, p in parents.items()}:
         was = ", ".join(p["folder"] for p in manifest["parents"].values()) or "the bare base"
         raise VirtueError(f"{folder}: was trained upon {was} as it was then, not upon what is "
@@ -278,8 +306,9 @@ def check_artifact(folder: str | Path, *, stage: str, base: Mapping[str, str] | 
     if file_hash(folder) != manifest["sha256"]:
         raise VirtueError(f"{folder / WEIGHTS}: changed since it was saved: {AGAIN}")
     config = _read_json(folder / CONFIG, ("r", "lora_alpha", "target_modules", "modules_to_save"))
-    if not (type(config["r"]) is int and config["r"] >= 1 and is_number(config["lora_alpha"]) and isinstance(config["target_modules"], list)
-            and all(isinstance(name, str) for name in config["target_modules"])):
+    rank, targets = config["r"], config["target_modules"]
+    if not (type(rank) is int and rank >= 1 and is_number(config["lora_alpha"])
+            and isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
         raise VirtueError(f"{folder / CONFIG}: {_UNLIKE}: {AGAIN}")
     return manifest, config
 
@@ -296,7 +325,8 @@ def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, st
     rank, targets or shapes than the model's adapter. The model is then left as it was.
     """
     folder = Path(folder)
-    manifest, config = check_artifact(folder, stage=stage, base=base, template=template, lens=lens, parents=parents)
+    manifest, config = check_artifact(folder, stage=stage, base=base, template=template, lens=lens,
+                                      parents=parents)
     try:
         state, head = load_file(folder / WEIGHTS), None
         if odd := [k for k, t in state.items() if not is_sound(t)]:
@@ -320,21 +350,30 @@ def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, st
 
 
 def load_sft(folder: Path | None, model, **known) -> tuple[tuple[str, ...], dict[str, Path]]:
-    """Puts the SFT adapter on the model, if there is one -> (its stack, the parents that artefacts upon it record). VirtueError: as ``load_artifact``."""
+    """Puts the SFT adapter on the model, if there is one -> (its stack, the parents that artefacts
+    upon it record). VirtueError: as ``load_artifact``."""
     if folder is None:
         return (), {}
     load_artifact(folder, model, "sft", stage="sft", **known)
     return ("sft",), {"sft": folder}
 
 
-def load_reward_models(folder: Path, model, sft: tuple[str, ...], parents: Mapping[str, Path], prefix: str = "", **known,
-                       ) -> tuple[list[tuple[tuple[str, ...], torch.nn.Module]], Tensor, Tensor]:
-    """The reward models of run_rm.py, as (stack, head) in the order of LENSES, and their scores' mean and std.
+def load_reward_models(
+    folder: Path, model, sft: tuple[str, ...], parents: Mapping[str, Path], prefix: str = "",
+    **known,
+) -> tuple[list[tuple[tuple[str, ...], torch.nn.Module]], Tensor, Tensor]:
+    """The reward models of run_rm.py, as (stack, head) in the order of LENSES, and their scores'
+    mean and std.
 
     mean and std (K,) are those of the starting policy's dialogues. ``parents`` and ``known`` (base,
-    template) must be what the models were trained upon: see ``artefacts.load_artifact``. ``prefix`` keeps
-    a second ensemble's adapters apart. VirtueError: one is missing or does not match.
+    template) must be what the models were trained upon: see ``artefacts.load_artifact``. ``prefix``
+    keeps a second ensemble's adapters apart. VirtueError: one is missing or does not match.
     """
-    found = [(lens, *load_artifact(folder / lens, model, prefix + lens, stage="rm", lens=lens, parents=parents, **known)) for lens in LENSES]
-    mean, std = torch.tensor([[manifest["extra"][key] for _, manifest, _ in found] for key in ("score_mean", "score_std")])
-    return [((*sft, prefix + lens), head) for lens, _, head in found], mean, std
+    reward_models, statistics = [], []
+    for lens in LENSES:
+        manifest, head = load_artifact(folder / lens, model, prefix + lens, stage="rm", lens=lens,
+                                       parents=parents, **known)
+        reward_models.append(((*sft, prefix + lens), head))
+        statistics.append([manifest["extra"][key] for key in ("score_mean", "score_std")])
+    mean, std = torch.tensor(statistics).T
+    return reward_models, mean, std

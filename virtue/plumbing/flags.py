@@ -17,7 +17,8 @@ from virtue import TARGETS, VirtueError
 
 # What a later stage takes from the earlier artefact's settings unless it is given again. A script
 # without such a flag of its own hands it on.
-CARRIED = ("model", "quantize", "dtype", "prompts", "max_prompt_tokens", "max_new_tokens", "temperature", "sft", "rm")
+CARRIED = ("model", "quantize", "dtype", "prompts", "max_prompt_tokens", "max_new_tokens",
+           "temperature", "sft", "rm")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -39,11 +40,14 @@ class _Parser(argparse.ArgumentParser):  # argparse makes sub-commands of the sa
     def parse_args(self, argv=None, namespace=None):
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
-            group = next((a for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
+            subs = (a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+            group = next(subs, None)
             owner = group.choices.get(getattr(args, "command", None), self) if group else self
             flag, flags = unknown[0].split("=")[0], owner._option_string_actions
-            near = [name for name in flags if name.startswith(flag)] or difflib.get_close_matches(flag, flags, 1, 0.65)
-            owner.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near[0]}?" if near else ""))
+            near = [name for name in flags if name.startswith(flag)]
+            near += difflib.get_close_matches(flag, flags, 1, 0.65)
+            hint = f": did you mean {near[0]}?" if near else ""
+            owner.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return args
 
     def error(self, message: str):
@@ -57,6 +61,18 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return _Parser(description=doc.strip())
 
 
+def most_used(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Moves the named flags to a first group of the help, "most used", and leaves in the usage line
+    only those of them that are required. KeyError: the parser has no such flag."""
+    chosen = [parser._option_string_actions[f"--{name}"] for name in names]
+    for group in parser._action_groups:
+        group._group_actions = [a for a in group._group_actions if a not in chosen]
+    parser.add_argument_group("most used")._group_actions = chosen
+    parser._action_groups.insert(0, parser._action_groups.pop())
+    required = [f"{a.option_strings[0]} {a.dest.upper()} " for a in parser._actions if a.required]
+    parser.usage = f"%(prog)s {''.join(required)}[flags]"
+
+
 def _checked(convert: Callable, test: Callable, what: str) -> Callable[[str], float]:
     def parse(text: str):
         try:
@@ -67,25 +83,34 @@ def _checked(convert: Callable, test: Callable, what: str) -> Callable[[str], fl
             raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
         return value
     return parse
+
+
 positive_int = _checked(int, lambda v: v >= 1, "a whole number of at least 1")
 nonnegative_int = _checked(int, lambda v: v >= 0, "a whole number of at least 0")
 positive_float = _checked(float, lambda v: 0 < v < math.inf, "a number above 0")
 finite_float = _checked(float, math.isfinite, "a finite number")
 nonnegative_float = _checked(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
 fraction = _checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+lora_rank = _checked(lambda text: text if text == "whole" else int(text),
+                     lambda v: v == "whole" or v >= 1, "a whole number of at least 1, or: whole")
 
 
 def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
-    """The flags of every stage: base model, machine, seed, and unless `out` is False the output folder."""
+    """The flags of every stage: base model, machine, seed, and the output folder if `out`."""
     add = parser.add_argument_group("base model, machine, output").add_argument
     add("--model", default="toy", help="toy, a local folder, or a Hugging Face hub id")
-    add("--quantize", choices=("none", "nf4"), default="none", help="4-bit NF4 base weights (Mistral, the study: nf4)")
+    add("--quantize", choices=("none", "nf4"), default="none",
+        help="4-bit NF4 base weights (Mistral, the study: nf4)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32",
-        help="type of the base's weights and arithmetic; on a CPU fp32 is fastest; fp16 (the study) trains without loss scaling, so prefer bf16")
+        help="type of the base's weights and arithmetic; on a CPU fp32 is fastest; fp16 (the "
+             "study) trains without loss scaling, so prefer bf16")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
-    add("--threads", type=nonnegative_int, default=0, help="CPU threads, 0 for torch's choice")
-    add("--seed", type=nonnegative_int, default=0, help="same seed, same bytes, on one kind of CPU with one number of threads")
-    add("--dry-run", action="store_true", help="check the inputs, print settings, files and the memory plan, and end: nothing is loaded or written")
+    add("--seed", type=nonnegative_int, default=0,
+        help="same seed, same bytes, on one kind of CPU with one number of threads "
+             "(OMP_NUM_THREADS)")
+    add("--dry-run", action="store_true",
+        help="check the inputs, print settings, files and the memory plan, and end: nothing is "
+             "loaded or written")
     if not out:
         return
     add("--out", type=Path, required=True, help="folder to write")
@@ -96,72 +121,78 @@ def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every stage that samples."""
     add = parser.add_argument_group("sampling").add_argument
-    add("--max-new-tokens", type=positive_int, default=64, help="most tokens of one turn (Mistral: 128, at most 256; the study: 32)")
-    add("--max-prompt-tokens", type=positive_int, default=512, help="longer prompts are dropped and counted")
-    add("--temperature", type=positive_float, default=1.0, help="sampling temperature; no top-k, no top-p")
+    add("--max-new-tokens", type=positive_int, default=64,
+        help="most tokens of one turn (Mistral: 128, at most 256; the study: 32)")
+    add("--max-prompt-tokens", type=positive_int, default=512,
+        help="longer prompts are dropped and counted")
+    add("--temperature", type=positive_float, default=1.0,
+        help="sampling temperature; no top-k, no top-p")
     add("--batch-size", type=positive_int, default=64, help="dialogues sampled or scored at once")
 
 
-def add_lora_flags(parser: argparse.ArgumentParser, rank: int, alpha: float) -> None:
-    """Flags of every stage that trains an adapter."""
+def add_lora_flags(parser: argparse.ArgumentParser, rank: int, alpha: float | None = None) -> None:
+    """Flags of every stage that trains an adapter. `alpha` is ignored: it is always 2 x rank."""
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=positive_int, default=rank, help="rank r of the update B A (the study reports none)")
-    add("--alpha", type=positive_float, default=alpha, help="the update is scaled by alpha / r")
-    add("--whole", action="store_true", help="train the layers' whole matrices instead of B A, with a lower --lr; memory: an fp32 copy of them an adapter, three more of what is trained")
-    add("--targets", nargs="+", default=TARGETS, metavar="NAME", help="linear layers that get an adapter")
-    add("--gradient-checkpointing", action="store_true", help="compute activations again in the backward pass: much less memory, a third more arithmetic")
+    add("--rank", type=lora_rank, default=rank, metavar="R",
+        help="rank r of the update B A, which is scaled by alpha / r = 2 (the study reports "
+             "none); whole: train the layers' whole matrices instead, with a lower --lr; "
+             "memory: an fp32 copy of them an adapter, three more of what is trained")
+    add("--targets", nargs="+", default=TARGETS, metavar="NAME",
+        help="linear layers that get an adapter")
+    add("--gradient-checkpointing", action="store_true",
+        help="compute activations again in the backward pass: much less memory, a third more "
+             "arithmetic")
 
 
 def lora_settings(args: argparse.Namespace) -> dict:
-    """What those flags say, for ``lora.add_adapter``."""
-    return dict(rank=None if args.whole else args.rank, alpha=args.alpha, targets=args.targets)
+    """What those flags say, for ``lora.add_adapter``: rank None trains whole matrices, for which
+    alpha says nothing."""
+    rank = None if args.rank == "whole" else args.rank
+    return dict(rank=rank, alpha=2 * (rank or 0), targets=args.targets)
 
 
 def add_aggregator_flags(add: Callable) -> None:
-    """How the aggregators weigh: `add` is a parser's or a group's add_argument."""
-    add("--uwo-coef", type=nonnegative_float, default=0.5, help="coefficient of the spread in uwo")
-    add("--uwo-variance", action="store_true", help="uwo subtracts the variance (Coste et al.) instead of the standard deviation")
-    add("--lsc-reference", type=finite_float, default=1.0, help="standardised score that counts as good in lsc: one number for all prompts, where the paper has one of each prompt")
+    """Adds nothing, and goes when no script calls it."""
 
 
 def aggregator_settings(args: argparse.Namespace) -> dict:
-    """What those flags say, for ``ensemble.aggregate``."""
-    return dict(coef=args.uwo_coef, use_variance=args.uwo_variance, reference=args.lsc_reference)
+    """For ``ensemble.aggregate``; goes when no script calls it."""
+    return dict(reference=1.0)  # of lsc: the standardised score that counts as good
 
 
-def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: int, batch_size: int, study: Mapping[str, str] | None = None) -> None:
-    """Flags of the supervised stages: SFT and reward models. `study` has the study's own values, for the help."""
-    def told(text: str, name: str) -> str:
-        return f"{text} (the study: {study[name]})" if study else text
+def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: int, batch_size: int,
+                       study: Mapping[str, str] | None = None) -> None:
+    """Flags of the supervised stages, SFT and reward models (``training.train``). `study`: flag ->
+    the study's own value, for the help."""
+    def add(name: str, default: float, text: str, kind: Callable = positive_int) -> None:
+        told = f" (the study: {study[name]})" if study and name in study else ""
+        group.add_argument(f"--{name}", type=kind, default=default, help=text + told)
 
-    add = parser.add_argument_group("training").add_argument
-    add("--lr", type=positive_float, default=lr, help=told("AdamW learning rate; Mistral-7B: 1e-4", "lr"))
-    add("--schedule", choices=("linear", "constant"), default="linear",
-        help="linear: from --lr at the first step to a tenth of it at the last")
-    add("--epochs", type=positive_int, default=epochs, help=told("passes over the data", "epochs"))
-    add("--batch-size", type=positive_int, default=batch_size, help=told("records a forward pass", "batch_size"))
-    add("--accumulation", type=positive_int, default=1, help=told("forward passes an optimiser step", "accumulation"))
-    add("--max-grad-norm", type=positive_float, default=1.0, help="gradient clipping")
-    add("--save-every", type=positive_int, default=50, help="optimiser steps between checkpoints for --resume")
+    group = parser.add_argument_group("training")
+    add("lr", lr, "AdamW learning rate of the first step, which falls linearly to a tenth at the "
+        "last; Mistral-7B: 1e-4", positive_float)
+    add("epochs", epochs, "passes over the data")
+    add("batch-size", batch_size, "records a forward pass")
+    add("accumulation", 1, "forward passes an optimiser step")
+    add("save-every", 50, "optimiser steps between checkpoints for --resume")
 
 
-def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | None, stage: str | None = None, flag: str | None = None,
-                      inside: str = "", commands=None) -> argparse.Namespace:
-    """Parses `argv`; the flags in CARRIED that it leaves out are as in the earlier artefact's settings.
+def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
+                      stage: str | None = None, flag: str | None = None, inside: str = "",
+                      commands=None) -> argparse.Namespace:
+    """Parses `argv`; the flags in CARRIED that it leaves out are as in the earlier artefact's
+    settings.
 
-    That artefact, of the given `stage` (None: of any), is the folder that --`flag` names, or `inside` it;
-    without one the parser's own defaults stand. `commands` are the sub-parsers, if the script has any; one
-    with an attribute `parent`, (stage, flag, inside), goes by that. A run may be copied or moved whole: where a folder
-    that the settings name is gone, the one counts that lies to the artefact as that lay. VirtueError: neither is there.
+    That artefact, of the given `stage` (None: of any), is the folder that --`flag` names, or
+    `inside` it; without one the parser's own defaults stand. `commands` are the sub-parsers, if the
+    script has any; one with an attribute `parent`, (stage, flag, inside), goes by that.
+    VirtueError: no such artefact, or one made upon adapters that are gone (see `_find_adapters`).
     """
     def link(owner) -> tuple[str | None, str | None, str]:
         return getattr(owner, "parent", (stage, flag, inside))
 
     for owner in list(commands.choices.values()) if commands else [parser]:
-        for action in owner._actions:
-            if action.dest in CARRIED and link(owner)[1] not in (None, action.dest):
-                optional = commands and action.default is not None and not any(a.required for a in owner._actions if a.dest == link(owner)[1])
-                action.inherited = f"as in --{link(owner)[1]}" + (f", or {action.default}" if optional else "")
+        _say_inherited(owner, link(owner)[1], bool(commands))
     args = parser.parse_args(argv)
     owner = commands.choices[args.command] if commands else parser
     stage, flag, inside = link(owner)
@@ -170,13 +201,35 @@ def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
         return args
     from virtue.plumbing.artefacts import MANIFEST, read_manifest
     if inside and (folder / MANIFEST).is_file():
-        raise VirtueError(f"{folder}: one artefact (of stage {read_manifest(folder)['stage']!r}): give the folder of run_rm.py, in which {inside}/ lies")
+        of_stage = read_manifest(folder)["stage"]
+        raise VirtueError(f"{folder}: one artefact (of stage {of_stage!r}): give the folder of "
+                          f"run_rm.py, in which {inside}/ lies")
     settings = read_manifest(folder / inside, stage)["settings"]
-    for name in ("sft", "rm"):
-        if settings.get(name) and getattr(args, name, "") is None and not os.path.exists(settings[name]):
-            moved = os.path.normpath(folder / os.path.relpath(settings[name], settings.get("out", folder)))
-            if not os.path.exists(moved):
-                raise VirtueError(f"{folder / inside}: was made with --{name} {settings[name]}, which is gone, and it is not at {moved} either: give --{name}")
-            settings[name] = moved
-    owner.set_defaults(**{name: settings[name] for name in CARRIED if settings.get(name) is not None})
+    _find_adapters(settings, args, folder, inside)
+    carried = {name: settings[name] for name in CARRIED if settings.get(name) is not None}
+    owner.set_defaults(**carried)
     return parser.parse_args(argv)
+
+
+def _say_inherited(owner: argparse.ArgumentParser, flag: str | None, commands: bool) -> None:
+    """Notes for the help of each flag in CARRIED that its default comes from --`flag`."""
+    required = any(a.required for a in owner._actions if a.dest == flag)
+    for action in owner._actions:
+        if action.dest in CARRIED and flag not in (None, action.dest):
+            optional = commands and action.default is not None and not required
+            action.inherited = f"as in --{flag}" + (f", or {action.default}" if optional else "")
+
+
+def _find_adapters(settings: dict, args: argparse.Namespace, folder: Path, inside: str) -> None:
+    """Corrects the paths of adapters in the settings of an artefact in `folder` where that was
+    copied or moved with all around it: if a path is gone, what lies to the artefact as it lay then
+    counts. VirtueError: nothing is there either, and the flag is not given."""
+    for name in ("sft", "rm"):
+        was = settings.get(name)
+        if not was or getattr(args, name, "") is not None or os.path.exists(was):
+            continue
+        moved = os.path.normpath(folder / os.path.relpath(was, settings.get("out", folder)))
+        if not os.path.exists(moved):
+            raise VirtueError(f"{folder / inside}: was made with --{name} {was}, which is gone, "
+                              f"and it is not at {moved} either: give --{name}")
+        settings[name] = moved

@@ -32,6 +32,20 @@ if TYPE_CHECKING:
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 
+TOY = "toy"
+TOY_FOLDER = Path(__file__).parents[1] / "toy" / "model"
+QUANTIZE = ("none", "nf4")
+_INDEX = "model.safetensors.index.json"
+# The largest values believed of a config.json
+_SIZES = dict.fromkeys((
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "sliding_window"), 1 << 30) | {"num_hidden_layers": 1000}
+_HUB_FILES = (  # no pickles, no duplicate "consolidated" weights, no sentencepiece
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "model*.safetensors", _INDEX,
+)
+
+
 def pick_device(name: str):
     """``torch.device`` of "auto", "cpu" or "cuda"; VirtueError where there is no such device."""
     import torch
@@ -44,14 +58,6 @@ def pick_device(name: str):
     return torch.device(name)
 
 
-def torch_threads(count: int) -> None:
-    """Sets the number of torch's CPU threads; 0 leaves it alone."""
-    import torch
-
-    if count:
-        torch.set_num_threads(count)
-
-
 class Base(NamedTuple):
     """The base model with what its artefacts must agree with."""
 
@@ -62,43 +68,36 @@ class Base(NamedTuple):
 
 
 def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
-    """The model that the common flags name (or `name`, with the same flags) and its tokenizer. VirtueError: no such model or device, or its files are unfit."""
+    """The model that the common flags name (or `name`, with the same flags) and its tokenizer.
+    VirtueError: no such model or device, or its files are unfit."""
     from virtue.plumbing.loading import (base_fingerprint, load_model, load_tokenizer, resolve,
                                          template_fingerprint)
 
-    torch_threads(args.threads)
     name = name or args.model
     folder = resolve(name)
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, quantize=args.quantize, dtype=args.dtype, device=str(join(pick_device(args.device))))
+    device = join(pick_device(args.device))
+    model = load_model(folder, quantize=args.quantize, dtype=args.dtype, device=str(device))
     if getattr(args, "gradient_checkpointing", False):
         checkpoint_layers(model)
-    return Base(model, tokenizer, {"id": str(name), "fingerprint": base_fingerprint(folder)}, template_fingerprint(tokenizer))
-TOY = "toy"
-TOY_FOLDER = Path(__file__).parents[1] / "toy" / "model"
-QUANTIZE = ("none", "nf4")
-_INDEX = "model.safetensors.index.json"
-_SIZES = {"num_hidden_layers": 1000, **dict.fromkeys((  # the largest values believed of a config.json
-    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-    "sliding_window"), 1 << 30)}
-_HUB_FILES = (  # no pickles, no duplicate "consolidated" weights, no sentencepiece
-    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "model*.safetensors", _INDEX,
-)
+    info = {"id": str(name), "fingerprint": base_fingerprint(folder)}
+    return Base(model, tokenizer, info, template_fingerprint(tokenizer))
 
 
 def is_sound(tensor: Tensor) -> bool:
-    """Whether a tensor from a file can be weights: floating point of at least two bytes, all finite."""
+    """Whether a tensor from a file can be weights: floating point of at least two bytes, all
+    finite."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         return False
-    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())  # one pass, no copy of 14 GB
+    # One pass, no copy of 14 GB
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def resolve(name: str | Path, download: bool = True) -> Path | None:
     """Folder of a model: "toy" (the one in the package), a local folder, or a hub id.
 
-    A hub id (owner/model) is downloaded to Hugging Face's cache; unless ``download``, only looked up
-    there: None if its config.json is not. VirtueError: none of the three.
+    A hub id (owner/model) is downloaded to Hugging Face's cache; unless ``download``, only looked
+    up there: None if its config.json is not. VirtueError: none of the three.
     """
     folder = TOY_FOLDER if name == TOY else Path(name)
     try:
@@ -118,8 +117,9 @@ def resolve(name: str | Path, download: bool = True) -> Path | None:
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(_HUB_FILES)))
     except GatedRepoError as error:
-        raise VirtueError(f"{name}: its owner gives it to those who accept the terms: do so on https://huggingface.co/{name}, make a token under "
-                          "Settings there, then `hf auth login`, or set HF_TOKEN") from error
+        raise VirtueError(f"{name}: its owner gives it to those who accept the terms: do so on "
+                          f"https://huggingface.co/{name}, make a token under Settings there, then "
+                          "`hf auth login`, or set HF_TOKEN") from error
     except Exception as error:  # network, access, spelling: the hub has an exception for each
         reason = " ".join(str(error).split())[:200]
         raise VirtueError(f"{name}: no such folder, and the hub did not give it ({reason}); check "
@@ -140,9 +140,11 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks whether to run code
+        # Else it asks whether to run code
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise VirtueError(f"{folder}: cannot read the tokenizer ({one_line(error)}); fetch its files again") from error
+        raise VirtueError(f"{folder}: cannot read the tokenizer ({one_line(error)}); fetch its files "
+                          "again") from error
     where = folder / "tokenizer_config.json"
     if not tokenizer.chat_template:
         raise VirtueError(f"{where}: no chat template; take an instruction-tuned model or add one")
@@ -154,19 +156,25 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.unk_token
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise VirtueError(f"{where}: pad_token is eos_token; name another, such as <unk>")
-    if (folder / "config.json").is_file() and max(tokenizer.get_vocab().values()) >= (size := read_config(folder).vocab_size):
-        raise VirtueError(f"{where}: has tokens beyond the model's {size} embeddings; fetch the tokenizer that belongs to it")
+    if (folder / "config.json").is_file():
+        size = read_config(folder).vocab_size
+        if max(tokenizer.get_vocab().values()) >= size:
+            raise VirtueError(f"{where}: has tokens beyond the model's {size} embeddings; fetch "
+                              "the tokenizer that belongs to it")
     try:
         with _at_most(TEMPLATE_SECONDS):
-            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}],
+                                          add_generation_prompt=True)
     except Exception as error:  # jinja2's, and whatever odd settings lead to
-        raise VirtueError(f"{where}: the chat template cannot be used ({one_line(error)}); fetch the tokenizer's files again") from error
+        raise VirtueError(f"{where}: the chat template cannot be used ({one_line(error)}); fetch the "
+                          "tokenizer's files again") from error
     return tokenizer
 
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """TimeoutError after so many seconds: a template is a program, and may loop. Only the main thread can be woken."""
+    """TimeoutError after so many seconds: a template is a program, and may loop. Only the main
+    thread can be woken."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -199,10 +207,12 @@ def _weight_files(folder: Path) -> list[Path]:
         if not all(re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", name) for name in names):
             raise ValueError("a name that leads out of the folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise VirtueError(f"{index}: not an index of safetensors files in this folder; fetch it again") from error
+        raise VirtueError(f"{index}: not an index of safetensors files in this folder; fetch it "
+                          "again") from error
     for name in names:
         if not (folder / name).is_file():
-            raise VirtueError(f"{folder / name}: the index names this file, but it is missing; fetch it")
+            raise VirtueError(f"{folder / name}: the index names this file, but it is missing; "
+                              "fetch it")
     return [folder / name for name in names]
 
 
@@ -232,9 +242,11 @@ def read_config(folder: Path) -> MistralConfig:
                 raise ValueError(f"{name} is not between 1 and {most}")
         config = MistralConfig.from_dict(fields) if kind == "mistral" else None
     except Exception as error:  # transformers' validation has exceptions of its own
-        raise VirtueError(f"{path}: not a readable model configuration ({one_line(error)}); fetch it again") from error
+        raise VirtueError(f"{path}: not a readable model configuration ({one_line(error)}); fetch it "
+                          "again") from error
     if config is None:
-        raise VirtueError(f"{path}: model_type is {reprlib.repr(kind)}, only the Mistral architecture is known; choose such a model")
+        raise VirtueError(f"{path}: model_type is {reprlib.repr(kind)}, only the Mistral "
+                          "architecture is known; choose such a model")
     if quantized:
         raise VirtueError(f"{path}: weights are quantised; take the original and --quantize nf4")
     return config
@@ -284,10 +296,12 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype, dev
 
 
 def _tie(model: MistralForCausalLM, folder: Path, missing: set[str]) -> set[str]:
-    """Makes lm_head and the embeddings one tensor, since config.json says so -> what is missing after that.
+    """Makes lm_head and the embeddings one tensor, since config.json says so -> what is missing
+    after that.
 
-    As in transformers the one of the two that the files hold serves for both. Where they hold both and the
-    two differ, both stay, with a warning, and ``model.config``, which an export writes, says untied.
+    As in transformers the one of the two that the files hold serves for both. Where they hold both
+    and the two differ, both stay, with a warning, and ``model.config``, which an export writes,
+    says untied.
     """
     head, embeddings = model.lm_head, model.model.embed_tokens
     absent = missing & {"lm_head.weight", "model.embed_tokens.weight"}
@@ -296,10 +310,12 @@ def _tie(model: MistralForCausalLM, folder: Path, missing: set[str]) -> set[str]
     if not absent and not torch.equal(head.weight, embeddings.weight):
         model.config.tie_word_embeddings = False
         if main_rank():
-            print(f"warning: {folder}: config.json ties lm_head to the embeddings, but the weights hold another lm_head: "
-                  "it is kept, as transformers does; set tie_word_embeddings to false in config.json", file=sys.stderr)
+            print(f"warning: {folder}: config.json ties lm_head to the embeddings, but the weights "
+                  "hold another lm_head: it is kept, as transformers does; set tie_word_embeddings "
+                  "to false in config.json", file=sys.stderr)
         return missing
-    head.weight = embeddings.weight = head.weight if "model.embed_tokens.weight" in absent else embeddings.weight
+    held = head if "model.embed_tokens.weight" in absent else embeddings
+    head.weight = embeddings.weight = held.weight
     return missing - absent
 
 
@@ -308,8 +324,8 @@ def load_model(
 ) -> MistralForCausalLM:
     """The frozen base in eval mode; ``dtype`` is also the compute type of NF4. Never ``.to()`` it.
 
-    VirtueError: not of the Mistral architecture, a file or tensor that is missing, damaged,
-    unknown or of another shape than config.json says. ValueError: an unknown ``quantize`` or ``dtype``.
+    VirtueError: not of the Mistral architecture, a file or tensor that is missing, damaged, unknown
+    or of another shape than config.json says. ValueError: an unknown ``quantize`` or ``dtype``.
     """
     if quantize not in QUANTIZE or dtype not in DTYPES:
         raise ValueError(f"quantize {quantize!r} not in {QUANTIZE}, or {dtype!r} in {list(DTYPES)}")
@@ -320,7 +336,8 @@ def load_model(
     except VirtueError:
         raise
     except Exception as error:  # an activation or a kind of rope that transformers does not know
-        raise VirtueError(f"{folder / 'config.json'}: no model can be made of it ({one_line(error)}); fetch it again") from error
+        raise VirtueError(f"{folder / 'config.json'}: no model can be made of it ({one_line(error)}); "
+                          "fetch it again") from error
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     seen: set[str] = set()
     with progress(None, f"loading {folder.name}", len(shapes), unit="tensor", leave=False) as bar:
@@ -329,9 +346,11 @@ def load_model(
                 continue  # computed below
             if shapes.get(key) != tensor.shape:
                 want = tuple(shapes[key]) if key in shapes else "no such tensor"
-                raise VirtueError(f"{path}: {key[:200]} is {tuple(tensor.shape)}, config.json has {want}; fetch both again")
+                raise VirtueError(f"{path}: {key[:200]} is {tuple(tensor.shape)}, config.json has "
+                                  f"{want}; fetch both again")
             if not is_sound(tensor):
-                raise VirtueError(f"{path}: {key} is no floating-point tensor, or holds NaN or infinity; fetch it again")
+                raise VirtueError(f"{path}: {key} is no floating-point tensor, or holds NaN or "
+                                  "infinity; fetch it again")
             module, _, leaf = key.rpartition(".")
             _place(model.get_submodule(module), leaf, tensor, DTYPES[dtype], device)
             seen.add(key)
@@ -340,7 +359,8 @@ def load_model(
     if config.tie_word_embeddings:
         missing = _tie(model, folder, missing)
     if missing:
-        raise VirtueError(f"{folder}: {len(missing)} tensors are missing, e.g. {min(missing)}; fetch the weights again")
+        raise VirtueError(f"{folder}: {len(missing)} tensors are missing, e.g. {min(missing)}; "
+                          "fetch the weights again")
     # inv_freq is in no file and still on meta: compute it again, and in fp32 whatever the dtype.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -348,7 +368,8 @@ def load_model(
     with torch.no_grad():
         first = model.eval()(torch.zeros(1, 2, dtype=torch.long, device=device)).logits
     if not first.isfinite().all():
-        raise VirtueError(f"{folder}: the logits are not finite: take another --dtype, or fetch config.json and the weights again")
+        raise VirtueError(f"{folder}: the logits are not finite: take another --dtype, or fetch "
+                          "config.json and the weights again")
     return model
 
 

@@ -1,9 +1,10 @@
-"""Several processes under torchrun: shares by index, sums over ranks. With one process nothing here does anything.
+"""Several processes under torchrun: shares by index, sums over ranks. With one process nothing here
+does anything.
 
-Every rank holds the whole model and the whole batch's tokens; what costs time is shared by index, and what a
-rank did not do is zero until it is summed. So there is one flat all-reduce of the adapters' gradients a step,
-losses are already normalised by the whole step's tokens, and statistics over a batch are the same on every rank.
-Rank 0 writes. Text travels as JSON; nothing is pickled.
+Every rank holds the whole model and the whole batch's tokens; what costs time is shared by index,
+and what a rank did not do is zero until it is summed. So there is one flat all-reduce of the
+adapters' gradients a step, losses are already normalised by the whole step's tokens, and statistics
+over a batch are the same on every rank. Rank 0 writes. Text travels as JSON; nothing is pickled.
 """
 from __future__ import annotations
 
@@ -33,23 +34,29 @@ def rank() -> int:
 
 
 def join(device: torch.device) -> torch.device:
-    """Joins the group that torchrun's environment names, if there is one -> this process's device."""
+    """Joins the group that torchrun's environment names, if there is one -> this process's
+    device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "cuda":
         number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= there:
-            raise VirtueError(f"process {number} of this machine finds {there} GPUs: give torchrun --nproc-per-node {there}, or --device cpu")
+            raise VirtueError(f"process {number} of this machine finds {there} GPUs: give torchrun "
+                              f"--nproc-per-node {there}, or --device cpu")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # a long wait is no fault: one process may have hours of sampling left; torchrun ends them all when one dies
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        # a long wait is no fault: one process may have hours of sampling left; torchrun ends them
+        # all when one dies
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))
     return device
 
 
 def _wire() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
@@ -58,7 +65,8 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """Sum over ranks of tensors of one shape, any device -> the same shape and device; the tensor itself where there is one process. RuntimeError: another rank died."""
+    """Sum over ranks of tensors of one shape, any device -> the same shape and device; the tensor
+    itself where there is one process. RuntimeError: another rank died."""
     if size() == 1:
         return tensor
     wire = tensor.to(_wire(), copy=True)
@@ -67,10 +75,12 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def gather(items: Sequence) -> list:
-    """The items of all ranks, each rank's from its `share`, in the order before sharing; as JSON gives them back."""
+    """The items of all ranks, each rank's from its `share`, in the order before sharing; as JSON
+    gives them back."""
     if size() == 1:
         return list(items)
-    data = torch.frombuffer(bytearray(json.dumps(list(items)).encode()), dtype=torch.uint8).to(_wire())
+    text = bytearray(json.dumps(list(items)).encode())
+    data = torch.frombuffer(text, dtype=torch.uint8).to(_wire())
     lengths = [torch.zeros(1, dtype=torch.long, device=_wire()) for _ in range(size())]
     dist.all_gather(lengths, torch.tensor([len(data)], device=_wire()))
     most = max(int(n) for n in lengths)
@@ -81,11 +91,13 @@ def gather(items: Sequence) -> list:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """One flat all-reduce: every rank then holds the gradient of the whole step. A rank without a share gives zeros. RuntimeError: as `total`."""
+    """One flat all-reduce: every rank then holds the gradient of the whole step. A rank without a
+    share gives zeros. RuntimeError: as `total`."""
     if size() == 1:
         return
     trained = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in trained])
+    gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     for p, gradient in zip(trained, total(flat).split([p.numel() for p in trained])):
         p.grad = gradient.view_as(p)
 
@@ -97,7 +109,8 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Ends the group; a rank that dies without it ends the others with an error (torchrun sees to that)."""
+    """Ends the group; a rank that dies without it ends the others with an error (torchrun sees to
+    that)."""
     if dist.is_initialized():
         barrier()  # a rank that leaves while another is still at work can make that one abort
         dist.destroy_process_group()

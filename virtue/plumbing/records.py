@@ -363,7 +363,7 @@ def _pair(record: dict, lens: str) -> dict:
 
 def read_pairs(path: str | Path, limit: int | None = None,
                lens: str = "action") -> tuple[list[dict], PassedOver]:
-    """Any preference file as records {"chosen", "rejected": messages, "lens"}; what was passed over.
+    """Any preference file as records {"chosen", "rejected": messages, "lens"}; what it passed over.
 
     Takes this project's own files, hh-rlhf's transcripts, the study's, and rows with or without a
     prompt beside the sides (see `_sides`), each a text, messages or a whole conversation. Where a

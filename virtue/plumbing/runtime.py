@@ -1,5 +1,5 @@
-"""How a script runs: exits and their messages, progress bars, the file of metrics, numbers that must
-be finite.
+"""How a script runs: exits and their messages, progress bars, the file of metrics, numbers that
+must be finite.
 
 Imports no torch, so that ``--help`` is instant.
 """
@@ -19,10 +19,16 @@ from typing import NoReturn
 
 from virtue import VirtueError
 
-if missing := [name for name in ("numpy", "torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]:
-    print(f"error: {', '.join(missing)}: not installed for {sys.executable}: make demo and make test install what it takes into .venv; "
-          "source .venv/bin/activate, or python -m pip install -r requirements.txt", file=sys.stderr)
+NEEDED = ("numpy", "torch", "transformers", "safetensors")
+if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    print(f"error: {', '.join(missing)}: not installed for {sys.executable}: make demo and make "
+          "test install what it takes into .venv; source .venv/bin/activate, or python -m pip "
+          "install -r requirements.txt", file=sys.stderr)
     raise SystemExit(2)
+
+
+# What the system says of a disk that is full or must not be written to
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main_rank() -> bool:
@@ -34,9 +40,10 @@ def run_main(main: Callable[[], object]) -> None:
     """Runs a script's `main` and exits: 0; 2 after a VirtueError's one line; 130 on Ctrl-C.
 
     As one of several processes it leaves out the end of the interpreter. What is imported after
-    ``parallel.join`` may hold the group (torch.distributed.nn does, which transformers imports), so its
-    threads outlive ``parallel.leave``; and before Python 3.14 a thread that wants to free a tensor while
-    the interpreter ends is ended in the midst of C++, which aborts the process with SIGABRT.
+    ``parallel.join`` may hold the group (torch.distributed.nn does, which transformers imports), so
+    its threads outlive ``parallel.leave``; and before Python 3.14 a thread that wants to free a
+    tensor while the interpreter ends is ended in the midst of C++, which aborts the process with
+    SIGABRT.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         _run(main)
@@ -71,24 +78,34 @@ def _run(main: Callable[[], object]) -> NoReturn:
         sys.exit(2)
     except BrokenPipeError:  # who read our output went away, as `head` does; nothing more is to say
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for output in (sys.stdout, sys.stderr):  # else the interpreter complains when it flushes them
+        # Else the interpreter complains when it flushes them
+        for output in (sys.stdout, sys.stderr):
             os.dup2(nowhere, output.fileno())
         sys.exit(128 + 13)  # as a shell reports SIGPIPE
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
-            print(f"error: {error.filename or 'a file'}: {error.strerror}: make room or get permission, then the same command with --resume goes on", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            print(f"error: {error.filename or 'a file'}: {error.strerror}: make room or get "
+                  "permission, then the same command with --resume goes on", file=sys.stderr)
             sys.exit(2)
-        # torch's own on CUDA (by name: torch is not imported here); its CPU allocator and cuBLAS only say so in words
-        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"))):
+        if not _is_out_of_memory(error):
             raise
-        print("error: out of memory: of --batch-size, --micro-batch-size and --judge-batch-size lower what this script has, or take --quantize nf4 or "
-              "--gradient-checkpointing (--dry-run says what a run needs); with the last, or another --micro-batch-size, "
+        print("error: out of memory: of --batch-size, --micro-batch-size and --judge-batch-size "
+              "lower what this script has, or take --quantize nf4 or --gradient-checkpointing "
+              "(--dry-run says what a run needs); with the last, or another --micro-batch-size, "
               "the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: a stage that was killed goes on with --resume", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's own error; torch's on CUDA, by name, since torch is not imported here; and that of
+    its CPU allocator and of cuBLAS, which only say so in words."""
+    words = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or any(word in str(error) for word in words))
 
 
 class _Lines:
@@ -102,24 +119,30 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress(iterable: Iterable | None, desc: str, total: int | None = None, **settings) -> Iterable:
-    """`iterable` with a progress bar on stderr; a line every half minute where that is no terminal."""
+def progress(iterable: Iterable | None, desc: str, total: int | None = None,
+             **settings) -> Iterable:
+    """`iterable` with a progress bar on stderr, or a line every half minute where stderr is no
+    terminal. There a bar that goes away again (leave=False) shows up for what takes long only."""
     from tqdm import tqdm
 
-    terminal = sys.stderr.isatty()
-    return tqdm(iterable, desc=desc, total=total, file=sys.stderr if terminal else _Lines(), dynamic_ncols=terminal, mininterval=0.1 if terminal else 30,
-                delay=0 if terminal or settings.get("leave", True) else 30,  # a bar that goes away again is for what takes long
-                disable=not main_rank(), **settings)
+    if sys.stderr.isatty():
+        style = dict(file=sys.stderr, dynamic_ncols=True)
+    else:
+        delay = 0 if settings.get("leave", True) else 30
+        style = dict(file=_Lines(), mininterval=30, delay=delay)
+    return tqdm(iterable, desc=desc, total=total, disable=not main_rank(), **style, **settings)
 
 
 class MetricsLog:
-    """A file of metrics: one JSON line a call, at once; ``resume.load_checkpoint`` cuts an earlier run's off."""
+    """A file of metrics: one JSON line a call, at once; ``resume.load_checkpoint`` cuts an earlier
+    run's off."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def write(self, metrics: dict) -> None:
-        """`metrics`: names to texts and scalars (torch's and numpy's too); nan is written null. Rank 0 writes."""
+        """`metrics`: names to texts and scalars (torch's and numpy's too); nan is written null.
+        Rank 0 writes."""
         if not main_rank():
             return
         plain = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
@@ -132,11 +155,13 @@ class MetricsLog:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
-def check_finite(value, where: str, what: str, remedy: str, records: Sequence[str] = (), state: Path | None = None) -> None:
+def check_finite(value, where: str, what: str, remedy: str, records: Sequence[str] = (),
+                 state: Path | None = None) -> None:
     """VirtueError where a number is NaN or infinite, since nothing that follows could be right.
 
-    `value`: a scalar, or a tensor with one column a record; the message names the step (`where`), the records (those
-    of bad columns), and the last checkpoint in `state`, which holds what was before.
+    `value`: a scalar, or a tensor with one column a record; the message names the step (`where`),
+    the records (those of bad columns), and the last checkpoint in `state`, which holds what was
+    before.
     """
     import torch
 
@@ -144,8 +169,11 @@ def check_finite(value, where: str, what: str, remedy: str, records: Sequence[st
     if finite.all():
         return
     if finite.ndim:
-        records = [r for r, good in zip(records, finite.reshape(-1, finite.shape[-1]).all(0).tolist()) if not good]
-    of = f" of records {', '.join(records[:4])}{f' and {len(records) - 4} more' if len(records) > 4 else ''}" if records else ""
+        good = finite.reshape(-1, finite.shape[-1]).all(0).tolist()
+        records = [record for record, is_good in zip(records, good) if not is_good]
+    more = f" and {len(records) - 4} more" if len(records) > 4 else ""
+    of = f" of records {', '.join(records[:4])}{more}" if records else ""
     last = max((p.name for p in state.glob("*.safetensors")), default=None) if state else None
     kept = f"; the last good checkpoint is {state / last}" if last else ""
-    raise VirtueError(f"{where}: {what}{of} is not finite: {remedy}, or train in another --dtype{kept}")
+    raise VirtueError(f"{where}: {what}{of} is not finite: {remedy}, or train in another "
+                      f"--dtype{kept}")
