@@ -31,7 +31,7 @@ from virtue.ethics import LENSES
 from virtue.lora import adapter_parameters, add_adapter, use_stack
 from virtue.plumbing.merge import write_merged
 from virtue.models import ScalarHead
-from virtue.plumbing.loading import load_model, load_tokenizer
+from virtue.plumbing.loading import load_model, load_tokenizer, resolve
 from virtue.evaluation.stats import wilson
 
 BASE = {"id": "mistralai/Mistral-7B-Instruct-v0.2", "fingerprint": "f" * 64}
@@ -271,6 +271,17 @@ def test_nothing_tells_of_the_machine_and_the_code_is_code(run, api, folder):
         files = [f"{name}.jsonl" for name in (*LENSES, "dialogues")]
         assert [c["data_files"] for c in card.data.configs] == files
         assert f"judge: {BASE['id']}" in text
+
+
+def test_the_card_of_a_toy_adapter_finds_the_toy(run, api):
+    manifest = json.loads((run / "sft/virtue.json").read_text()) | {"base": {"id": "toy", "fingerprint": "f"}}
+    (run / "sft/virtue.json").write_text(json.dumps(manifest))
+    push(run, "sft")
+    text = published(api)["README.md"].decode()
+    code, = re.findall(r"```python\n(.*?)\nrepository", text, re.S)
+    found = {}
+    exec(code, found)
+    assert found["base"] == str(resolve("toy")) and "It belongs to a toy world" in text and "base_model" not in text
 
 
 def test_numbers_come_with_their_intervals(run, api, capsys):

@@ -32,7 +32,7 @@ WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy")
 _SCORE = "base_model.model.score."
 _UNLIKE = "r, lora_alpha or target_modules is not what the weights have"
-_AGAIN = "run again the stage that writes this folder"
+AGAIN = "run again the stage that writes this folder"
 
 
 def write_atomic(path: str | Path, data: bytes | Callable[[Path], None]) -> None:
@@ -86,7 +86,7 @@ def sha256_file(path: str | Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as e:
-        raise VirtueError(f"{path}: cannot be read ({e.strerror}): {_AGAIN}") from None
+        raise VirtueError(f"{path}: cannot be read ({e.strerror}): {AGAIN}") from None
 
 
 def file_hash(folder: str | Path) -> str:
@@ -224,7 +224,7 @@ def _read_json(path: Path, fields: Iterable[str]) -> dict:
         problem = f"cannot be read ({e.strerror})"
     except (ValueError, RecursionError):
         problem = "not JSON"
-    raise VirtueError(f"{path}: {problem}: {_AGAIN}")
+    raise VirtueError(f"{path}: {problem}: {AGAIN}")
 
 
 # What later stages take from an artefact's settings, and what it may be.
@@ -272,7 +272,7 @@ def read_manifest(folder: str | Path, stage: str | None = None, lens: str | None
         raise VirtueError(f"{folder}: no artefact here (it has no {MANIFEST}): {remedy}")
     manifest = _read_json(path, _KINDS)
     if odd := _odd_field(manifest):
-        raise VirtueError(f"{path}: {odd}: no value that a stage writes: {_AGAIN}")
+        raise VirtueError(f"{path}: {odd}: no value that a stage writes: {AGAIN}")
     for name, expected, is_of in (("stage", stage, manifest["stage"]),
                                   ("lens", lens, manifest["extra"].get("lens"))):
         if expected is not None and is_of != expected:
@@ -304,12 +304,12 @@ def check_artifact(folder: str | Path, *, stage: str, base: Mapping[str, str] | 
         raise VirtueError(f"{folder}: was trained upon {was} as it was then, not upon what is "
                           "given now: give that, or train again")
     if file_hash(folder) != manifest["sha256"]:
-        raise VirtueError(f"{folder / WEIGHTS}: changed since it was saved: {_AGAIN}")
+        raise VirtueError(f"{folder / WEIGHTS}: changed since it was saved: {AGAIN}")
     config = _read_json(folder / CONFIG, ("r", "lora_alpha", "target_modules", "modules_to_save"))
     rank, targets = config["r"], config["target_modules"]
     if not (type(rank) is int and rank >= 1 and is_number(config["lora_alpha"])
             and isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
-        raise VirtueError(f"{folder / CONFIG}: {_UNLIKE}: {_AGAIN}")
+        raise VirtueError(f"{folder / CONFIG}: {_UNLIKE}: {AGAIN}")
     return manifest, config
 
 
@@ -332,7 +332,7 @@ def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, st
         if odd := [k for k, t in state.items() if not is_sound(t)]:
             raise RuntimeError(f"{odd[0]} is no floating-point tensor, or holds NaN or infinity")
         if (config["r"],) not in {t.shape[:1] for t in state.values()}:
-            raise VirtueError(f"{folder / CONFIG}: {_UNLIKE}: {_AGAIN}")
+            raise VirtueError(f"{folder / CONFIG}: {_UNLIKE}: {AGAIN}")
         score = {k.removeprefix(_SCORE): state.pop(k) for k in [*state] if k.startswith(_SCORE)}
         if score or config["modules_to_save"]:
             head = ScalarHead(model.config.hidden_size, bias="bias" in score)
@@ -341,11 +341,11 @@ def load_artifact(folder: str | Path, model: nn.Module, adapter_name: str, *, st
     except (SafetensorError, RuntimeError) as e:
         what = str(e).splitlines()[-1].strip()[:300]
         raise VirtueError(f"{folder / WEIGHTS}: damaged, or without its scalar head ({what}): "
-                          f"{_AGAIN}") from None
+                          f"{AGAIN}") from None
     try:
         load_adapter_state(model, adapter_name, state, config)
     except VirtueError as e:
-        raise VirtueError(f"{folder}: {str(e)[:500]}: {_AGAIN}") from None
+        raise VirtueError(f"{folder}: {str(e)[:500]}: {AGAIN}") from None
     return manifest, head
 
 

@@ -143,7 +143,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         # Else it asks whether to run code
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise VirtueError(f"{folder}: cannot read the tokenizer ({_said(error)}); fetch its files "
+        raise VirtueError(f"{folder}: cannot read the tokenizer ({one_line(error)}); fetch its files "
                           "again") from error
     where = folder / "tokenizer_config.json"
     if not tokenizer.chat_template:
@@ -166,7 +166,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             tokenizer.apply_chat_template([{"role": "user", "content": "?"}],
                                           add_generation_prompt=True)
     except Exception as error:  # jinja2's, and whatever odd settings lead to
-        raise VirtueError(f"{where}: the chat template cannot be used ({_said(error)}); fetch the "
+        raise VirtueError(f"{where}: the chat template cannot be used ({one_line(error)}); fetch the "
                           "tokenizer's files again") from error
     return tokenizer
 
@@ -190,7 +190,7 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _said(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Another library's words on one line, not too long."""
     return " ".join(str(error).split())[:200]
 
@@ -225,7 +225,7 @@ def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
                 for key in file.keys():  # noqa: SIM118 (a handle, not a dict)
                     yield path, key, file.get_tensor(key)
         except (SafetensorError, OSError) as error:
-            raise VirtueError(f"{path}: damaged ({_said(error)}); fetch it again") from error
+            raise VirtueError(f"{path}: damaged ({one_line(error)}); fetch it again") from error
 
 
 def read_config(folder: Path) -> MistralConfig:
@@ -242,7 +242,7 @@ def read_config(folder: Path) -> MistralConfig:
                 raise ValueError(f"{name} is not between 1 and {most}")
         config = MistralConfig.from_dict(fields) if kind == "mistral" else None
     except Exception as error:  # transformers' validation has exceptions of its own
-        raise VirtueError(f"{path}: not a readable model configuration ({_said(error)}); fetch it "
+        raise VirtueError(f"{path}: not a readable model configuration ({one_line(error)}); fetch it "
                           "again") from error
     if config is None:
         raise VirtueError(f"{path}: model_type is {reprlib.repr(kind)}, only the Mistral "
@@ -336,7 +336,7 @@ def load_model(
     except VirtueError:
         raise
     except Exception as error:  # an activation or a kind of rope that transformers does not know
-        raise VirtueError(f"{folder / 'config.json'}: no model can be made of it ({_said(error)}); "
+        raise VirtueError(f"{folder / 'config.json'}: no model can be made of it ({one_line(error)}); "
                           "fetch it again") from error
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     seen: set[str] = set()
