@@ -95,7 +95,8 @@ CAP = 23.0
 SPECIAL = ("<pad>", "<s>", "</s>", "[INST]", "[/INST]")
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
-    "[INST]{{ m['content'] }}[/INST]{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "[INST]{{ m['content'] }}[/INST]{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
 )
 # 32,164: one for each id
 CHARACTERS = "".join(map(chr, (*range(0x4E00, 0xA000), *range(0xAC00, 0xD7A4))))
