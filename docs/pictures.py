@@ -141,7 +141,7 @@ def token_flow(row: dict) -> str:
 
     title = ("One dialogue token by token: log ratio to the reference, reward, value and return, "
              "advantage")
-    return _rounded(_svg("token_flow", title, draw, rows=4, size=(11.0, 6.6), sharex=True))
+    return _rounded(_svg("token_flow", title, draw, rows=4, size=(11.0, 6.6)))
 
 
 def _rounded(svg: str) -> str:
