@@ -13,7 +13,8 @@ change the objective, edit `ppo_loss` in virtue/ppo.py. Five points differ from 
   3. The KL penalty is k1 per token, unclamped. Its sum over a dialogue is the KL everywhere else,
      so a reported KL can be negative; metrics.jsonl has k3 beside it.
   4. Advantages are whitened under the mask over the whole batch. Returns stay raw.
-  5. Losses are normalised by the tokens of the optimiser step, whatever the micro-batch.
+  5. Losses are divided by the number of tokens in the optimiser step, so that the size of the
+     micro-batches does not change them.
 """
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def parse(argv):
     data = parser.add_argument_group("data, reward models and size").add_argument
     data("--rm", type=Path, required=True,
          help="folder of run_rm.py, with action/, motivation/, consequence/")
-    data("--sft", type=Path, help="SFT adapter: the reference, and where the policy starts")
+    data("--sft", type=Path, help="SFT adapter: it is the reference, and the policy starts from it")
     data("--prompts", default="toy",
          help="toy, or a file of prompts or conversations (docs/data.md lists the forms)")
     data("--iterations", type=positive_int, default=24, help="batches of dialogues")
@@ -60,7 +61,7 @@ def parse(argv):
     data("--value-lr", type=positive_float, default=4e-3,
          help="the same of value adapter and head (Mistral-7B: 1e-4)")
     data("--kl-coef", type=nonnegative_float, default=0.06,
-         help="coefficient of k1 per token in the reward, and of the KL where best/ is chosen")
+         help="coefficient of k1 per token in the reward, and of the KL by which best/ is chosen")
     data("--aggregate", choices=AGGREGATORS, default="mean",
          help="how three scores become one; uwo's spread is a conflict of values, not doubt")
     add_common_flags(parser)
@@ -90,8 +91,8 @@ def parse(argv):
         help="lambda of GAE; take 1.0 for answers of hundreds of tokens (0.95^256 is 2e-6)")
     ppo("--limit", type=positive_int, help="use the first so many prompts (default: all)")
     ppo("--rollout-dtype", choices=("fp32", "bf16", "fp16"),
-        help="sample from a copy of the base in this type, dequantised once: faster, for 14.5 GB "
-             "more of Mistral-7B in bf16 (default: sample with the base itself)")
+        help="sample from a copy of the base in this type, dequantised once; this is faster, but "
+             "takes 14.5 GB more for Mistral-7B in bf16 (default: sample with the base itself)")
     ppo("--save-every", type=positive_int, default=10, help="iterations between saves")
     most_used(parser, "rm", "out", "prompts", "model", "iterations", "rollout-size",
               "micro-batch-size", "lr", "value-lr", "kl-coef", "aggregate", "resume")
@@ -165,7 +166,8 @@ def build_optimizer(roles, args):
 
 
 def logprobs_of(roles, args, stack, ids, attention, mask, entropy=False):
-    """Log-probs (B, T) of the tokens under the mask by a stack; with `entropy` entropies, too."""
+    """Log-probs (B, T) of the tokens under the mask by a stack; with `entropy`, their entropies
+    too."""
     model = roles.base.model
     ids, attention, mask = (t.to(model.device) for t in (ids, attention, mask))
     with virtue.lora.use_stack(model, *stack):

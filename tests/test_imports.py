@@ -25,7 +25,8 @@ def imports(source: str, package: str = "virtue") -> set[str]:
             above = above[:len(above) - node.level + 1] if node.level else []
             base = ".".join(above + ([node.module] if node.module else []))
             # `from virtue import ppo` names a module, `from virtue.ppo import gae` does not
-            names |= {f"{base}.{a.name}" for a in node.names} if base == "virtue" else {base}
+            whole = base in ("virtue", "virtue.plumbing", "virtue.evaluation", "virtue.toy")
+            names |= {f"{base}.{a.name}" for a in node.names} if whole else {base}
     return names
 
 

@@ -145,7 +145,8 @@ def judge_log_odds(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]],
         if not logprobs.isfinite().all():  # before it is kept
             raise VirtueError(f"judge {lens}, pairs {sorted({i for i, *_ in batch})}: the model's "
                               "logits are not finite: use another --dtype, or another judge")
-        return of_labels.diff(dim=-1)[..., 0].neg().tolist(), logprobs.exp().sum().item()
+        first, second = of_labels.unbind(-1)
+        return (first - second).tolist(), logprobs.exp().sum().item()
 
     batches = [jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)]
     for batch, (odds, on_labels) in zip(batches, each_batch(read, batches), strict=True):

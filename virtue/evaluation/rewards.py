@@ -12,6 +12,7 @@ from torch import Tensor
 from virtue import VirtueError, preference
 from virtue.dialogue import (Dialogue, Turn, copies_of, encode_conversation, messages_of,
                              pair_rows)
+from virtue.ensemble import standardize
 from virtue.ethics import LENSES
 from virtue.evaluation import setup
 from virtue.evaluation.stats import rank_correlation
@@ -51,7 +52,7 @@ class Scorer(NamedTuple):
         fit = [i for i, row in enumerate(rows) if len(row) <= limit]
         turns = [Dialogue("", [], rows[i], (Turn(0, len(rows[i]), False),)) for i in fit]
         scores[fit] = self.raw(turns, 0, f"score {self.lens}")
-        return (scores - self.mean) / self.std
+        return standardize(scores[None], self.mean[None], self.std[None])[0]
 
     def score_conversations(self, conversations: Sequence[list[dict]]) -> Tensor:
         """`score` of conversations as messages."""

@@ -17,7 +17,6 @@ PERSONS = ("Anna Ben Clara David Emma Felix Grace Hugo "
            "Ida Jonas Karl Lena Mia Noah Olga Paul").split()
 THINGS = ("cake letter poem garden bike dog song house "
           "essay boat coat soup map piano shop plan").split()
-POLES = ("mean", "deficiency", "excess")
 
 QUESTIONS = (
     "{p} asks you about the {t}. What do you do?",
