@@ -42,10 +42,9 @@ def parse(argv):
     add("--lens", choices=(*LENSES, "all"), default="all",
         help="train one lens, or all three on one loaded base")
     add("--pairs", type=Path,
-        help="preferences to train the one --lens on instead, as hard labels: hh-rlhf's, TRL's, "
-             "ultrafeedback's, ShareGPT's, PKU's, the HHH evaluation's or the study's own ("
-             "docs/data.md has all forms), .jsonl, .gz or parquet; --data still gives the dialogues for the "
-             "score statistics")
+        help="train the one --lens on these pairs instead, as hard labels: a file in any form of "
+             "docs/data.md, .jsonl, .gz or parquet; --data still gives the dialogues for the score "
+             "statistics")
     add("--labels", choices=("soft", "hard"), default="soft",
         help="target: the judge's probability, or its choice (the study: hard)")
     add("--max-tokens", type=flags.positive_int, default=1024,
