@@ -46,7 +46,7 @@ def parse(argv):
         add("--split", choices=("sft", "rm", "ppo", "eval"), default=split,
             help="which disjoint share of the prompts to use")
         add("--limit", type=flags.positive_int, default=limit,
-            help="use the first so many prompts of the split")
+            help="use only the first LIMIT prompts of the split")
         add("--truncated", choices=("drop", "keep"), default="drop",
             help="answers cut by --max-new-tokens: drop and count them, or keep them as the study "
                  "did")
@@ -268,7 +268,7 @@ def main(argv=None):
     base, stack, parents, judge, kept = open_models(args, prompts)
     state = resume.start(args, out, prompts=artefacts.prompts_hash(args.prompts),
                          base=base.info["fingerprint"], judge=judge.info["fingerprint"])
-    if state is None:  # the run had come to its end
+    if state is None:  # the run had already finished
         return
 
     # 3. Data: sampled, and judged

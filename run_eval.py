@@ -45,7 +45,7 @@ FORMS = "in any form of docs/data.md"
 
 def models_flags(add: Callable, rarely: Callable) -> None:
     policy_flags(add, rarely)
-    add("--limit", type=positive_int, default=240, help="use the first so many held-out prompts")
+    add("--limit", type=positive_int, default=240, help="use only the first LIMIT held-out prompts")
     prompts_flag(add)
     add("--eval-rm", type=Path, help="a second ensemble, which PPO did not see "
         "(run_rm.py --share second --seed 1)")
@@ -59,7 +59,7 @@ def models_flags(add: Callable, rarely: Callable) -> None:
 
 def judge_flags(add: Callable, rarely: Callable) -> None:
     add("--pairs", type=Path, required=True, help=f"preferences of this project or {FORMS}")
-    add("--limit", type=positive_int, default=200, help="use the first so many pairs")
+    add("--limit", type=positive_int, default=200, help="use only the first LIMIT pairs")
     add("--wording", choices=("trained", "other"), default="trained",
         help="the question as in training, or in other words")
     rarely("--batch-size", type=positive_int, default=32, help="pairs judged at once")
@@ -71,7 +71,7 @@ def rewards_flags(add: Callable, rarely: Callable) -> None:
         help="folder of run_data.py preferences: its held-out part")
     add("--pairs", type=Path,
         help=f"an external preference file {FORMS}, scored at its last answer")
-    add("--limit", type=positive_int, default=500, help="use the first so many external pairs")
+    add("--limit", type=positive_int, default=500, help="use only the first LIMIT external pairs")
     rarely("--batch-size", type=positive_int, default=32, help="pairs or dialogues scored at once")
 
 

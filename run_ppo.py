@@ -59,7 +59,7 @@ def parse(argv):
          help="Adam learning rate of the policy adapter in the first iteration; it falls linearly "
               "to a tenth in the last, warm-up included (Mistral-7B: 1e-5)")
     data("--value-lr", type=positive_float, default=4e-3,
-         help="the same of value adapter and head (Mistral-7B: 1e-4)")
+         help="the same for the value adapter and head (Mistral-7B: 1e-4)")
     data("--kl-coef", type=nonnegative_float, default=0.06,
          help="coefficient of k1 per token in the reward, and of the KL by which best/ is chosen")
     data("--aggregate", choices=AGGREGATORS, default="mean",
@@ -81,7 +81,7 @@ def parse(argv):
                 "policy until then")
     ppo = parser.add_argument_group("PPO").add_argument
     ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
-    ppo("--minibatch-size", type=positive_int, default=32, help="dialogues an optimiser step")
+    ppo("--minibatch-size", type=positive_int, default=32, help="dialogues per optimiser step")
     ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss")
     ppo("--value-warmup", type=nonnegative_int, default=2,
         help="number of first iterations that train only the value function, since advantages "
@@ -89,7 +89,7 @@ def parse(argv):
     ppo("--entropy-coef", type=nonnegative_float, default=0.0, help="weight of the entropy bonus")
     ppo("--lam", type=fraction, default=0.95,
         help="lambda of GAE; take 1.0 for answers of hundreds of tokens (0.95^256 is 2e-6)")
-    ppo("--limit", type=positive_int, help="use the first so many prompts (default: all)")
+    ppo("--limit", type=positive_int, help="use only the first LIMIT prompts (default: all)")
     ppo("--rollout-dtype", choices=("fp32", "bf16", "fp16"),
         help="sample from a copy of the base in this type, dequantised once; this is faster, but "
              "takes 14.5 GB more for Mistral-7B in bf16 (default: sample with the base itself)")

@@ -173,7 +173,7 @@ def main(argv=None):
     # 3. Training, by maximum likelihood: -log p of a step's tokens, divided by their number
     state = resume.start(args, out, base=base.info["fingerprint"],
                          data=artefacts.data_hash(args.data, files))
-    if state is None:  # the run had come to its end
+    if state is None:  # the run had already finished
         return
     batch_nll = partial(nll, base.model, stack, base.tokenizer.pad_token_id)
     before, after = training.train(

@@ -38,7 +38,7 @@ class Scorer(NamedTuple):
     batch_size: int
 
     def raw(self, dialogues: Sequence[Dialogue], k: int, name: str | None = None) -> Tensor:
-        """Raw scores (n,) at the end of turn k; `name` is that of a progress bar."""
+        """Raw scores (n,) at the end of turn k; `name` labels the progress bar."""
         return score_dialogues(
             self.base.model, [(self.stack, self.head)], dialogues, [k],
             self.base.tokenizer.pad_token_id, batch_size=self.batch_size,
@@ -152,8 +152,8 @@ def with_length(scorer: Scorer, dialogues: Sequence[Dialogue], k: int) -> float 
 
 
 def on_degenerate(scorer: Scorer, dialogues: Sequence[Dialogue], k: int) -> dict[str, float]:
-    """Mean score of turn k as sampled and of `textstats.degenerate` answers in its place; without
-    a kind of which none fits, and {} where no turn ended."""
+    """Mean score of turn k as sampled and of `textstats.degenerate` answers in its place. A kind of
+    which no answer fits is left out; {} where no turn ended."""
     variants: dict[str, list] = {}
     for d in dialogues[:DEGENERATE]:
         if not d.turns[k].truncated:

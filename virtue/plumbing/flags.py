@@ -164,7 +164,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: in
         "last; Mistral-7B: 1e-4", positive_float)
     add("epochs", epochs, "passes over the data")
     add("batch-size", batch_size, "records per forward pass")
-    add("accumulation", 1, "forward passes an optimiser step")
+    add("accumulation", 1, "forward passes per optimiser step")
     add("save-every", 50, "optimiser steps between checkpoints for --resume")
 
 
