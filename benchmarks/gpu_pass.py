@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(gpu.ROOT))
-from virtue.lora import LoRALinear, adapter_parameters, add_adapter, use_stack  # noqa: E402
-from virtue.models import checkpoint_layers, logprobs_at  # noqa: E402
-from virtue.plumbing.loading import load_model  # noqa: E402
+from virtue.lora import LoRALinear, adapter_parameters, add_adapter, use_stack
+from virtue.models import checkpoint_layers, logprobs_at
+from virtue.plumbing.loading import load_model
 
 SIZES = {"7b": (8, 668, 384), "small": (2, 64, 24)}  # rows, tokens a row, sampled tokens a row
 

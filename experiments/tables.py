@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from virtue.ethics import LENSES  # noqa: E402
-from virtue.evaluation.stats import (best_of_n_kl, hierarchical_bootstrap, holm,  # noqa: E402
+from virtue.ethics import LENSES
+from virtue.evaluation.stats import (best_of_n_kl, hierarchical_bootstrap, holm,
                                      paired_bootstrap, permutation_test, t_interval)
-from virtue.toy.gold import slots  # noqa: E402
+from virtue.toy.gold import slots
 
 MAIN = ("gold | seeds | base | SFT | final | gain of the last stage | final − {first}'s | p | "
         "p, Holm | at {kl}; − {first}'s")

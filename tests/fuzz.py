@@ -56,7 +56,7 @@ from virtue.lora import (
     add_adapter,
     remove_adapter,
     use_stack,
-)  # noqa: E402
+)
 from virtue.evaluation.report import curve_of  # noqa: E402
 from virtue.plumbing.loading import load_reward_models  # noqa: E402
 

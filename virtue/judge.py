@@ -47,7 +47,7 @@ def questions(first: list[dict], second: list[dict], lens: str, asked: Sequence[
     """The judge's prompts about a pair, one for each of ``asked`` (virtues, EXTRA_QUESTIONS), alike
     up to the question."""
     pair, (a, b) = pair_text(first, second, lens, wording), JUDGE_LABELS
-    texts = {virtue: JUDGE_QUESTIONS[wording] for virtue in VIRTUES} | EXTRA_QUESTIONS
+    texts = dict.fromkeys(VIRTUES, JUDGE_QUESTIONS[wording]) | EXTRA_QUESTIONS
     return [pair + texts[name].format(virtue=name, asks=CONSTITUTION.get(name, ("",))[0],
                                       first_label=a, second_label=b) for name in asked]
 

@@ -29,7 +29,7 @@ from virtue.plumbing.records import (
     read_preferences,
     read_prompts,
     read_revisions,
-)  # noqa: E402
+)
 from virtue.rollout import span_mask  # noqa: E402
 
 ANSWERS = [("I would give the letter back.", "Keep it."),
