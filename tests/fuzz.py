@@ -49,7 +49,7 @@ from virtue import VirtueError, dialogue, models  # noqa: E402
 from virtue import randomness  # noqa: E402
 from virtue.plumbing import artefacts, loading, records, resume, runtime  # noqa: E402
 from virtue.ethics import LENSES, VIRTUES  # noqa: E402
-from virtue.lora import (
+from virtue.lora import (  # noqa: E402
     active_stack,
     adapter_names,
     adapter_parameters,

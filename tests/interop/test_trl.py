@@ -22,7 +22,7 @@ from virtue.lora import load_adapter_state, use_stack  # noqa: E402
 from virtue.models import ScalarHead, logprobs_at, score_at  # noqa: E402
 from virtue.plumbing.loading import load_tokenizer  # noqa: E402
 from virtue.preference import pairwise_loss  # noqa: E402
-from virtue.plumbing.records import (
+from virtue.plumbing.records import (  # noqa: E402
     parse_hh,
     read_dialogues,
     read_pairs,
