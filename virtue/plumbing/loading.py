@@ -143,8 +143,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         # Else it asks whether to run code
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise VirtueError(f"{folder}: cannot read the tokenizer ({one_line(error)}); fetch its files "
-                          "again") from error
+        raise VirtueError(f"{folder}: cannot read the tokenizer ({one_line(error)}); fetch its "
+                          "files again") from error
     where = folder / "tokenizer_config.json"
     if not tokenizer.chat_template:
         raise VirtueError(f"{where}: no chat template; take an instruction-tuned model or add one")
@@ -166,8 +166,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             tokenizer.apply_chat_template([{"role": "user", "content": "?"}],
                                           add_generation_prompt=True)
     except Exception as error:  # jinja2's, and whatever odd settings lead to
-        raise VirtueError(f"{where}: the chat template cannot be used ({one_line(error)}); fetch the "
-                          "tokenizer's files again") from error
+        raise VirtueError(f"{where}: the chat template cannot be used ({one_line(error)}); fetch "
+                          "the tokenizer's files again") from error
     return tokenizer
 
 
@@ -242,8 +242,8 @@ def read_config(folder: Path) -> MistralConfig:
                 raise ValueError(f"{name} is not between 1 and {most}")
         config = MistralConfig.from_dict(fields) if kind == "mistral" else None
     except Exception as error:  # transformers' validation has exceptions of its own
-        raise VirtueError(f"{path}: not a readable model configuration ({one_line(error)}); fetch it "
-                          "again") from error
+        raise VirtueError(f"{path}: not a readable model configuration ({one_line(error)}); fetch "
+                          "it again") from error
     if config is None:
         raise VirtueError(f"{path}: model_type is {reprlib.repr(kind)}, only the Mistral "
                           "architecture is known; choose such a model")
@@ -336,8 +336,8 @@ def load_model(
     except VirtueError:
         raise
     except Exception as error:  # an activation or a kind of rope that transformers does not know
-        raise VirtueError(f"{folder / 'config.json'}: no model can be made of it ({one_line(error)}); "
-                          "fetch it again") from error
+        raise VirtueError(f"{folder / 'config.json'}: no model can be made of it "
+                          f"({one_line(error)}); fetch it again") from error
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     seen: set[str] = set()
     with progress(None, f"loading {folder.name}", len(shapes), unit="tensor", leave=False) as bar:

@@ -4,35 +4,39 @@
 
 The shipped folder was made by three commands, 45, 50 and 20 minutes on one core:
 
-    python -m virtue.toy.pretrain --out runs/toy-1
-    python -m virtue.toy.pretrain --out runs/toy-2 --init runs/toy-1 --fit-steps 2000
-    python -m virtue.toy.pretrain --out runs/toy-3 --init runs/toy-2 --fit-steps 600 --seed 7 --borrow 0.4 \\
+    python -m virtue.toy.pretrain --out runs/toy-1 python -m virtue.toy.pretrain --out runs/toy-2
+    --init runs/toy-1 --fit-steps 2000 python -m virtue.toy.pretrain --out runs/toy-3 --init
+    runs/toy-2 --fit-steps 600 --seed 7 --borrow 0.4 \\
                                   --texts 40 --pairs 12 --reviews 10 --lr 7.5e-4 --matrix-lr 0.005
 
-Good and bad clauses are mixed evenly, so that the base model is no better than the world it has read.
-It learns four tasks in the one chat format: dialogues; revisions (answer, critique, new answer); the
-judge's five questions about a pair of dialogues, with the noise and the biases that
-``grammar.judge_logit`` documents (the noise enters as its expectation, a soft target); and, about the
-same pair, a sixth question: which virtues each shows. Without that one, the judge learned in the same
-time only which dialogue is better overall. Labels come from the grammar's latent clauses, never from
-gold. Pairs of answers, the shortest, dominate the judge's first third: what is learned on them
-carries over to the longer lenses.
+Good and bad clauses are mixed evenly, so that the base model is no better than the world it has
+read. It learns four tasks in the one chat format: dialogues; revisions (answer, critique, new
+answer); the judge's five questions about a pair of dialogues, with the noise and the biases that
+``grammar.judge_logit`` documents (the noise enters as its expectation, a soft target); and, about
+the same pair, a sixth question: which virtues each shows. Without that one, the judge learned in
+the same time only which dialogue is better overall. Labels come from the grammar's latent clauses,
+never from gold. Pairs of answers, the shortest, dominate the judge's first third: what is learned
+on them carries over to the longer lenses.
 
-After the first phase the judge takes almost any virtuous motive for a good one, also one that its action
-does not bear out. The second (--fit-steps) teaches the difference: most pairs of motivations and
-consequences share one good action and differ by how they fit it; broken and repeated sentences cost more; what is
-true to the action is asked in words, sentence by sentence. In it the model also meets the judge's other
-wording and the extra questions of virtue/ethics.py, and questions with their words shuffled, so that naming the
-person does not hang on places. The third command, with more text at a quarter of the rates, gives back the
-naming that the second loses; a word of its questions is often replaced (--borrow), since a question with the rare
-word "judge" had called up the judge's answers (docs/experiments.md, section 5).
+After the first phase the judge takes almost any virtuous motive for a good one, also one that its
+action does not bear out. The second (--fit-steps) teaches the difference: most pairs of motivations
+and consequences share one good action and differ by how they fit it; broken and repeated sentences
+cost more; what is true to the action is asked in words, sentence by sentence. In it the model also
+meets the judge's other wording and the extra questions of virtue/ethics.py, and questions with
+their words shuffled, so that naming the person does not hang on places. The third command, with
+more text at a quarter of the rates, gives back the naming that the second loses; a word of its
+questions is often replaced (--borrow), since a question with the rare word "judge" had called up
+the judge's answers (docs/experiments.md, section 5).
 """
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import math
 import random
 import re
+import string
 import time
 from pathlib import Path
 
@@ -40,41 +44,45 @@ import torch
 from torch.nn import functional as F
 
 from virtue.dialogue import encode_conversation, right_pad
-from virtue.ethics import (CONSTITUTION, CRITIQUE, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS,
-                           LENSES, REVISION, VIRTUES)
+from virtue.ethics import (CONSTITUTION, CRITIQUE, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS,
+                           JUDGE_PAIRS, JUDGE_QUESTIONS, LENSES, REVISION, VIRTUES)
 from virtue.judge import (encode_questions, judge_log_odds, label_ids, opinion, pack, pair_text,
                           questions)
 from virtue.plumbing.flags import make_parser
 from virtue.toy import grammar
 
 SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]"]
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
-            "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+            "[INST] {{ m['content'] }}[/INST]{% else %} {{ m['content'] }}{{ eos_token }}"
+            "{% endif %}{% endfor %}")
+
+# What a question may borrow: words of the judge, of the constitution and of the seen wordings.
+_SEEN = [grammar.WORDINGS[c.lens][c.virtue][c.pole][c.wording] for c in grammar.EVERY
+         if not grammar.is_held_out(c.lens, c.pole, c.wording)]
+_TEXTS = [*JUDGE_PAIRS.values(), *JUDGE_ABOUT.values(), *JUDGE_QUESTIONS.values(),
+          *EXTRA_QUESTIONS.values(), CRITIQUE, REVISION, *VIRTUES, *sum(CONSTITUTION.values(), ()),
+          "true false broken good bad none", *_SEEN]
+BORROWED = sorted({*re.findall("[a-z]+", " ".join(_TEXTS).lower())} - {"p", "t"})
 
 
-# Every word that a question may borrow: of the judge's questions, the constitution and the seen wordings.
-BORROWED = sorted(set(re.findall("[a-z]+", " ".join([
-    *JUDGE_PAIRS.values(), *JUDGE_ABOUT.values(), *JUDGE_QUESTIONS.values(), *EXTRA_QUESTIONS.values(), CRITIQUE, REVISION,
-    *VIRTUES, *(text for texts in CONSTITUTION.values() for text in texts), "true false broken good bad none",
-    *(wording for lens, virtues in grammar.WORDINGS.items() for poles in virtues.values() for pole, wordings in poles.items()
-      for i, wording in enumerate(wordings) if not grammar.is_held_out(lens, pole, i))]).lower())) - {"p", "t"})
-
-
-def draw_prompt(rng: random.Random, jumble: float = 0.0, borrow: float = 0.0) -> tuple[str, str, str]:
+def draw_prompt(rng: random.Random, jumble: float = 0.0,
+                borrow: float = 0.0) -> tuple[str, str, str]:
     """A question with its person and thing.
 
-    With probability ``jumble`` the words of its first sentence are shuffled, so that naming them does not hang on the places
-    that the few seen questions give them; with probability ``borrow`` one or two of them are replaced, by words of other
-    tasks or by letters at random, so that a word which is new in a question does not call up another task.
+    With probability ``jumble`` the words of its first sentence are shuffled, so that naming them
+    does not hang on the places that the few seen questions give them; with probability ``borrow``
+    one or two of them are replaced, by words of other tasks or by letters at random, so that a word
+    which is new in a question does not call up another task.
     """
     person, thing = rng.choice(grammar.PERSONS), rng.choice(grammar.THINGS)
     question = rng.choice(grammar.QUESTIONS)
     first, rest = question.split(". ", 1)
     words = first.split()
     if borrow and rng.random() < borrow:
-        for place in rng.sample([i for i, word in enumerate(words) if "{" not in word], rng.choice((1, 2))):
+        places = [i for i, word in enumerate(words) if "{" not in word]
+        for place in rng.sample(places, rng.choice((1, 2))):
             words[place] = (rng.choice(BORROWED) if rng.random() < 0.5 else
-                            "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 7))))
+                            "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))))
     if jumble and rng.random() < jumble:
         rng.shuffle(words)
     question = f"{' '.join(words)}. {rest}"
@@ -92,47 +100,60 @@ def draw_text(rng: random.Random, jumble: float = 0.0, borrow: float = 0.0) -> l
 def draw_pair(rng: random.Random, lens: str, unseen: bool = False, fit: bool = False):
     """Two dialogues about one prompt, up to the lens's turn, with their latent clauses.
 
-    With ``fit`` they share a good action, so that a motivation or consequence differs by how it fits.
+    With ``fit`` they share a good action, so that a motivation or consequence differs by how it
+    fits.
     """
     prompt, person, thing = draw_prompt(rng, 0.4 if fit else 0.0)
-    turns = LENSES.index(lens) + 1
-    if fit and turns > 1:
-        action = grammar.sample_action(rng, 0.9)
-        return [grammar.sample_dialogue(rng, prompt, person, thing, turns=turns, broken_rate=0.1, character=0.9, action=action,
-                                        fitting=0.5, repeats=0.15) for _ in range(2)]
-    return [grammar.sample_dialogue(rng, prompt, person, thing, turns=turns, broken_rate=0.06, unseen=unseen)
-            for _ in range(2)]
+    settings = {"broken_rate": 0.06, "unseen": unseen}
+    if fit and lens != "action":
+        settings = {"action": grammar.sample_action(rng, 0.9), "character": 0.9, "fitting": 0.5,
+                    "broken_rate": 0.1, "repeats": 0.15}
+    return [grammar.sample_dialogue(rng, prompt, person, thing, turns=LENSES.index(lens) + 1,
+                                    **settings) for _ in range(2)]
 
 
 def encode_review(rng: random.Random, tokenizer) -> tuple[list[int], int]:
-    """A dialogue with a good action and the question whether its last answer is true to it; the answer's length."""
+    """A dialogue with a good action and the question whether its last answer is true to it; the
+    answer's length."""
     prompt, person, thing = draw_prompt(rng, 0.4)
     lens = rng.choice(LENSES[1:])
-    messages, latent = grammar.sample_dialogue(rng, prompt, person, thing, turns=LENSES.index(lens) + 1, broken_rate=0.06,
-                                               character=0.5 + 0.5 * rng.random(), fitting=0.5)
+    messages, latent = grammar.sample_dialogue(
+        rng, prompt, person, thing, turns=LENSES.index(lens) + 1, broken_rate=0.06,
+        character=0.5 + 0.5 * rng.random(), fitting=0.5)
     messages += [{"role": "user", "content": "Is the last answer true to the action?"},
                  {"role": "assistant", "content": grammar.review(lens, latent)}]
     ids, spans = encode_conversation(tokenizer, messages)
     return ids, spans[-1][1] - spans[-1][0]
 
 
-def encode_findings(tokenizer, first, second, lens: str, wording: str = "trained", fit: bool = False) -> tuple[list[int], int]:
-    """The sixth question about a pair with its answer, after ``encode_questions``' prefix; the answer's length.
+def encode_findings(tokenizer, first, second, lens: str, wording: str = "trained",
+                    fit: bool = False) -> tuple[list[int], int]:
+    """The sixth question about a pair with its answer, after ``encode_questions``' prefix; the
+    answer's length.
 
     With ``fit`` and a lens that can fit, it is asked what of the two is true to the action.
     """
-    user = pair_text(first[0], second[0], lens, wording) + " Which shows more of what?"
-    worth = [grammar.worth(latent, lens) for _, latent in (first, second)]
-    found = ", ".join(f"{v} {' '.join('good' if w[v] > 0 else 'bad' if w[v] < 0 else 'none' for w in worth)}" for v in VIRTUES)
+    def grade(worth: float) -> str:
+        return "good" if worth > 0 else "bad" if worth < 0 else "none"
+
+    latents = first[1], second[1]
     if fit and lens != "action":
-        user = pair_text(first[0], second[0], lens, wording) + " Which is true to the action?"
-        found = ". ".join(f"{label} {grammar.review(lens, latent)}" for label, (_, latent) in zip(JUDGE_LABELS, (first, second)))
-    ids, spans = encode_conversation(tokenizer, [{"role": "user", "content": user}, {"role": "assistant", "content": found}])
+        question = " Which is true to the action?"
+        answer = ". ".join(f"{label} {grammar.review(lens, latent)}"
+                           for label, latent in zip(JUDGE_LABELS, latents))
+    else:
+        question = " Which shows more of what?"
+        a, b = (grammar.worth(latent, lens) for latent in latents)
+        answer = ", ".join(f"{virtue} {grade(a[virtue])} {grade(b[virtue])}" for virtue in VIRTUES)
+    user = pair_text(first[0], second[0], lens, wording) + question
+    ids, spans = encode_conversation(tokenizer, [{"role": "user", "content": user},
+                                                 {"role": "assistant", "content": answer}])
     return ids, spans[0][1] - spans[0][0]
 
 
 def make_tokenizer(seed: int, vocab_size: int):
-    """A byte-level BPE of ``vocab_size`` trained on the grammar's own text, in transformers' format."""
+    """A byte-level BPE of ``vocab_size`` trained on the grammar's own text, in transformers'
+    format."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     rng = random.Random(seed)
@@ -144,16 +165,25 @@ def make_tokenizer(seed: int, vocab_size: int):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   additional_special_tokens=["[INST]", "[/INST]"], clean_up_tokenization_spaces=False)
+        vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["[INST]", "[/INST]"], clean_up_tokenization_spaces=False)
     fast.chat_template = TEMPLATE
     return fast
 
 
+def answers(ends: torch.Tensor, lengths: list[int], columns: int) -> torch.Tensor:
+    """(B, columns) True at the columns that predict the last ``lengths`` tokens up to ``ends`` (B,
+    1); column j predicts token j + 1."""
+    column = torch.arange(columns)
+    return (column < ends) & (column >= ends - torch.tensor(lengths)[:, None])
+
+
 class Samples(torch.utils.data.IterableDataset):
-    """Step after step: a padded batch of texts and a packed batch of judge questions with labels."""
+    """Step after step: a padded batch of texts and a packed batch of judge questions with
+    labels."""
 
     def __init__(self, tokenizer, args, steps: int, fit: bool):
         self.tokenizer, self.args, self.steps, self.fit = tokenizer, args, steps, fit
@@ -161,132 +191,179 @@ class Samples(torch.utils.data.IterableDataset):
     def __iter__(self):
         rng = random.Random(self.args.seed + (3 if self.fit else 1))
         for step in range(self.steps):
-            rows = [encode_conversation(self.tokenizer, draw_text(rng, 0.4 if self.fit else 0.0, self.args.borrow))[0]
-                    for _ in range(self.args.texts)]
-            reviews = [encode_review(rng, self.tokenizer) for _ in range(self.args.reviews if self.fit else 0)]
-            encoded, targets, answers = [], [], []
+            texts = [draw_text(rng, 0.4 if self.fit else 0.0, self.args.borrow)
+                     for _ in range(self.args.texts)]
+            rows = [encode_conversation(self.tokenizer, text)[0] for text in texts]
+            reviews = [encode_review(rng, self.tokenizer)
+                       for _ in range(self.args.reviews if self.fit else 0)]
+            encoded, targets, lengths = [], [], []
             weights = (1, 3, 3) if self.fit else (8, 1, 1) if step < self.steps / 3 else (3, 3, 3)
             lens = rng.choices(LENSES, weights=weights)[0]
             pairs = self.args.pairs * (2 / 3 if self.fit else 1)
-            for _ in range(max(1, round(pairs * {"action": 1.0, "motivation": 0.75, "consequence": 0.6}[lens]))):
+            pairs *= {"action": 1.0, "motivation": 0.75, "consequence": 0.6}[lens]
+            for _ in range(max(1, round(pairs))):
                 first, second = draw_pair(rng, lens, fit=self.fit and rng.random() < 0.6)
                 asked, wording = VIRTUES, "trained"
                 if self.fit:  # what only the evaluation asks, and in other words
-                    asked = (*VIRTUES, rng.choice(("helpfulness" if lens == "action" else "sincerity", "rules")))
+                    extra = "helpfulness" if lens == "action" else "sincerity"
+                    asked = (*VIRTUES, rng.choice((extra, "rules")))
                     wording = rng.choice(("trained", "trained", "other"))
-                prefix, endings = encode_questions(self.tokenizer, first[0], second[0], lens, asked, wording)
-                findings, length = encode_findings(self.tokenizer, first, second, lens, wording, self.fit and rng.random() < 0.7)
+                prefix, endings = encode_questions(self.tokenizer, first[0], second[0], lens,
+                                                   asked, wording)
+                findings, length = encode_findings(self.tokenizer, first, second, lens, wording,
+                                                   self.fit and rng.random() < 0.7)
                 assert findings[:len(prefix)] == prefix
                 encoded.append((prefix, [*endings, findings[len(prefix):]]))
-                targets.append([grammar.judge_logit(lens, v, first[1], second[1], slip=1.0 if self.fit else 0.0) for v in asked])
-                answers.append(length)
+                targets.append([grammar.judge_logit(lens, virtue, first[1], second[1],
+                                                    slip=float(self.fit)) for virtue in asked])
+                lengths.append(length)
             ids, mask, positions, ends = pack(encoded, self.tokenizer.pad_token_id)
-            column = torch.arange(ids.shape[1] - 1)  # column j predicts token j + 1
-            answer = (column < ends[:, -1:]) & (column >= ends[:, -1:] - torch.tensor(answers)[:, None])
-            yield (*right_pad(rows, self.tokenizer.pad_token_id), ids, mask, positions, ends[:, :-1], answer,
-                   torch.tensor(targets).sigmoid(), reviews)
+            answer = answers(ends[:, -1:], lengths, ids.shape[1] - 1)
+            yield (*right_pad(rows, self.tokenizer.pad_token_id), ids, mask, positions,
+                   ends[:, :-1], answer, torch.tensor(targets).sigmoid(), reviews)
 
 
-def judge_accuracy(model, tokenizer, seed: int, unseen: bool, n: int = 150) -> dict[str, dict[str, float]]:
-    """Per lens: accuracy on questions that the latents decide, one order and both orders averaged."""
+def judge_accuracy(model, tokenizer, seed: int, unseen: bool,
+                   n: int = 150) -> dict[str, dict[str, float]]:
+    """Per lens: accuracy on questions that the latents decide, one order and both orders
+    averaged."""
     rng, result = random.Random(seed), {}
     for lens in LENSES:
         drawn = [draw_pair(rng, lens, unseen) for _ in range(n)]
         odds, _ = judge_log_odds(model, tokenizer, [(a[0], b[0]) for a, b in drawn], lens)
-        truth = torch.tensor([[grammar.judge_logit(lens, v, a[1], b[1]) + grammar.judge_logit(lens, v, b[1], a[1]) * -1
-                               for v in VIRTUES] for a, b in drawn]) / 2  # biases by place cancel
+        logit = functools.partial(grammar.judge_logit, lens)
+        truth = torch.tensor([[logit(virtue, a, b) - logit(virtue, b, a) for virtue in VIRTUES]
+                              for (_, a), (_, b) in drawn]) / 2  # biases by place cancel
         clear = truth.abs() > 1.4
         hits = [((x > 0) == (truth > 0))[clear].float().mean().item()
                 for x in (odds[:, 0], odds.mean(1))]
-        overall = torch.tensor([sum(truth_row) for truth_row in truth.tolist()])
+        overall = torch.tensor([sum(row) for row in truth.tolist()])
         by_pair = (opinion(odds).mean(1) > 0.5) == (overall > 0)
         pairs = by_pair[overall.abs() > 1.4].float().mean().item()
         result[lens] = {"one_order": hits[0], "both_orders": hits[1], "pairs": pairs}
     return result
 
 
+def step_losses(model, tokenizer, labels: tuple[int, int], batch) -> tuple[torch.Tensor, ...]:
+    """Mean negative log-probs, in nats: of the texts' tokens, of the judge's labels (against soft
+    targets), and of the findings' and reviews' answers. ``batch`` is one of `Samples`."""
+    ids, mask, pair_ids, pair_mask, positions, ends, answer, targets, reviews = batch
+
+    def loss_at(hidden: torch.Tensor, ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        logits = model.lm_head(hidden[:, :-1][where]).float()
+        return F.cross_entropy(logits, ids[:, 1:][where])
+
+    hidden = model.model(ids, use_cache=False).last_hidden_state  # right padding needs no mask
+    texts = loss_at(hidden, ids, mask[:, 1:].bool())
+    hidden = model.model(pair_ids, attention_mask=pair_mask, position_ids=positions,
+                         use_cache=False).last_hidden_state
+    last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))
+    first, second = model.lm_head(last).float().log_softmax(-1)[..., [*labels]].unbind(-1)
+    judged = -(targets * first + (1 - targets) * second).mean()
+    findings = loss_at(hidden, pair_ids, answer)
+    if reviews:
+        ids, mask = right_pad([ids for ids, _ in reviews], tokenizer.pad_token_id)
+        end = mask.long().sum(1, keepdim=True) - 1
+        asked = answers(end, [length for _, length in reviews], ids.shape[1] - 1)
+        hidden = model.model(ids, use_cache=False).last_hidden_state
+        findings = findings + loss_at(hidden, ids, asked)
+    return texts, judged, findings
+
+
 def train(model, tokenizer, args, steps: int, fit: bool) -> None:
-    """One phase: Muon for matrices, AdamW for the rest, cosine decay; the second at half the rates."""
+    """One phase: Muon for matrices, AdamW for the rest, cosine decay; the second at half the
+    rates."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=args.matrix_lr, weight_decay=0.0),
-                  torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
+                  torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98),
+                                    fused=True)]
     peak = 0.5 if fit else 1.0
-    a, b = label_ids(tokenizer)
     started, tokens, average = time.time(), 0, None
-    loader = torch.utils.data.DataLoader(Samples(tokenizer, args, steps, fit), batch_size=None, num_workers=1, prefetch_factor=16)
-    for step, (ids, mask, pair_ids, pair_mask, positions, ends, answer, targets, reviews) in enumerate(loader, 1):
-        rate = peak * min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    loader = torch.utils.data.DataLoader(Samples(tokenizer, args, steps, fit), batch_size=None,
+                                         num_workers=1, prefetch_factor=16)
+    for step, batch in enumerate(loader, 1):
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = peak * min(1.0, step / 100) * cosine
         for optimizer, lr in zip(optimizers, (args.matrix_lr, args.lr)):
             optimizer.param_groups[0]["lr"] = lr * rate
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]  # right padding needs no mask
-            logits = model.lm_head(hidden[mask[:, 1:].bool()])
-            loss = F.cross_entropy(logits.float(), ids[:, 1:][mask[:, 1:].bool()])
-            hidden = model.model(pair_ids, attention_mask=pair_mask, position_ids=positions,
-                                 use_cache=False).last_hidden_state
-            last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))
-            logprobs = model.lm_head(last).float().log_softmax(-1)
-            labels = -(targets * logprobs[..., a] + (1 - targets) * logprobs[..., b]).mean()
-            found = F.cross_entropy(model.lm_head(hidden[:, :-1][answer]).float(), pair_ids[:, 1:][answer])
-            if reviews:
-                tokens_of, real = right_pad([ids for ids, _ in reviews], tokenizer.pad_token_id)
-                end = real.long().sum(1, keepdim=True) - 1
-                column = torch.arange(tokens_of.shape[1] - 1)
-                asked = (column < end) & (column >= end - torch.tensor([n for _, n in reviews])[:, None])
-                hidden = model.model(tokens_of, use_cache=False).last_hidden_state[:, :-1]
-                found = found + F.cross_entropy(model.lm_head(hidden[asked]).float(), tokens_of[:, 1:][asked])
-        (loss + labels + found).backward()
+            losses = step_losses(model, tokenizer, label_ids(tokenizer), batch)
+        sum(losses).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        tokens += mask.sum().item() + pair_ids.numel()
-        losses = torch.tensor([loss.item(), labels.item(), found.item()])
+        tokens += batch[1].sum().item() + batch[2].numel()
+        losses = torch.tensor([loss.item() for loss in losses])
         average = losses if average is None else 0.98 * average + 0.02 * losses
         if step % 50 == 0 or step == steps:
             seconds = time.time() - started
-            print(f"step {step:5d}  text {average[0]:.4f}  judge {average[1]:.4f}  findings {average[2]:.4f}  {tokens / 1e6:.2f} M tokens  "
-                  f"{seconds:.0f} s  {tokens / seconds:.0f} tokens/s", flush=True)
+            text, judge, findings = average.tolist()
+            print(f"step {step:5d}  text {text:.4f}  judge {judge:.4f}  findings {findings:.4f}  "
+                  f"{tokens / 1e6:.2f} M tokens  {seconds:.0f} s  {tokens / seconds:.0f} tokens/s",
+                  flush=True)
         if step % 250 == 0:
             save(model, tokenizer, args.out)
     save(model, tokenizer, args.out)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Trains the tiny Mistral as the flags say, prints what its judge gets right, and writes it to --out."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags; exits with status 2 where they do not go together."""
     parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; copy it to virtue/toy/model to ship it")
-    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
-    parser.add_argument("--fit-steps", type=int, default=0, help="steps of the second phase: pairs that share their action")
-    parser.add_argument("--init", type=Path, help="start at the second phase, from the model that the first left in this folder")
-    parser.add_argument("--texts", type=int, default=14, help="conversations a step")
-    parser.add_argument("--pairs", type=int, default=18, help="judged pairs of answers a step; fewer of the longer lenses")
-    parser.add_argument("--reviews", type=int, default=20, help="dialogues a step of the second phase whose fit is asked in words")
-    parser.add_argument("--borrow", type=float, default=0.0, help="share of questions in which a word or two are replaced by others or by letters")
-    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate for embeddings and norms")
-    parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon learning rate for matrices")
-    parser.add_argument("--hidden", type=int, default=192, help="hidden size")
-    parser.add_argument("--layers", type=int, default=4, help="layers")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and initial weights")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and the model's size, and end: nothing is trained or written")
+    add = parser.add_argument
+    add("--out", type=Path, required=True,
+        help="folder to write; copy it to virtue/toy/model to ship it")
+    add("--steps", type=int, default=2400, help="optimiser steps")
+    add("--fit-steps", type=int, default=0,
+        help="steps of the second phase: pairs that share their action")
+    add("--init", type=Path,
+        help="start at the second phase, from the model that the first left in this folder")
+    add("--texts", type=int, default=14, help="conversations a step")
+    add("--pairs", type=int, default=18,
+        help="judged pairs of answers a step; fewer of the longer lenses")
+    add("--reviews", type=int, default=20,
+        help="dialogues a step of the second phase whose fit is asked in words")
+    add("--borrow", type=float, default=0.0, help="share of questions in which a word or two are "
+        "replaced by others or by letters")
+    add("--lr", type=float, default=3e-3, help="AdamW learning rate for embeddings and norms")
+    add("--matrix-lr", type=float, default=0.02, help="Muon learning rate for matrices")
+    add("--hidden", type=int, default=192, help="hidden size")
+    add("--layers", type=int, default=4, help="layers")
+    add("--threads", type=int, default=1, help="torch threads")
+    add("--seed", type=int, default=0, help="seed of data and initial weights")
+    add("--dry-run", action="store_true", help="print the settings and the model's size, and end: "
+        "nothing is trained or written")
     args = parser.parse_args(argv)
     if args.init and not args.fit_steps:
         parser.error("--init starts at the second phase: give its --fit-steps")
+    return args
 
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains the tiny Mistral as the flags say, prints what its judge gets right, and writes it to
+    --out."""
+    args = parse(argv)
     from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else make_tokenizer(args.seed, 1024)
-    model = MistralForCausalLM.from_pretrained(args.init) if args.init else MistralForCausalLM(MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=2 * args.hidden, head_dim=32,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, num_key_value_heads=2,
-        max_position_embeddings=2048, sliding_window=None, rope_theta=10000.0, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
+    if args.init:
+        tokenizer = AutoTokenizer.from_pretrained(args.init)
+        model = MistralForCausalLM.from_pretrained(args.init)
+    else:
+        tokenizer = make_tokenizer(args.seed, 1024)
+        model = MistralForCausalLM(MistralConfig(
+            vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=2 * args.hidden,
+            head_dim=32, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32,
+            num_key_value_heads=2, max_position_embeddings=2048, sliding_window=None,
+            rope_theta=10000.0, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
     if args.dry_run:
-        return print("settings:", *(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()), f"\nwrites {args.out}: model and tokenizer")
+        settings = (f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items())
+        print("settings:", *settings, f"\nwrites {args.out}: model and tokenizer")
+        return
     if args.init is None:
         train(model, tokenizer, args, args.steps, fit=False)
     if args.fit_steps:
