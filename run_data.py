@@ -8,13 +8,13 @@ revisions: the model answers each prompt, criticises its answer by one virtue of
 virtue/ethics.py, and rewrites it (Bai et al. 2022, arXiv 2212.08073, section 3.1, with virtues in
 the place of principles). Empty, unchanged and truncated revisions are counted and dropped.
 
-preferences: two independent dialogues for each prompt (answer, motivation, consequence), then for
-each lens the judge compares them on five virtues, in both orders. Writes action.jsonl,
-motivation.jsonl, consequence.jsonl, and dialogues.jsonl: all that was sampled, unfiltered, from
-which run_rm.py takes the score statistics. The judge is the base model with adapters off, unless
---judge names another model. Where it cannot be told from a coin that knows places, the stage ends
-with status 2 after judging, unless --any-judge is given; what was sampled and judged is kept for
---resume.
+preferences: the model writes two independent dialogues for each prompt (answer, motivation,
+consequence). For each lens, the judge then compares them on five virtues, in both orders. The
+command writes action.jsonl, motivation.jsonl, consequence.jsonl and dialogues.jsonl. The last holds
+all that was sampled, unfiltered, and run_rm.py takes the score statistics from it. The judge is the
+base model with adapters off, unless --judge names another model. If the judge cannot be told from a
+coin that knows places, the stage ends with status 2 after judging, unless --any-judge is given;
+what was sampled and judged is kept for --resume.
 """
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def parse(argv):
         flags.add_sampling_flags(sub)
         add = sub.add_argument_group("data").add_argument
         add("--prompts", default="toy",
-            help="toy, or a file of prompts or conversations, of any form that README names")
+            help="toy, or a file of prompts or conversations, in any form of docs/data.md")
         add("--split", choices=("sft", "rm", "ppo", "eval"), default=split,
             help="which disjoint share of the prompts to use")
         add("--limit", type=flags.positive_int, default=limit,
-            help="use the first so many prompts of the split")
+            help="use only the first LIMIT prompts of the split")
         add("--truncated", choices=("drop", "keep"), default="drop",
             help="answers cut by --max-new-tokens: drop and count them, or keep them as the study "
                  "did")
@@ -57,17 +57,17 @@ def parse(argv):
                         "adapters off)")
     add("--judge-batch-size", type=flags.positive_int, default=16, help="pairs judged at once")
     add("--any-judge", action="store_true",
-        help="go on with a judge that cannot be told from a coin that knows places, and mark what "
-             "it labels")
+        help="go on with a judge that cannot be told from a coin that knows places, and mark the "
+             "data that it labels")
     add("--ask", choices=("virtues", "rules"), default="virtues",
-        help="rules: one question, which breaks fewer rules, instead of the five virtues: the "
-             "rule-based control")
+        help="rules: ask one question (which dialogue breaks fewer rules?) instead of the five "
+             "virtues; this is the rule-based control")
     add("--orders", choices=("both", "one"), default="both",
         help="one: read each pair in one order only, and keep the judge's preference for a place "
              "(the study)")
     add("--preference", choices=("votes", "mean"), default="votes",
-        help="chosen by the majority of the five virtues (the study), or by their mean "
-             "probability; matters to training with run_rm.py --labels hard only, since soft "
+        help="choose by the majority of the five virtues (the study), or by their mean "
+             "probability; this affects training only with run_rm.py --labels hard, since soft "
              "labels carry the mean either way")
     common = ("out", "prompts", "limit", "sft", "model", "quantize", "dtype", "max-new-tokens")
     flags.most_used(revisions, *common, "batch-size", "seed", "resume")
@@ -127,8 +127,9 @@ def revise(args, base, stack, prompts, state):
 
 
 def pairs_of(args, tokenizer, judge, first, second, lens):
-    """The pairs of dialogues that the judge can compare, each (the prompt's id, both as messages up
-    to the lens's turn, whether a turn was cut), and a Counter of why the others are dropped."""
+    """The pairs of dialogues that the judge can compare, each as (the prompt's id, both dialogues
+    as messages up to the lens's turn, whether a turn was cut), and a Counter of the reasons why the
+    others are dropped."""
     from virtue.dialogue import messages_of
     from virtue.judge import pair_fits
 
@@ -267,7 +268,7 @@ def main(argv=None):
     base, stack, parents, judge, kept = open_models(args, prompts)
     state = resume.start(args, out, prompts=artefacts.prompts_hash(args.prompts),
                          base=base.info["fingerprint"], judge=judge.info["fingerprint"])
-    if state is None:  # the run had come to its end
+    if state is None:  # the run had already finished
         return
 
     # 3. Data: sampled, and judged

@@ -6,28 +6,29 @@
   python run_eval.py best-of-n --rm runs/demo/rm --out runs/demo/best
   python run_eval.py chat      --policy runs/demo/policy
 
-models: base, SFT and PPO model answer the same held-out prompts with whole dialogues. The study's
-Score is mean - 0.5 * population std over the 3n scores RM_lens(dialogue up to the lens's turn), on
-raw scores, as the study did (their std also holds the arbitrary offsets between the three models),
-and on standardised ones. Differences carry 95 % intervals of a paired bootstrap over prompts,
-p-values Holm's correction; the judge compares the models in both orders, in the words of the
-training and in others. Writes scores.json, samples.jsonl and report.html. On toy, gold is read: no
-stage has learned from it. Refuses to report on an adapter that changes no logit: it was never
-loaded.
+models: the base, SFT and PPO models answer the same held-out prompts with whole dialogues. The
+study's Score is mean - 0.5 * population std over the 3n scores RM_lens(dialogue up to the lens's
+turn). It is given for raw scores, as in the study (their std also holds the arbitrary offsets
+between the three models), and for standardised scores. Differences have 95 % intervals from a
+paired bootstrap over prompts, and p-values have Holm's correction. The judge compares the models in
+both orders, in the wording of the training and in another one. The command writes scores.json,
+samples.jsonl and report.html. On toy prompts it also reports gold, from which no stage has learned.
+It refuses to report on an adapter that changes no logit, since that adapter was never loaded.
 
-judge: how often the judge agrees with human preferences (hh-rlhf or any file of chosen and
-rejected), per virtue, with position flips and the halo; on toy pairs, with gold instead of the
-file's own choice.
+judge: measures how often the judge agrees with human preferences (hh-rlhf or any file of chosen and
+rejected answers), for each virtue, and reports position flips and the halo. On toy pairs it
+compares the judge with gold instead of the file's own choice.
 
-rewards: accuracy and calibration of each reward model on held-out pairs, score against length,
-scores of degenerate answers; with --pairs accuracy on any external preference file.
+rewards: reports the accuracy and calibration of each reward model on held-out pairs, the
+correlation of its score with length, and its scores of degenerate answers. With --pairs it also
+reports the accuracy on any external preference file.
 
-best-of-n: gold, rewards and the judge's opinion of the best of 1, 2, 4, ... answers of the starting
-policy under each aggregator, by the unbiased estimator. If best-of-n does not help, PPO is unlikely
-to.
+best-of-n: reports gold, rewards and the judge's opinion of the best of 1, 2, 4, ... answers of the
+starting policy under each aggregator, by the unbiased estimator. If best-of-n does not help, PPO is
+unlikely to help either.
 
-chat: talk to base and tuned model at once in the terminal, with the three rewards of every answer;
-/why asks for motivation and consequence.
+chat: lets you talk to the base and the tuned model at once in the terminal, and shows the three
+rewards of every answer; /why asks for motivation and consequence.
 """
 from __future__ import annotations
 
@@ -39,12 +40,12 @@ from virtue.plumbing.flags import (add_common_flags, add_sampling_flags, make_pa
                                    nonnegative_int, parse_with_parent, positive_int)
 from virtue.plumbing.runtime import run_main
 
-FORMS = "of any form that README names"
+FORMS = "in any form of docs/data.md"
 
 
 def models_flags(add: Callable, rarely: Callable) -> None:
     policy_flags(add, rarely)
-    add("--limit", type=positive_int, default=240, help="use the first so many held-out prompts")
+    add("--limit", type=positive_int, default=240, help="use only the first LIMIT held-out prompts")
     prompts_flag(add)
     add("--eval-rm", type=Path, help="a second ensemble, which PPO did not see "
         "(run_rm.py --share second --seed 1)")
@@ -58,7 +59,7 @@ def models_flags(add: Callable, rarely: Callable) -> None:
 
 def judge_flags(add: Callable, rarely: Callable) -> None:
     add("--pairs", type=Path, required=True, help=f"preferences of this project or {FORMS}")
-    add("--limit", type=positive_int, default=200, help="use the first so many pairs")
+    add("--limit", type=positive_int, default=200, help="use only the first LIMIT pairs")
     add("--wording", choices=("trained", "other"), default="trained",
         help="the question as in training, or in other words")
     rarely("--batch-size", type=positive_int, default=32, help="pairs judged at once")
@@ -70,26 +71,26 @@ def rewards_flags(add: Callable, rarely: Callable) -> None:
         help="folder of run_data.py preferences: its held-out part")
     add("--pairs", type=Path,
         help=f"an external preference file {FORMS}, scored at its last answer")
-    add("--limit", type=positive_int, default=500, help="use the first so many external pairs")
+    add("--limit", type=positive_int, default=500, help="use only the first LIMIT external pairs")
     rarely("--batch-size", type=positive_int, default=32, help="pairs or dialogues scored at once")
 
 
 def best_of_n_flags(add: Callable, rarely: Callable) -> None:
     reward_model_flags(add, rarely)
-    add("--n", type=positive_int, default=16, help="answers to each prompt")
-    add("--limit", type=positive_int, default=64, help="use the first so many held-out prompts")
+    add("--n", type=positive_int, default=16, help="answers per prompt")
+    add("--limit", type=positive_int, default=64, help="use only the first LIMIT held-out prompts")
     prompts_flag(add)
     rarely("--judge-limit", type=nonnegative_int, default=16,
-           help="prompts of which the judge, the base with adapters off, compares every answer "
-                "with one more of the same model (0: none)")
+           help="prompts on which the judge, the base with adapters off, compares every answer "
+                "with one more answer of the same model (0: none)")
     rarely("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
 
 
 def policy_flags(add: Callable, rarely: Callable) -> None:
     add("--policy", type=Path, required=True,
         help="folder of run_ppo.py, or of run_sft.py on preferences")
-    rarely("--rm", type=Path, help="folder of run_rm.py: the reward models of the training, for a "
-           "folder that was moved")
+    rarely("--rm", type=Path, help="folder of run_rm.py with the reward models of the training; "
+           "needed if the folder was moved")
     rarely("--sft", type=Path, help="the SFT adapter below it")
 
 

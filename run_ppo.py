@@ -7,29 +7,32 @@ One base is in memory, and stacks of adapters play every role: reference (sft), 
 policy), value function (sft, value) with a head, reward model i (sft, lens i) with a head. To
 change the objective, edit `ppo_loss` in virtue/ppo.py. Five points differ from the textbook:
   1. A rollout is a whole dialogue (answer, motivation, consequence). Each reward model reads it up
-     to the turn that it was trained on, and mean and weighted pay it there.
+     to the turn that it was trained on. With --aggregate mean or weighted its reward is paid at the
+     end of that turn, else one reward at the end of the dialogue.
   2. Scores are standardised on dialogues of the starting policy before they are aggregated.
-  3. k1 per token is the KL penalty in the reward. Its sum is the KL of --kl-target, --stop-kl and
-     the reports, where it may fall below 0; metrics.jsonl has k3 beside it.
+  3. The KL penalty is k1 per token, unclamped. Its sum over a dialogue is the KL everywhere else,
+     so a reported KL can be negative; metrics.jsonl has k3 beside it.
   4. Advantages are whitened under the mask over the whole batch. Returns stay raw.
-  5. Losses are normalised by the tokens of the optimiser step, whatever the micro-batch.
+  5. Losses are divided by the number of tokens in the optimiser step, so that the size of the
+     micro-batches does not change them.
 """
 from __future__ import annotations
 
-import math
-import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import virtue  # virtue.ppo.gae: a module is imported when it is first named
-from virtue import AGGREGATORS, VirtueError, evaluation, plumbing
+from virtue import AGGREGATORS, VirtueError, plumbing
 from virtue.ethics import LENSES
 from virtue.plumbing.flags import (add_common_flags, add_lora_flags, add_sampling_flags,
                                    finite_float, fraction, lora_settings, make_parser, most_used,
                                    nonnegative_float, nonnegative_int, parse_with_parent,
                                    positive_float, positive_int)
-from virtue.plumbing.runtime import MetricsLog, check_finite, main_rank, progress, run_main
+from virtue.plumbing.runtime import MetricsLog, check_finite, progress, run_main
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # Few people change these, so they have no flag; experiments change them by a patch.
 GAMMA = 1.0             # discount of later rewards
@@ -45,9 +48,9 @@ def parse(argv):
     data = parser.add_argument_group("data, reward models and size").add_argument
     data("--rm", type=Path, required=True,
          help="folder of run_rm.py, with action/, motivation/, consequence/")
-    data("--sft", type=Path, help="SFT adapter: the reference, and where the policy starts")
+    data("--sft", type=Path, help="SFT adapter: it is the reference, and the policy starts from it")
     data("--prompts", default="toy",
-         help="toy, or a file of prompts or conversations, of any form that README names")
+         help="toy, or a file of prompts or conversations (docs/data.md lists the forms)")
     data("--iterations", type=positive_int, default=24, help="batches of dialogues")
     data("--rollout-size", type=positive_int, default=128, help="dialogues an iteration")
     data("--micro-batch-size", type=positive_int, default=8,
@@ -56,9 +59,9 @@ def parse(argv):
          help="Adam learning rate of the policy adapter in the first iteration; it falls linearly "
               "to a tenth in the last, warm-up included (Mistral-7B: 1e-5)")
     data("--value-lr", type=positive_float, default=4e-3,
-         help="the same of value adapter and head (Mistral-7B: 1e-4)")
+         help="the same for the value adapter and head (Mistral-7B: 1e-4)")
     data("--kl-coef", type=nonnegative_float, default=0.06,
-         help="coefficient of k1 per token in the reward, and of the KL where best/ is chosen")
+         help="coefficient of k1 per token in the reward, and of the KL by which best/ is chosen")
     data("--aggregate", choices=AGGREGATORS, default="mean",
          help="how three scores become one; uwo's spread is a conflict of values, not doubt")
     add_common_flags(parser)
@@ -78,18 +81,18 @@ def parse(argv):
                 "policy until then")
     ppo = parser.add_argument_group("PPO").add_argument
     ppo("--ppo-epochs", type=positive_int, default=2, help="passes over each batch")
-    ppo("--minibatch-size", type=positive_int, default=32, help="dialogues an optimiser step")
+    ppo("--minibatch-size", type=positive_int, default=32, help="dialogues per optimiser step")
     ppo("--clip-range", type=positive_float, default=0.2, help="epsilon of the clipped policy loss")
     ppo("--value-warmup", type=nonnegative_int, default=2,
-        help="first iterations, in which only the value function learns: advantages against an "
-             "untrained one are noise")
+        help="number of first iterations that train only the value function, since advantages "
+             "from an untrained one are noise")
     ppo("--entropy-coef", type=nonnegative_float, default=0.0, help="weight of the entropy bonus")
     ppo("--lam", type=fraction, default=0.95,
         help="lambda of GAE; take 1.0 for answers of hundreds of tokens (0.95^256 is 2e-6)")
-    ppo("--limit", type=positive_int, help="use the first so many prompts (default: all)")
+    ppo("--limit", type=positive_int, help="use only the first LIMIT prompts (default: all)")
     ppo("--rollout-dtype", choices=("fp32", "bf16", "fp16"),
-        help="sample from a copy of the base in this type, dequantised once: faster, for 14.5 GB "
-             "more of Mistral-7B in bf16 (default: sample with the base itself)")
+        help="sample from a copy of the base in this type, dequantised once; this is faster, but "
+             "takes 14.5 GB more for Mistral-7B in bf16 (default: sample with the base itself)")
     ppo("--save-every", type=positive_int, default=10, help="iterations between saves")
     most_used(parser, "rm", "out", "prompts", "model", "iterations", "rollout-size",
               "micro-batch-size", "lr", "value-lr", "kl-coef", "aggregate", "resume")
@@ -115,14 +118,14 @@ class Roles(NamedTuple):
     """The base, and for each role its stack of adapters."""
 
     base: plumbing.loading.Base
-    sampler: object             # the base's model, or a copy of it in --rollout-dtype
+    sampler: nn.Module          # the base's model, or a copy of it in --rollout-dtype
     reference: tuple[str, ...]  # (sft), or () without SFT
     policy: tuple[str, ...]     # (sft, policy)
     value: tuple[str, ...]      # (sft, value)
-    value_head: object
+    value_head: nn.Module
     reward_models: list         # (stack, head) by lens
-    score_mean: object          # (K,), of dialogues of the starting policy
-    score_std: object           # (K,)
+    score_mean: Tensor          # (K,), of dialogues of the starting policy
+    score_std: Tensor           # (K,)
     parents: dict[str, Path]
 
 
@@ -152,12 +155,6 @@ def trained(roles):
     return policy, [*value, *roles.value_head.parameters()]
 
 
-def learned(roles):
-    """All tensors that --resume needs: the trained ones and the best policy so far."""
-    policy, value = trained(roles)
-    return [*policy, *value, *virtue.lora.adapter_parameters(roles.base.model, "best")]
-
-
 def build_optimizer(roles, args):
     """Adam over policy and value function; both rates fall linearly to a tenth."""
     import torch
@@ -168,8 +165,9 @@ def build_optimizer(roles, args):
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
 
 
-def logprobs(roles, args, stack, ids, attention, mask, entropy=False):
-    """Log-probs (B, T) of the tokens under the mask by a stack; with `entropy` entropies, too."""
+def logprobs_of(roles, args, stack, ids, attention, mask, entropy=False):
+    """Log-probs (B, T) of the tokens under the mask by a stack; with `entropy`, their entropies
+    too."""
     model = roles.base.model
     ids, attention, mask = (t.to(model.device) for t in (ids, attention, mask))
     with virtue.lora.use_stack(model, *stack):
@@ -177,7 +175,7 @@ def logprobs(roles, args, stack, ids, attention, mask, entropy=False):
                                          train_entropy=args.entropy_coef > 0)
 
 
-def values(roles, ids, attention, mask):
+def values_of(roles, ids, attention, mask):
     """Values (B, T) before each token under the mask."""
     model = roles.base.model
     ids, attention, mask = (t.to(model.device) for t in (ids, attention, mask))
@@ -192,10 +190,10 @@ class Batch(NamedTuple):
     """The dialogues of one iteration, and what the roles say of them. T = L - 1 columns."""
 
     dialogues: list
-    scores: object     # (K, B) standardised
-    attention: object  # (B, L)
-    kl: object         # (B, T) k1, 0 outside the mask
-    placed: object     # (B, T) scores as rewards, before the KL penalty
+    scores: Tensor     # (K, B) standardised
+    attention: Tensor  # (B, L)
+    kl: Tensor         # (B, T) k1, 0 outside the mask
+    placed: Tensor     # (B, T) scores as rewards, before the KL penalty
     rollout: virtue.ppo.Rollout
 
 
@@ -248,9 +246,9 @@ def reward(roles, args, dialogues, raw, kl_coef):
         return virtue.rollout.in_chunks(function, args.micro_batch_size, ids, attention, mask,
                                         each_batch=plumbing.resume.spread())
 
-    old = read(lambda *chunk: logprobs(roles, args, roles.policy, *chunk))
-    reference = read(lambda *chunk: logprobs(roles, args, roles.reference, *chunk))
-    old_values = read(lambda *chunk: values(roles, *chunk))
+    old = read(lambda *chunk: logprobs_of(roles, args, roles.policy, *chunk))
+    reference = read(lambda *chunk: logprobs_of(roles, args, roles.reference, *chunk))
+    old_values = read(lambda *chunk: values_of(roles, *chunk))
     placed = virtue.rollout.place_scores(scores, dialogues, mask, args.aggregate,
                                          eos_penalty=args.eos_penalty, weights=weights_of(args))
     rewards = virtue.ppo.token_rewards(placed, old, reference, mask, kl_coef)
@@ -265,7 +263,21 @@ def advantage(args, rollout):
     return virtue.masked.whiten(advantages, rollout.mask), returns
 
 
-def update(roles, args, optimizer, iteration, batch, advantages, returns, state):
+def backward(roles, args, batch, advantages, returns, rows, tokens):
+    """Adds the gradient of some rows' part of a step's loss, of `tokens` tokens -> statistics."""
+    part = batch.rollout.index(rows)
+    read = part.input_ids, batch.attention[rows], part.mask
+    new_logprobs, entropy = logprobs_of(roles, args, roles.policy, *read, entropy=True)
+    new_values = values_of(roles, *read)
+    loss, stats = virtue.ppo.ppo_loss(  # on the CPU, where rollouts are: the tensors are small
+        new_logprobs.cpu(), new_values.cpu(), entropy.cpu(), part, advantages[rows], returns[rows],
+        clip_range=args.clip_range, value_clip_range=VALUE_CLIP_RANGE, vf_coef=VF_COEF,
+        entropy_coef=args.entropy_coef, num_tokens=tokens)
+    loss.backward()
+    return stats
+
+
+def update(roles, args, optimizer, iteration, batch, advantages, returns, resume_dir):
     """--ppo-epochs passes over the batch in minibatches -> means of the statistics over steps."""
     import torch
     parts, mask = trained(roles), batch.rollout.mask
@@ -277,15 +289,7 @@ def update(roles, args, optimizer, iteration, batch, advantages, returns, state)
             tokens = int(mask[minibatch].sum())  # of the whole optimiser step
             by_length = minibatch[virtue.rollout.by_length(mask[minibatch])]
             for rows in plumbing.parallel.share(by_length).split(args.micro_batch_size):
-                part = batch.rollout.index(rows)
-                read = part.input_ids, batch.attention[rows], part.mask
-                new_logprobs, entropy = logprobs(roles, args, roles.policy, *read, entropy=True)
-                loss, stats = virtue.ppo.ppo_loss(
-                    new_logprobs.cpu(), values(roles, *read).cpu(), entropy.cpu(), part,
-                    advantages[rows], returns[rows], clip_range=args.clip_range,
-                    value_clip_range=VALUE_CLIP_RANGE, vf_coef=VF_COEF,
-                    entropy_coef=args.entropy_coef, num_tokens=tokens)
-                loss.backward()
+                stats = backward(roles, args, batch, advantages, returns, rows, tokens)
                 for name, number in stats.items():  # a step's micro-batches add up
                     sums[name] = sums.get(name, 0.0) + number.item() / steps
             plumbing.parallel.sum_gradients([*parts[0], *parts[1]])
@@ -293,9 +297,9 @@ def update(roles, args, optimizer, iteration, batch, advantages, returns, state)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
                 check_finite(norm, f"ppo, iteration {iteration}, {name}", "the gradient",
                              "lower --lr and --value-lr",
-                             [batch.dialogues[i].id for i in minibatch], state)
+                             [batch.dialogues[i].id for i in minibatch], resume_dir)
                 norms[name] += norm.item() / steps
-            if iteration <= args.value_warmup:  # the policy waits: Adam passes it over
+            if iteration <= args.value_warmup:  # Adam leaves alone what has no gradient
                 for parameter in parts[0]:
                     parameter.grad = None
             optimizer.step(), optimizer.zero_grad()
@@ -328,146 +332,19 @@ def measure(args, iteration, batch, returns, kl_coef):
     }
 
 
-# ---- files and words
+# ---- the run
 
 
-def plan(args, prompts):
-    """Prints the memory plan; with --dry-run checks the inputs too, and is True."""
-    turns, _ = turns_of(args)
-    length = virtue.generate.longest(args.max_prompt_tokens, args.max_new_tokens, turns)
-    rows = min(args.micro_batch_size, args.minibatch_size)
-    return plumbing.preview.preview(
-        args, {"prompts": f"{args.prompts}, {len(prompts)} records"},
-        "adapter, best/, value/, metrics.jsonl, rollouts.jsonl, curves.svg",
-        trained=["policy", "value"],
-        flat=[["sft", "policy"], ["policy"]],  # what samples, and best/
-        sampling=dict(rows=min(args.batch_size, args.rollout_size), tokens=length,
-                      new=args.max_new_tokens),
-        update=dict(rows=rows, tokens=length, positions=rows * turns * args.max_new_tokens,
-                    stacks=2, entropy=args.entropy_coef > 0),
-        copy=args.rollout_dtype)
-
-
-def check_prompts(args, prompts):
-    if len(prompts) < args.rollout_size:
-        raise VirtueError(f"{args.prompts}: {len(prompts)} prompts fit into --max-prompt-tokens "
-                          f"{args.max_prompt_tokens}, fewer than --rollout-size "
-                          f"{args.rollout_size}: give more prompts, or change these flags")
-    return prompts
-
-
-def judges_of(folder):
-    """What is known of the judge behind each reward model; a doubt is printed."""
-    tests = {}
-    for lens in LENSES:
-        extra = plumbing.artefacts.read_manifest(folder / lens)["extra"]
-        tests |= evaluation.feedback.judge_tests(extra)
-    for doubt in evaluation.feedback.doubts({"judge_test": tests}):
-        print(f"warning: {doubt}")
-    return tests
-
-
-def write_rollouts(log, roles, iteration, batch):
-    for d, scores, kl in zip(batch.dialogues, batch.scores.T.tolist(), batch.kl.sum(1).tolist()):
-        messages = virtue.dialogue.messages_of(roles.base.tokenizer, d, turns=len(d.turns))
-        texts = [message["content"] for message in messages[len(d.prompt)::2]]
-        log.write({"iteration": iteration, "id": d.id, "prompt": d.prompt[-1]["content"], "kl": kl,
-                   "scores": scores, "turns": dict(zip(LENSES, texts))})
-
-
-def begin_or_resume(roles, args, state, optimizer, schedule, logs):
-    """What is saved beside the tensors: that of the last checkpoint, or of a run that begins."""
-    begin = {"kl_coef": args.kl_coef, "best": -math.inf, "best_iteration": 0, "first": None,
-             "metrics": {"iteration": 0, "objective/kl": -math.inf}}
-    saved = plumbing.resume.load_checkpoint(state, learned(roles), optimizer, schedule, logs,
-                                            list(begin))
-    if saved:
-        return {name: saved[name] for name in begin}
-    for folder in ("value", "best"):
-        plumbing.artefacts.prepare_output(args.out / folder, overwrite=True)
-    return begin
-
-
-def astray(args, saved):
-    """Whether --stop-kl ends the run."""
-    return args.stop_kl is not None and saved["metrics"]["objective/kl"] > args.stop_kl
-
-
-def show(bar, saved):
-    """The bar's numbers, and warnings of a run that goes astray."""
-    first, metrics = saved["first"], saved["metrics"]
-    bar.set_postfix(score=f"{metrics['objective/score']:.2f}", kl=f"{metrics['objective/kl']:.1f}",
-                    eos=f"{metrics['tokens/eos_rate']:.2f}", refresh=False)
-    for warning in evaluation.report.run_away(first, metrics) if main_rank() else ():
-        bar.write(f"warning: iteration {metrics['iteration']}: {warning}", file=sys.stderr)
-    bar.update()
-
-
-def save(roles, args, saved, judge_test):
-    """The policy, the best one so far, the value function, and the training curves."""
-    shared = dict(model=roles.base.model, base=roles.base.info, template=roles.base.template,
-                  settings=plumbing.resume.settings_of(args), seed=args.seed)
-    parents = {**roles.parents, **{f"rm/{lens}": args.rm / lens for lens in LENSES}}
-    extra = {"kl_coef": saved["kl_coef"], "score_mean": roles.score_mean.tolist(),
-             "score_std": roles.score_std.tolist(), "judge_test": judge_test}
-    for folder, adapter, updates in ((args.out, "policy", saved["metrics"]["iteration"]),
-                                     (args.out / "best", "best", saved["best_iteration"] - 1)):
-        plumbing.artefacts.save_artifact(folder, stage="policy", adapter=adapter, parents=parents,
-                                         extra={"iterations": updates, **extra}, **shared)
-    plumbing.artefacts.save_artifact(args.out / "value", stage="value", adapter="value",
-                                     head=roles.value_head, parents=roles.parents, **shared)
-    if main_rank() and evaluation.plots.available():
-        lines = plumbing.records.read_jsonl(args.out / "metrics.jsonl")
-        curves = evaluation.plots.training_curves([metrics for _, metrics in lines])
-        plumbing.artefacts.write_atomic(args.out / "curves.svg", curves.encode())
-
-
-def tell(args, saved, device):
-    first, last = saved["first"], saved["metrics"]
-    if astray(args, saved):
-        print(f"stopped at iteration {last['iteration']}: KL {last['objective/kl']:.2f} nats a "
-              f"dialogue is above --stop-kl {args.stop_kl}")
-    print(f"ppo: {last['iteration']} iterations of {args.rollout_size} dialogues; score "
-          f"{first['objective/score']:.3f} -> {last['objective/score']:.3f}, KL "
-          f"{last['objective/kl']:.2f} nats a dialogue, {last['tokens/eos_rate']:.1%} of turns "
-          "ended")
-    print(f"wrote adapter policy in {args.out}, the one with the greatest score less penalties "
-          f"({saved['best']:.3f}, before iteration {saved['best_iteration']}) in "
-          f"{args.out / 'best'}, value function in {args.out / 'value'}, metrics.jsonl, every "
-          f"dialogue in rollouts.jsonl{', curves.svg' * evaluation.plots.available()}"
-          f"{plumbing.memory.used(device)}")
-
-
-def main(argv=None):
-    args = parse(argv)
-    prompts = plumbing.records.load_prompts(args.prompts, "ppo", args.limit)
-    plumbing.resume.may_write(args, args.out, [args.sft, args.rm])
-    if plan(args, check_prompts(args, prompts)):
-        return
-    roles, judge_test = build_roles(args), judges_of(args.rm)
-    prompts = check_prompts(args, [p for p in prompts if virtue.generate.fits(
-        roles.base.tokenizer, p["prompt"], args.max_prompt_tokens)])
-    if args.reward_turns == "answer":  # standardise in the mode in which PPO reads
-        raw = score(roles, args, sample(roles, args, prompts[:4 * args.rollout_size], -1))
-        roles = roles._replace(score_mean=raw.mean(1), score_std=raw.std(1, correction=0))
-    hashes = {lens: plumbing.artefacts.file_hash(args.rm / lens) for lens in LENSES}
-    state = plumbing.resume.start(args, args.out, base=roles.base.info["fingerprint"],
-                                  prompts=plumbing.artefacts.prompts_hash(args.prompts), **hashes)
-    if state is None:  # this command has come to its end before
-        return
-    train(roles, args, prompts, state, judge_test)
-    plumbing.resume.finish(args.out)
-
-
-def train(roles, args, prompts, state, judge_test):
+def train(roles, args, prompts, resume_dir, judge_test):
     """Sample, score, reward, advantage, update, adapt, log."""
+    files = plumbing.ppo_files
     optimizer, schedule = build_optimizer(roles, args)
     log, rollouts = (MetricsLog(args.out / f"{name}.jsonl") for name in ("metrics", "rollouts"))
-    resumable = optimizer, schedule, [log.path, rollouts.path]
-    saved = begin_or_resume(roles, args, state, *resumable)
-    done = saved["metrics"]["iteration"]
-    bar = progress(None, "ppo", args.iterations, unit="iteration", initial=done)
-    for iteration in range(done + 1, 1 if astray(args, saved) else args.iterations + 1):
+    state = resume_dir, optimizer, schedule, [log.path, rollouts.path]
+    run = files.begin_or_resume(roles, args, *state)
+    bar = progress(None, "ppo", args.iterations, unit="iteration", initial=run["iteration"])
+    while not files.is_over(args, run):
+        run["iteration"] = iteration = run["iteration"] + 1
         clock = [time.perf_counter()]
         dialogues = sample(roles, args, prompts_of(args, prompts, iteration), iteration)
         clock.append(time.perf_counter())
@@ -475,37 +352,51 @@ def train(roles, args, prompts, state, judge_test):
         raw = score(roles, args, dialogues)
         check_finite(raw, f"ppo, iteration {iteration}", "the score",
                      "train the reward models again with a lower --lr", [d.id for d in dialogues],
-                     state)
-        batch = reward(roles, args, dialogues, raw, saved["kl_coef"])
+                     resume_dir)
+        batch = reward(roles, args, dialogues, raw, run["kl_coef"])
         advantages, returns = advantage(args, batch.rollout)
-        metrics = measure(args, iteration, batch, returns, saved["kl_coef"])
-        if metrics["objective/selection"] > saved["best"]:
-            saved |= {"best": metrics["objective/selection"], "best_iteration": iteration}
-            virtue.lora.flatten(roles.base.model, ("policy",), "best")
+        metrics = measure(args, iteration, batch, returns, run["kl_coef"])
+        files.keep_if_best(roles, run, metrics)  # of the policy that sampled: before the update
         clock.append(time.perf_counter())
 
-        metrics |= update(roles, args, optimizer, iteration, batch, advantages, returns, state)
+        metrics |= update(roles, args, optimizer, iteration, batch, advantages, returns, resume_dir)
         schedule.step()
         clock.append(time.perf_counter())
         if args.kl_target:
-            saved["kl_coef"] = virtue.ppo.update_kl_coef(
-                saved["kl_coef"], metrics["objective/kl"], args.kl_target, len(dialogues),
-                KL_HORIZON)
+            run["kl_coef"] = virtue.ppo.update_kl_coef(
+                run["kl_coef"], metrics["objective/kl"], args.kl_target, len(dialogues), KL_HORIZON)
 
-        metrics |= {f"time/{name}": end - begin for name, begin, end
-                    in zip(("sample", "score", "update"), clock, clock[1:])}
-        log.write(metrics | {"time/seconds": time.perf_counter() - clock[0]})
-        write_rollouts(rollouts, roles, iteration, batch)
-        saved |= {"first": saved["first"] or metrics, "metrics": metrics}
-        show(bar, saved)
-        stop = iteration == args.iterations or astray(args, saved)
-        if stop or iteration % args.save_every == 0:
-            save(roles, args, saved, judge_test)
-            plumbing.resume.save_checkpoint(state, iteration, learned(roles), *resumable, **saved)
-        if stop:
-            break
+        log.write(metrics | files.seconds(clock))
+        files.write_rollouts(rollouts, roles, iteration, batch)
+        run |= {"first": run["first"] or metrics, "last": metrics}
+        files.show(bar, run)
+        if files.is_over(args, run) or iteration % args.save_every == 0:
+            files.save(roles, args, run, judge_test, *state)
     bar.close()
-    tell(args, saved, roles.base.model.device)
+    files.tell(args, run, roles.base.model.device)
+
+
+def main(argv=None):
+    args = parse(argv)
+    prompts = plumbing.records.load_prompts(args.prompts, "ppo", args.limit)
+    plumbing.resume.may_write(args, args.out, [args.sft, args.rm])
+    plumbing.ppo_files.check_prompts(args, prompts)
+    if plumbing.ppo_files.plan(args, prompts, turns_of(args)[0]):  # --dry-run ends here
+        return
+    roles, judge_test = build_roles(args), plumbing.ppo_files.judges_of(args.rm)
+    prompts = [prompt for prompt in prompts if virtue.generate.fits(
+        roles.base.tokenizer, prompt["prompt"], args.max_prompt_tokens)]
+    plumbing.ppo_files.check_prompts(args, prompts)
+    if args.reward_turns == "answer":  # standardise in the mode in which PPO reads
+        raw = score(roles, args, sample(roles, args, prompts[:4 * args.rollout_size], -1))
+        roles = roles._replace(score_mean=raw.mean(1), score_std=raw.std(1, correction=0))
+    hashes = {lens: plumbing.artefacts.file_hash(args.rm / lens) for lens in LENSES}
+    resume_dir = plumbing.resume.start(
+        args, args.out, base=roles.base.info["fingerprint"],
+        prompts=plumbing.artefacts.prompts_hash(args.prompts), **hashes)
+    if resume_dir is not None:  # else this command has come to its end before
+        train(roles, args, prompts, resume_dir, judge_test)
+        plumbing.resume.finish(args.out)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@
       --out runs/rm-people                                                     # what people chose
   python run_rm.py --data runs/7b/preferences --out runs/7b/rm --quantize nf4 --dtype fp16 \\
       --labels hard --batch-size 20 --accumulation 16 --epochs 2 --lr 1.41e-5 --max-tokens 100
-                                        # the study's values; it cut what --max-tokens drops here
+                                        # the study's values; the study cut what --max-tokens drops
 
 Pairwise (Bradley-Terry) loss on the judge's probability (soft) or its choice (hard). Every model
-reads a dialogue up to the end of its lens's turn. Each lens goes to its own folder under --out,
-with its head and its score's mean and std on held-out, unfiltered dialogues of the starting policy.
---merge also writes the merged model: base, SFT and reward adapter folded together, for publication
-only (never run PPO on reward models merged into 4-bit weights: rounding erases light fine-tunes).
-The loop over batches is `train` in virtue/plumbing/training.py.
+reads a dialogue up to the end of its lens's turn. The reward model of each lens is written to its
+own folder under --out, with its head and with the mean and std of its scores on held-out,
+unfiltered dialogues of the starting policy. --merge also writes the merged model: base, SFT and
+reward adapter folded together, for publication only (never run PPO on reward models merged into
+4-bit weights: rounding erases light fine-tunes). The loop over batches is `train` in
+virtue/plumbing/training.py.
 """
 from __future__ import annotations
 
@@ -36,21 +37,21 @@ def parse(argv):
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, required=True, help="folder written by run_data.py preferences")
     add("--sft", type=Path,
-        help="SFT adapter below the reward models: the one that answered (the study: none)")
+        help="SFT adapter below the reward models: the one that sampled the answers (the study: "
+             "none)")
     add("--lens", choices=(*LENSES, "all"), default="all",
         help="train one lens, or all three on one loaded base")
     add("--pairs", type=Path,
-        help="preferences to train the one --lens on instead, as hard labels: hh-rlhf's, TRL's, "
-             "ultrafeedback's, ShareGPT's, PKU's, the HHH evaluation's or the study's own (README "
-             "names all forms), .jsonl, .gz or parquet; --data still gives the dialogues for the "
-             "score statistics")
+        help="train the one --lens on these pairs instead, as hard labels: a file in any form of "
+             "docs/data.md, .jsonl, .gz or parquet; --data still gives the dialogues for the score "
+             "statistics")
     add("--labels", choices=("soft", "hard"), default="soft",
         help="target: the judge's probability, or its choice (the study: hard)")
     add("--max-tokens", type=flags.positive_int, default=1024,
         help="pairs with a longer side are dropped and counted (the study: cut at 100)")
     add("--share", choices=("all", "first", "second"), default="all",
-        help="prompts to train on; first and second are disjoint halves: an evaluation model takes "
-             "the half that PPO's did not")
+        help="prompts to train on; first and second are disjoint halves: train an evaluation model "
+             "on the half that PPO's reward models did not use")
     add("--merge", action="store_true",
         help="also write the merged model, as MistralForSequenceClassification")
     flags.add_lora_flags(parser, rank=16)
@@ -102,8 +103,9 @@ class LensPairs(NamedTuple):
 
 
 def encode(args, tokenizer, records, copies, lens, unseen, most):
-    """Preference records as `LensPairs`; those whose id is among `unseen` are held out, those with
-    a side of more than `most` tokens dropped. `copies`: the sampled dialogues by prompt id."""
+    """Preference records as `LensPairs`; those whose id is among `unseen` are held out, and those
+    with a side of more than `most` tokens are dropped. `copies`: the sampled dialogues by prompt
+    id."""
     from virtue.dialogue import pair_rows
 
     parts, over_long, anew = ([], []), 0, 0
@@ -163,7 +165,8 @@ def margins(model, stack, head, pad_id, pairs):
     with lora.use_stack(model, *stack):
         inputs = (tensor.to(model.device) for tensor in (ids, attention, last))
         scores = models.score_at(model, head, *inputs)[:, 0]
-    return scores.view(-1, 2).diff(dim=1)[:, 0].neg()
+    chosen, rejected = scores.view(-1, 2).unbind(1)
+    return chosen - rejected
 
 
 def loss(score, pairs):
@@ -178,7 +181,7 @@ def loss(score, pairs):
 
 def measure(score, pairs, batch_size):
     """How well margins predict the labels of held-out pairs: accuracy, log-loss in nats with its
-    95 % interval (none of one pair), calibration error."""
+    95 % interval (if there are two pairs or more), calibration error."""
     import torch
     from virtue import preference
     from virtue.evaluation.stats import t_interval
@@ -196,8 +199,8 @@ def measure(score, pairs, batch_size):
 
 
 def train_lens(args, base, lens, pairs, scored, state, sft):
-    """Trains a lens's adapter, upon the stack `sft`, and its head, and scores the held-out
-    dialogues -> (head, what the artefact says of all this)."""
+    """Trains the adapter of a lens on top of the stack `sft`, and its head; then scores the
+    held-out dialogues -> (head, what the artefact records of all this)."""
     from virtue import lora, models, rollout
     from virtue.plumbing import resume, runtime, training
     from virtue.randomness import torch_seed

@@ -4,13 +4,14 @@
   python run_sft.py --data runs/demo/revisions --out runs/demo/sft --epochs 4 --lr 5e-4
   python run_sft.py --data runs/demo/preferences --out runs/demo/chosen
 
-Bai et al. 2022 (arXiv 2212.08073), section 3.2: learn to answer the prompt with the revised answer
-at once. Model, precision and lengths are taken from the data's settings unless given here. (The
-study had no SFT, which its report names as one likely cause of the stalemate.)
+As in Bai et al. 2022 (arXiv 2212.08073), section 3.2, the model learns to answer the prompt with
+the revised answer at once. Model, precision and lengths are taken from the data's settings unless
+given here. (The study had no SFT, which its report names as one likely cause of the stalemate.)
 
-With a folder of preferences it trains on the chosen dialogues instead, each lens's turn, upon the
-SFT adapter that sampled them: adapter `policy`, the baseline that PPO must beat. run_eval.py takes
-either. The loop over batches is `train` in virtue/plumbing/training.py.
+With a folder of preferences it trains on the chosen dialogues instead, on the turn of each lens.
+The new adapter, `policy`, goes on top of the SFT adapter that sampled the dialogues; it is the
+baseline that PPO must beat. run_eval.py takes it in the place of PPO's policy. The loop over
+batches is `train` in virtue/plumbing/training.py.
 """
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def parse(argv):
     add("--data", type=Path, required=True,
         help="folder written by run_data.py revisions, or preferences")
     add("--sft", type=Path,
-        help="the SFT adapter that sampled the preferences; revisions train one anew")
+        help="the SFT adapter that sampled the preferences; on revisions a new one is trained")
     add("--held-out", type=flags.fraction, default=0.1,
         help="share of prompts kept for the held-out loss")
     add("--max-tokens", type=flags.positive_int, default=1024,
@@ -112,7 +113,7 @@ def held_out_loss(nll, held_out, batch_size):
 
 def split(args, base, records, copies, key):
     """The records as examples: (held-out ones, those to train on, how many were too long and
-    dropped). All of one prompt fall on one side. VirtueError: a side is empty."""
+    dropped). All examples of one prompt fall on the same side. VirtueError: a side is empty."""
     from virtue.randomness import hold_out
 
     most = min(args.max_tokens, base.model.config.max_position_embeddings)
@@ -129,8 +130,9 @@ def split(args, base, records, copies, key):
 
 
 def add_adapter(args, base, name, key):
-    """Puts the adapter to train on the base, a policy upon the SFT that sampled the preferences ->
-    (the stack of adapters, the parents that the artefact records, the parameters to train)."""
+    """Puts the adapter that is to be trained on the base; a policy goes on top of the SFT adapter
+    that sampled the preferences -> (the stack of adapters, the parents that the artefact records,
+    the parameters to train)."""
     from virtue import lora
     from virtue.plumbing import artefacts
     from virtue.randomness import torch_seed
@@ -171,7 +173,7 @@ def main(argv=None):
     # 3. Training, by maximum likelihood: -log p of a step's tokens, divided by their number
     state = resume.start(args, out, base=base.info["fingerprint"],
                          data=artefacts.data_hash(args.data, files))
-    if state is None:  # the run had come to its end
+    if state is None:  # the run had already finished
         return
     batch_nll = partial(nll, base.model, stack, base.tokenizer.pad_token_id)
     before, after = training.train(

@@ -1,18 +1,25 @@
-"""The Mistral-7B path on one GPU, on random weights of the true shape: loading, decoding, every stage's script, the toy's gold.
+"""The Mistral-7B path on one GPU, on random weights of the true shape: loading, decoding, every
+stage's script, the toy's gold.
 
-    python benchmarks/gpu.py --out runs/gpu                                      # an H100 or H200: about 35 minutes, 15 GB of disk
-    python benchmarks/gpu.py --out runs/gpu --part decode sft                    # some parts only; weights and artefacts of earlier calls are kept
-    python benchmarks/gpu.py --out runs/gpu-small --shape small --device cpu     # the same path at a size for any machine: does it run?
+    python benchmarks/gpu.py --out runs/gpu                                      # an H100 or H200:
+    about 35 minutes, 15 GB of disk python benchmarks/gpu.py --out runs/gpu --part decode sft
+    # some parts only; weights and artefacts of earlier calls are kept python benchmarks/gpu.py
+    --out runs/gpu-small --shape small --device cpu     # the same path at a size for any machine:
+    does it run?
 
-Prints tables in Markdown, and adds them to OUT/results.md. Each part is a process of its own; one that fails leaves the others be. rm reads what
-sft wrote, ppo, ppo-copy and trl what rm wrote, eval what ppo wrote. trl needs --trl-python: an interpreter that imports TRL 1.12.0 (see ppo_step.py).
+Prints tables in Markdown, and adds them to OUT/results.md. Each part is a process of its own; one
+that fails leaves the others be. rm reads what sft wrote, ppo, ppo-copy and trl what rm wrote, eval
+what ppo wrote. trl needs --trl-python: an interpreter that imports TRL 1.12.0 (see ppo_step.py).
 
-Random weights answer nothing and (nearly) never stop: every turn is as long as --max-new-tokens allows, the worst case. In the tokenizer
-each id beyond the bytes is one Chinese or Korean character, so whatever is sampled reads back as the same tokens.
+Random weights answer nothing and (nearly) never stop: every turn is as long as --max-new-tokens
+allows, the worst case. In the tokenizer each id beyond the bytes is one Chinese or Korean
+character, so whatever is sampled reads back as the same tokens.
 
-The floor of a decode step is the bytes that it must read (weights, adapters, keys and values) over the measured rate of a copy in memory.
-Model-FLOP utilisation (MFU): 2 N a token forward, 4 N forward and back to the inputs (the base is frozen), with N the weights of the linear layers that
-the pass runs through; attention, the adapters' own products and what checkpointing computes again are left out; over the measured rate of a large product.
+The floor of a decode step is the bytes that it must read (weights, adapters, keys and values) over
+the measured rate of a copy in memory. Model-FLOP utilisation (MFU): 2 N a token forward, 4 N
+forward and back to the inputs (the base is frozen), with N the weights of the linear layers that
+the pass runs through; attention, the adapters' own products and what checkpointing computes again
+are left out; over the measured rate of a large product.
 """
 from __future__ import annotations
 
@@ -32,40 +39,111 @@ from pathlib import Path
 from workload import HERE, ROOT, peak_mib
 
 SHAPES = {
-    "7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-               max_position_embeddings=32768),
-    "small": dict(vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-                  max_position_embeddings=4096),
+    "7b": dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=32768,
+    ),
+    "small": dict(
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+    ),
 }
-# 7b: README's flags for 24 GB. decode: rows; steps: new tokens of ours and of what is launched one by one; data: how many prompts are sampled from; sft, rm: (rows a pass, passes a step, steps);
+# 7b: README's flags for 24 GB. decode: rows; steps: new tokens of ours and of what is launched one
+# by one; data: how many prompts are sampled from; sft, rm: (rows a pass, passes a step, steps);
 # ppo: (batch, rollout, minibatch, micro-batch); trl: (rows, micro-batch)
 SIZES = {
-    "7b": dict(prompt=256, new=128, decode=(1, 16, 64, 256), steps=(98, 18), sft=(4, 4, 4), rm=(4, 8, 3), ppo=(32, 64, 16, 8), judge=4, data=32, trl=(32, 2)),
-    "small": dict(prompt=48, new=8, decode=(1, 4), steps=(6, 4), sft=(2, 2, 2), rm=(2, 2, 2), ppo=(8, 16, 8, 4), judge=4, data=4, trl=(8, 4)),
+    "7b": dict(
+        prompt=256,
+        new=128,
+        decode=(1, 16, 64, 256),
+        steps=(98, 18),
+        sft=(4, 4, 4),
+        rm=(4, 8, 3),
+        ppo=(32, 64, 16, 8),
+        judge=4,
+        data=32,
+        trl=(32, 2),
+    ),
+    "small": dict(
+        prompt=48,
+        new=8,
+        decode=(1, 4),
+        steps=(6, 4),
+        sft=(2, 2, 2),
+        rm=(2, 2, 2),
+        ppo=(8, 16, 8, 4),
+        judge=4,
+        data=4,
+        trl=(8, 4),
+    ),
 }
 PARTS = ("same", "decode", "sft", "rm", "ppo", "ppo-copy", "eval", "data", "demo", "trl")
-CAP = 23.0  # GiB that torch may reserve in the stages said to fit 24 GB: CUDA itself takes up to one
+# GiB that torch may reserve in the stages said to fit 24 GB: CUDA itself takes up to one
+CAP = 23.0
 SPECIAL = ("<pad>", "<s>", "</s>", "[INST]", "[/INST]")
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
-CHARACTERS = "".join(map(chr, (*range(0x4E00, 0xA000), *range(0xAC00, 0xD7A4))))  # 32,164: one for each id
-DEMO = (("run_data.py", "revisions"), ("run_sft.py",), ("run_data.py", "preferences"), ("run_rm.py",), ("run_ppo.py",), ("run_eval.py", "models"))  # the Makefile's
-DEMO_FLAGS = ("--out {}/revisions", "--data {}/revisions --out {}/sft", "--sft {}/sft --out {}/preferences", "--data {}/preferences --out {}/rm",
-              "--rm {}/rm --out {}/policy", "--policy {}/policy --out {}/report")
-DEMO_SMALL = ("--limit 24", "--epochs 1", "--limit 12 --any-judge", "--epochs 1", "--iterations 1 --value-warmup 0 --rollout-size 8 --minibatch-size 8", "--limit 8 --judge-limit 2")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "[INST]{{ m['content'] }}[/INST]{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+# 32,164: one for each id
+CHARACTERS = "".join(map(chr, (*range(0x4E00, 0xA000), *range(0xAC00, 0xD7A4))))
+DEMO = (
+    ("run_data.py", "revisions"),
+    ("run_sft.py",),
+    ("run_data.py", "preferences"),
+    ("run_rm.py",),
+    ("run_ppo.py",),
+    ("run_eval.py", "models"),
+)  # the Makefile's
+DEMO_FLAGS = (
+    "--out {}/revisions",
+    "--data {}/revisions --out {}/sft",
+    "--sft {}/sft --out {}/preferences",
+    "--data {}/preferences --out {}/rm",
+    "--rm {}/rm --out {}/policy",
+    "--policy {}/policy --out {}/report",
+)
+DEMO_SMALL = (
+    "--limit 24",
+    "--epochs 1",
+    "--limit 12 --any-judge",
+    "--epochs 1",
+    "--iterations 1 --value-warmup 0 --rollout-size 8 --minibatch-size 8",
+    "--limit 8 --judge-limit 2",
+)
 
 
 class Bench:
     """What all parts share: the flags, the folders, the report."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.device, self.out, self.size = args, args.device, args.out.resolve(), dict(SIZES[args.shape])
+        self.args, self.device, self.out, self.size = (
+            args,
+            args.device,
+            args.out.resolve(),
+            dict(SIZES[args.shape]),
+        )
         if args.micro_batch:  # as many rows a step, in fewer and larger passes
             for part in ("sft", "rm"):
                 rows, passes, steps = self.size[part]
                 micro = min(args.micro_batch, rows * passes)
                 self.size[part] = micro, rows * passes // micro, steps
             self.size["ppo"] = (*self.size["ppo"][:3], min(args.micro_batch, self.size["ppo"][2]))
-        self.dtype = "bf16" if self.device == "cuda" else "fp32"  # on a CPU bf16 is a hundred times slower
+        # On a CPU bf16 is a hundred times slower
+        self.dtype = "bf16" if self.device == "cuda" else "fp32"
         self.model = self.out / "model"
 
     def say(self, *lines: str) -> None:
@@ -75,11 +153,17 @@ class Bench:
             file.write(text + "\n")
 
     def script(self, *command, cap: bool = True) -> dict:
-        """Runs one of the scripts as a user does, by `inside`; says what it took -> its peaks, seconds and plan (GiB)."""
+        """Runs one of the scripts as a user does, by `inside`; says what it took -> its peaks,
+        seconds and plan (GiB)."""
         cap = cap and not self.args.micro_batch
         words = [*map(str, command), "--device", self.device, "--overwrite"]
         result, start = self.out / "peak.json", time.perf_counter()
-        done = subprocess.run([sys.executable, __file__, "inside", str(CAP if cap else 0), str(result), *words], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "inside", str(CAP if cap else 0), str(result), *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode and cap and "out of memory" in done.stderr:
             self.say(f"\n**{words[0]} does not fit into {CAP:.0f} GiB**; again without that limit:")
             return self.script(*command, cap=False)
@@ -87,27 +171,51 @@ class Bench:
             sys.exit(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")
         found = {"seconds": time.perf_counter() - start} | json.loads(result.read_text())
         plan = re.search(r"greatest +(\w+) +([\d.]+)", done.stdout)
-        self.say("", f"    {' '.join(words)}", "", *(f"    {line}"[:200] for line in done.stdout.splitlines()[-3:]), "",
-                 f"{found['seconds']:.0f} s in all, with loading. Host memory: at most {found['host']:.1f} GiB. "
-                 + (f"On the device: at most {found['allocated']:.2f} GiB allocated, {found['reserved']:.2f} reserved" if "reserved" in found else "No CUDA, so no device memory")
-                 + (f"; planned {plan[2]} ({plan[1]})." if plan else "."))
+        self.say(
+            "",
+            f"    {' '.join(words)}",
+            "",
+            *(f"    {line}"[:200] for line in done.stdout.splitlines()[-3:]),
+            "",
+            f"{found['seconds']:.0f} s in all, with loading. Host memory: at most "
+            f"{found['host']:.1f} GiB. "
+            + (
+                f"On the device: at most {found['allocated']:.2f} GiB allocated, "
+                f"{found['reserved']:.2f} reserved"
+                if "reserved" in found
+                else "No CUDA, so no device memory"
+            )
+            + (f"; planned {plan[2]} ({plan[1]})." if plan else "."),
+        )
         if "reserved" in found:
             fits = found["reserved"] <= CAP
-            self.say(f"Fits a card of 24 GB ({CAP:.0f} GiB beside CUDA's own): {'yes' if fits else 'no'}{', and ran under that limit' if cap else ''}.")
+            self.say(
+                f"Fits a card of 24 GB ({CAP:.0f} GiB beside CUDA's own): "
+                f"{'yes' if fits else 'no'}{', and ran under that limit' if cap else ''}."
+            )
         return found
 
     def lines(self, folder: str) -> list[dict]:
-        return [json.loads(line) for line in (self.out / folder / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (self.out / folder / "metrics.jsonl").read_text().splitlines()
+        ]
 
     def rates(self) -> tuple[float, float]:
-        """Bytes a second of a copy in memory, read and written; operations a second of a large product: best of 5, after one that warms up."""
+        """Bytes a second of a copy in memory, read and written; operations a second of a large
+        product: best of 5, after one that warms up."""
         import torch
         cuda = self.device == "cuda"
         source = torch.ones(2**30 if cuda else 2**26, dtype=torch.uint8, device=self.device)
         target, n = torch.empty_like(source), 8192 if cuda else 1024
-        a, b = torch.randn(2, n, n, device=self.device, dtype=torch.bfloat16 if cuda else torch.float32)
+        a, b = torch.randn(
+            2, n, n, device=self.device, dtype=torch.bfloat16 if cuda else torch.float32
+        )
         c = torch.empty_like(a)
-        copy, product = (min(self.clocked(lambda f=f: [f() for _ in range(10)]) for _ in range(6)) / 10 for f in (lambda: target.copy_(source), lambda: torch.mm(a, b, out=c)))
+        copy, product = (
+            min(self.clocked(lambda f=f: [f() for _ in range(10)]) for _ in range(6)) / 10
+            for f in (lambda: target.copy_(source), lambda: torch.mm(a, b, out=c))
+        )
         return 2 * source.nbytes / copy, 2 * n**3 / product
 
     def clocked(self, function) -> float:
@@ -129,12 +237,23 @@ class Bench:
     def table(self, rows: list[tuple[str, float, float]]) -> None:
         """(part, seconds, operations) as a table with MFU."""
         _, rate = self.rates()
-        self.say("", f"A large product in {self.dtype}: {rate / 1e12:.3g} TFLOP/s.", "", "| part | s | model TFLOP | TFLOP/s | MFU |", "|---|---:|---:|---:|---:|",
-                 *(f"| {name} | {seconds:.2f} | {work / 1e12:.3g} | {work / seconds / 1e12:.3g} | {work / seconds / rate:.1%} |" for name, seconds, work in rows))
+        self.say(
+            "",
+            f"A large product in {self.dtype}: {rate / 1e12:.3g} TFLOP/s.",
+            "",
+            "| part | s | model TFLOP | TFLOP/s | MFU |",
+            "|---|---:|---:|---:|---:|",
+            *(
+                f"| {name} | {seconds:.2f} | {work / 1e12:.3g} | {work / seconds / 1e12:.3g} "
+                f"| {work / seconds / rate:.1%} |"
+                for name, seconds, work in rows
+            ),
+        )
 
 
 def inside(cap: str, result: str, script: str, *flags: str) -> None:
-    """One of the scripts in this process, with at most `cap` GiB of the device (0: all of it); its peaks go to the file `result`."""
+    """One of the scripts in this process, with at most `cap` GiB of the device (0: all of it); its
+    peaks go to the file `result`."""
     import torch
     cuda, code = flags[flags.index("--device") + 1] == "cuda", 0
     if cuda and float(cap):

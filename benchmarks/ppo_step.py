@@ -27,8 +27,27 @@ import statistics
 import sys
 import time
 
-from workload import (ALPHA, EPOCHS, HERE, NEW_TOKENS, PPO, PROMPTS, RANK, ROOT, SHAPE, TARGETS, alternate, cpu_seconds, make_model, median, peak_mib, prompts, ratio, resident_mib,
-                      scratch)
+from workload import (
+    ALPHA,
+    EPOCHS,
+    HERE,
+    NEW_TOKENS,
+    PPO,
+    PROMPTS,
+    RANK,
+    ROOT,
+    SHAPE,
+    TARGETS,
+    alternate,
+    cpu_seconds,
+    make_model,
+    median,
+    peak_mib,
+    prompts,
+    ratio,
+    resident_mib,
+    scratch,
+)
 
 
 def ours(args: argparse.Namespace) -> dict:
@@ -45,7 +64,14 @@ def ours(args: argparse.Namespace) -> dict:
     from virtue.models import ScalarHead, logprobs_at
     from virtue.plumbing.loading import load_model
     from virtue.ppo import Rollout, gae, ppo_loss, token_rewards
-    from virtue.rollout import by_length, in_chunks, loss_mask, place_scores, score_dialogues, values_at
+    from virtue.rollout import (
+        by_length,
+        in_chunks,
+        loss_mask,
+        place_scores,
+        score_dialogues,
+        values_at,
+    )
 
     torch.set_num_threads(1)
     imports = resident_mib()

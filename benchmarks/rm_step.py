@@ -13,7 +13,23 @@ import statistics
 import sys
 import time
 
-from workload import ALPHA, HERE, PAIR_BATCH, PAIR_LR, RANK, ROOT, TARGETS, alternate, make_model, median, pairs, peak_mib, ratio, resident_mib, scratch
+from workload import (
+    ALPHA,
+    HERE,
+    PAIR_BATCH,
+    PAIR_LR,
+    RANK,
+    ROOT,
+    TARGETS,
+    alternate,
+    make_model,
+    median,
+    pairs,
+    peak_mib,
+    ratio,
+    resident_mib,
+    scratch,
+)
 
 
 def ours(steps: int) -> dict:

@@ -15,7 +15,23 @@ import tempfile
 import time
 from pathlib import Path
 
-from workload import ALPHA, EPOCHS, NEW_TOKENS, PAIR_BATCH, PAIR_LR, PPO, PROMPTS, RANK, TARGETS, make_model, pairs, peak_mib, prompts, resident_mib, scratch
+from workload import (
+    ALPHA,
+    EPOCHS,
+    NEW_TOKENS,
+    PAIR_BATCH,
+    PAIR_LR,
+    PPO,
+    PROMPTS,
+    RANK,
+    TARGETS,
+    make_model,
+    pairs,
+    peak_mib,
+    prompts,
+    resident_mib,
+    scratch,
+)
 
 
 def main() -> None:
@@ -37,7 +53,12 @@ def main() -> None:
     import peft
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
     from trl import RewardConfig, RewardTrainer
     if args.stage == "ppo":
         from trl.experimental.ppo import PPOConfig, PPOTrainer

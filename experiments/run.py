@@ -59,16 +59,14 @@ CUTS = {16: "32 of hundreds", 24: "90 of hundreds", 30: "32 of hh-rlhf", 34: "90
 UNCUT = "--max-new-tokens 64"  # at evaluation what was learned is read off whole answers
 KEEP = "--truncated keep"  # the study speaks of no truncated answer that it dropped
 
-# The study's reward models read 100 tokens: with turns of at most 32 that is the whole action, about
-# half of the motivation and nothing of the consequence. On the toy the same takes 64 tokens where
-# answers are whole, 50 where they are cut at 16.
-#
-# 20 x 16 pairs a step and 2 epochs make 6 steps of 650 pairs; the same number for PPO: 3 batches, 2
-# passes, one step each. The report gives 1.41e-5 for the reward models: 0.14 of the usual 1e-4 for
-# LoRA on 7B, hence 0.14 of the toy's default. It gives no rate for PPO. If PPO has the same, it is
-# 0.14 of 1e-4, but 1.4 times the 1e-5 that is usual for PPO (docs/mistral.md): hence the arms of six
-# steps at 0.14, 1 and 1.4 times the default. The report names no schedule either; its code leaves
-# TRL's, linear.
+# The study's reward models read 100 tokens: with turns of at most 32 that is the whole action,
+# about half of the motivation and nothing of the consequence. On the toy the same takes 64 tokens
+# where answers are whole, 50 where they are cut at 16.  20 x 16 pairs a step and 2 epochs make 6
+# steps of 650 pairs; the same number for PPO: 3 batches, 2 passes, one step each. The report gives
+# 1.41e-5 for the reward models: 0.14 of the usual 1e-4 for LoRA on 7B, hence 0.14 of the toy's
+# default. It gives no rate for PPO. If PPO has the same, it is 0.14 of 1e-4, but 1.4 times the 1e-5
+# that is usual for PPO (docs/mistral.md): hence the arms of six steps at 0.14, 1 and 1.4 times the
+# default. The report names no schedule either; its code leaves TRL's, linear.
 STUDY_RM_STEPS = "--batch-size 20 --accumulation 16"
 STUDY_PPO_STEPS = ("--rollout-size 320 --minibatch-size 320 --iterations 3 --value-warmup 0 "
                    "--ppo-epochs 2")

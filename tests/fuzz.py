@@ -49,7 +49,14 @@ from virtue import VirtueError, dialogue, models  # noqa: E402
 from virtue import randomness  # noqa: E402
 from virtue.plumbing import artefacts, loading, records, resume, runtime  # noqa: E402
 from virtue.ethics import LENSES, VIRTUES  # noqa: E402
-from virtue.lora import active_stack, adapter_names, adapter_parameters, add_adapter, remove_adapter, use_stack  # noqa: E402
+from virtue.lora import (
+    active_stack,
+    adapter_names,
+    adapter_parameters,
+    add_adapter,
+    remove_adapter,
+    use_stack,
+)  # noqa: E402
 from virtue.evaluation.report import curve_of  # noqa: E402
 from virtue.plumbing.loading import load_reward_models  # noqa: E402
 

@@ -16,7 +16,14 @@ from tiny import make_tiny_model
 from virtue import VirtueError
 from virtue.plumbing import artefacts
 from virtue.plumbing.artefacts import load_artifact, read_manifest, save_artifact
-from virtue.lora import adapter_config, adapter_parameters, adapter_state, add_adapter, remove_adapter, use_stack
+from virtue.lora import (
+    adapter_config,
+    adapter_parameters,
+    adapter_state,
+    add_adapter,
+    remove_adapter,
+    use_stack,
+)
 from virtue.models import ScalarHead, hidden_states
 from virtue.plumbing.loading import open_base
 

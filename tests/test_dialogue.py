@@ -7,7 +7,14 @@ from tiny import make_tiny_tokenizer
 from tokenizers import AddedToken
 
 from virtue import VirtueError, dialogue
-from virtue.dialogue import Dialogue, Turn, buckets, encode_conversation, encode_prompt, followup_ids
+from virtue.dialogue import (
+    Dialogue,
+    Turn,
+    buckets,
+    encode_conversation,
+    encode_prompt,
+    followup_ids,
+)
 from virtue.ethics import FOLLOW_UPS
 
 PAD, BOS, EOS, INST, INST_END = range(5)

@@ -76,7 +76,8 @@ def test_shift_of_all_models_moves_the_aggregate_and_lsc_saturates():
     for method in ("mean", "min", "uwo", "median"):
         torch.testing.assert_close(aggregate(s + 2, method), aggregate(s, method) + 2)
     assert (aggregate(s + 2, "lsc") > aggregate(s, "lsc")).all()
-    assert aggregate(torch.tensor([[1e4], [1e4], [-1e4]]), "lsc", reference=0.0).tolist() == [-1e4]  # a soft AND
+    # a soft AND
+    assert aggregate(torch.tensor([[1e4], [1e4], [-1e4]]), "lsc", reference=0.0).tolist() == [-1e4]
 
 
 def test_shares_sum_to_the_aggregate():

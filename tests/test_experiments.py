@@ -122,7 +122,8 @@ def test_fractions_of_learning_rates_are_of_the_scripts_defaults(capsys):
 
 @pytest.mark.parametrize("scale", ["full", "small"])
 def test_arms_of_trls_defaults_have_its_values(monkeypatch, tmp_path, scale):
-    """PPOConfig of trl 0.7.11 to 0.9.6 by flags and a patch; 1.41e-5 is 1.41 times the usual rate."""
+    """PPOConfig of trl 0.7.11 to 0.9.6 by flags and a patch; 1.41e-5 is 1.41 times the usual
+    rate."""
     manifest = {"settings": {}, "stage": "any", "extra": {}}
     monkeypatch.setattr("virtue.plumbing.artefacts.read_manifest", lambda *a, **k: manifest)
     trl = dict(kl_coef=0.2, kl_target=6, lam=0.95, clip_range=0.2, lr=1.4 * run.LR,
@@ -161,7 +162,8 @@ def test_a_patch_is_for_the_stages_whose_script_it_changes():
     assert changed == ["rm", "policy", "report"]
     assert [name for name, stage in rm.items() if stage.patches] == ["rm"]
     assert rm["rm"].command(Path("r"))[0] == "r/code/label-noise/run_rm.py"
-    whole = engine.chain(engine.Arm("x", patch="pay-at-end raw-scores"), 0)  # virtue/ and run_ppo.py
+    # virtue/ and run_ppo.py
+    whole = engine.chain(engine.Arm("x", patch="pay-at-end raw-scores"), 0)
     assert {name: stage.patches for name, stage in whole.items() if stage.patches} == {
         "policy": ("pay-at-end", "raw-scores")}
 
@@ -374,7 +376,11 @@ def test_no_equal_kl_with_another_start(tmp_path):
 
 
 def test_tables_of_what_is_finished_and_why_the_rest_is_not(tmp_path, capsys, monkeypatch):
-    arms = [run.DEFAULT, engine.Arm("pool", rm="--share first"), engine.Arm("later", policy="--lam 1")]
+    arms = [
+        run.DEFAULT,
+        engine.Arm("pool", rm="--share first"),
+        engine.Arm("later", policy="--lam 1"),
+    ]
     monkeypatch.setitem(run.EXPERIMENTS, "mine", ("Why?", arms))
     for i, stage in enumerate(engine.chain(run.DEFAULT, 0).values()):
         folder = (report(tmp_path / stage.folder, {"base": [0.5, 0.5], "ppo": [0.75, 0.75]})

@@ -126,7 +126,9 @@ def test_everything_foreign_is_escaped_and_control_characters_are_shown():
 
 def test_no_template_marks_a_value_as_safe_and_all_are_packaged():
     folder = Path(html.__file__).parent / "page"
-    assert not [p.name for p in folder.iterdir() if re.search(r"\| *safe|autoescape", p.read_text())]
+    assert not [
+        p.name for p in folder.iterdir() if re.search(r"\| *safe|autoescape", p.read_text())
+    ]
     project = tomllib.loads((folder.parents[2] / "pyproject.toml").read_text())
     packaged = project["tool"]["setuptools"]["package-data"]["virtue.evaluation"]
     assert {p.name for pattern in packaged for p in folder.parent.glob(pattern)} == {
@@ -167,8 +169,16 @@ def test_verdict(without_figures, found, direction, sentence):
 def test_verdict_without_gold_without_pairs_and_with_base_alone(without_figures):
     s = scores()
     del s["differences"]["ppo - sft"]["gold"]
-    assert html.verdict(s)[1] == "PPO raised the study's Score, standardised (by its own reward models), by +1.200 [+1.000, +1.400] over SFT."
-    assert html.verdict({"models": s["models"]}) == html.verdict({}) == ("", "No two models were compared.")
+    assert (
+        html.verdict(s)[1]
+        == "PPO raised the study's Score, standardised (by its own reward models), "
+        "by +1.200 [+1.000, +1.400] over SFT."
+    )
+    assert (
+        html.verdict({"models": s["models"]})
+        == html.verdict({})
+        == ("", "No two models were compared.")
+    )
     Page(render({"models": {"base": column(0.0)}}))
 
 
@@ -215,8 +225,17 @@ def test_page_says_what_one_run_can_and_how_good_its_judges_are(without_figures)
 def test_cells_near_the_middle_can_be_told_apart():
     def depth(value, *scale):
         return float(re.search(r"([\d.]+)\)", html.shade(value, *scale))[1])
-    assert depth(0.5) == depth(None) == 0 and depth(0.44) - depth(0.49) >= 0.1 and depth(0.9) == depth(0.0, 0.8, 0.8) == 0.75
-    assert "213,94,0" in html.shade(0.44) and "0,114,178" in html.shade(0.56) and "0,114,178" in html.shade(0.1, 0)
+
+    assert (
+        depth(0.5) == depth(None) == 0
+        and depth(0.44) - depth(0.49) >= 0.1
+        and depth(0.9) == depth(0.0, 0.8, 0.8) == 0.75
+    )
+    assert (
+        "213,94,0" in html.shade(0.44)
+        and "0,114,178" in html.shade(0.56)
+        and "0,114,178" in html.shade(0.1, 0)
+    )
 
 
 def test_page_explains_its_columns(without_figures):
@@ -237,11 +256,25 @@ def test_page_explains_its_columns(without_figures):
 
 
 def test_extremes_and_the_first_dialogues_are_shown(without_figures):
-    text = render(samples=[sample(i, {5: 9.0, 6: -9.0, 7: -8.0}.get(i, 0.0)) for i in range(300)] +
-                  [{"id": "p", "prompt": [{"role": "user", "content": "A probe"}], "ppo": {"turns": {"action": "No."}}}])
+    text = render(
+        samples=[sample(i, {5: 9.0, 6: -9.0, 7: -8.0}.get(i, 0.0)) for i in range(300)]
+        + [
+            {
+                "id": "p",
+                "prompt": [{"role": "user", "content": "A probe"}],
+                "ppo": {"turns": {"action": "No."}},
+            }
+        ]
+    )
     groups = dict(part.split("</h3>", 1) for part in unescape(text).split("<h3>")[1:])
-    assert re.findall(r"number (\d+)", groups["The largest falls"]) == ["6", "7"] and "(−9.00)" in groups["The largest falls"]
-    assert re.findall(r"number (\d+)", groups["The largest rises"]) == ["5"] and "(+9.00)" in groups["The largest rises"]
+    assert (
+        re.findall(r"number (\d+)", groups["The largest falls"]) == ["6", "7"]
+        and "(−9.00)" in groups["The largest falls"]
+    )
+    assert (
+        re.findall(r"number (\d+)", groups["The largest rises"]) == ["5"]
+        and "(+9.00)" in groups["The largest rises"]
+    )
     assert re.findall(r"number (\d+)", groups["The first 12 of 300"]) == [str(i) for i in range(12)]
     assert groups["The first 12 of 300"].count("<details open") == 1
     assert "it fell in 2 of 300" in text
@@ -261,12 +294,34 @@ def test_each_turn_has_its_lens_score_and_paper_shows_few_dialogues(without_figu
 
 def test_command_line_can_be_typed_again():
     words = shlex.split(report.command_line(MANIFEST).replace("\\\n", " "))
-    assert words == ["python", "run_eval.py", "models", "--policy", "runs/my demo", "--overwrite", "--batch-size", "64", "--targets", "q_proj", "v_proj", "--shift=-1.5"]
+    assert words == [
+        "python",
+        "run_eval.py",
+        "models",
+        "--policy",
+        "runs/my demo",
+        "--overwrite",
+        "--batch-size",
+        "64",
+        "--targets",
+        "q_proj",
+        "v_proj",
+        "--shift=-1.5",
+    ]
     assert report.command_line({"stage": "preferences", "settings": {}}) == "python run_data.py"
     handed_on = {"data": "runs/p", "prompts": "toy", "temperature": 1.0}  # no flags of run_rm.py
-    assert report.command_line({"stage": "rm", "settings": handed_on}) == "python run_rm.py --data runs/p"
-    assert report.command_line({"stage": "policy", "settings": handed_on}) == "python run_sft.py --data runs/p"
-    assert report.command_line({"stage": "policy", "settings": {"rm": "runs/rm", "prompts": "toy"}}) == "python run_ppo.py --rm runs/rm --prompts toy"
+    assert (
+        report.command_line({"stage": "rm", "settings": handed_on})
+        == "python run_rm.py --data runs/p"
+    )
+    assert (
+        report.command_line({"stage": "policy", "settings": handed_on})
+        == "python run_sft.py --data runs/p"
+    )
+    assert (
+        report.command_line({"stage": "policy", "settings": {"rm": "runs/rm", "prompts": "toy"}})
+        == "python run_ppo.py --rm runs/rm --prompts toy"
+    )
     s = scores() | {"commands": ["python run_rm.py --data <p>"]}
     assert "python run_rm.py --data <p>" in Page(html.render(s, [], [], MANIFEST)).text
 

@@ -17,8 +17,15 @@ from tiny import make_tiny_model
 
 from virtue import VirtueError
 from virtue.plumbing import hub
-from virtue.plumbing.artefacts import (data_hash, file_hash, load_artifact, save_artifact,
-                                       write_json, write_jsonl, write_manifest)
+from virtue.plumbing.artefacts import (
+    data_hash,
+    file_hash,
+    load_artifact,
+    save_artifact,
+    write_json,
+    write_jsonl,
+    write_manifest,
+)
 from virtue.dialogue import Dialogue, Turn
 from virtue.ethics import LENSES
 from virtue.lora import adapter_parameters, add_adapter, use_stack
@@ -268,14 +275,14 @@ def test_nothing_tells_of_the_machine_and_the_code_is_code(run, api, folder):
 
 def test_the_card_of_a_toy_adapter_finds_the_toy(run, api):
     manifest = json.loads((run / "sft/virtue.json").read_text())
-    manifest["base"] = {"id": "toy", "fingerprint": "f"}
+    manifest |= {"base": {"id": "toy", "fingerprint": "f"}}
     (run / "sft/virtue.json").write_text(json.dumps(manifest))
     push(run, "sft")
     text = published(api)["README.md"].decode()
     code, = re.findall(r"```python\n(.*?)\nrepository", text, re.S)
-    variables = {}
-    exec(code, variables)
-    assert variables["base"] == str(resolve("toy"))
+    found = {}
+    exec(code, found)
+    assert found["base"] == str(resolve("toy"))
     assert "It belongs to a toy world" in text and "base_model" not in text
 
 

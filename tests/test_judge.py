@@ -9,8 +9,18 @@ from virtue import VirtueError
 from virtue.dialogue import encode_prompt
 from virtue.ethics import LENSES, VIRTUES
 from virtue.evaluation.feedback import versus, win_rates
-from virtue.judge import (encode_questions, judge_log_odds, judge_pairs, label_ids, opinion, pack, preferred, questions, transcript,
-                          verdict)
+from virtue.judge import (
+    encode_questions,
+    judge_log_odds,
+    judge_pairs,
+    label_ids,
+    opinion,
+    pack,
+    preferred,
+    questions,
+    transcript,
+    verdict,
+)
 from virtue.plumbing.loading import load_model, load_tokenizer
 from virtue.evaluation.stats import wilson
 
@@ -95,11 +105,18 @@ def test_log_odds_keep_what_probabilities_round_away(tiny):
 
 
 def test_each_batch_computes_the_batches_in_any_place_and_order(tiny):
-    pairs = [pair("I give it back.", "I keep it."), pair("No.", "I say where the letter is."), pair("a", "b")]
+    pairs = [
+        pair("I give it back.", "I keep it."),
+        pair("No.", "I say where the letter is."),
+        pair("a", "b"),
+    ]
 
     def backwards(compute, batches):
         return [compute(batch) for batch in list(batches)[::-1]][::-1]
-    assert torch.equal(*(judge_log_odds(*tiny, pairs, "action", 2, each_batch=run)[0] for run in (map, backwards)))
+
+    assert torch.equal(
+        *(judge_log_odds(*tiny, pairs, "action", 2, each_batch=run)[0] for run in (map, backwards))
+    )
 
 
 def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from virtue.logprobs import entropy, gather_logprobs, kl_k1, kl_k3, logprobs_and_entropy, scatter, select_next
+from virtue.logprobs import (
+    entropy,
+    gather_logprobs,
+    kl_k1,
+    kl_k3,
+    logprobs_and_entropy,
+    scatter,
+    select_next,
+)
 
 B, L, D, V = 3, 5, 4, 11
 MASK = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 1]], dtype=torch.bool)

@@ -15,9 +15,22 @@ from tiny import dequantize, make_tiny_model
 
 from virtue import VirtueError
 from virtue.lora import (
-    TARGETS, LoRALinear, active_stack, adapter_config, adapter_names, adapter_parameters,
-    _Folded, adapter_state, add_adapter, flatten, load_adapter_state, merged_state_dict, remove_adapter,
-    sampling_copy, set_stack, use_stack,
+    TARGETS,
+    LoRALinear,
+    active_stack,
+    adapter_config,
+    adapter_names,
+    adapter_parameters,
+    _Folded,
+    adapter_state,
+    add_adapter,
+    flatten,
+    load_adapter_state,
+    merged_state_dict,
+    remove_adapter,
+    sampling_copy,
+    set_stack,
+    use_stack,
 )
 from virtue.plumbing.loading import load_model
 

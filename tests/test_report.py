@@ -13,8 +13,18 @@ from virtue.evaluation import feedback
 from virtue.dialogue import Dialogue, Turn
 from virtue.plumbing.records import read_dialogues
 from virtue.ethics import LENSES, VIRTUES
-from virtue.evaluation.feedback import (agreement, coin_test, doubts, gold_agreement, points, summarize, truth, virtue_agreement,
-                             win_rates, worth)
+from virtue.evaluation.feedback import (
+    agreement,
+    coin_test,
+    doubts,
+    gold_agreement,
+    points,
+    summarize,
+    truth,
+    virtue_agreement,
+    win_rates,
+    worth,
+)
 from virtue.evaluation.stats import wilson
 from virtue.evaluation.report import (
     command_line, correct, curve_of, differences, distinct_share, made_by, mask_names, measure,
@@ -202,7 +212,10 @@ def test_reward_models_and_every_run_behind_a_policy_are_found(tmp_path):
     stages = ["data revisions", "sft", "data preferences", "rm", "rm", "ppo"]
 
     def commands(*folders):  # as run_eval.py: one run makes three reward models
-        return [shlex.split(c.replace("\\\n", " ")) for c in dict.fromkeys(map(command_line, made_by(*folders)))]
+        return [
+            shlex.split(c.replace("\\\n", " "))
+            for c in dict.fromkeys(map(command_line, made_by(*folders)))
+        ]
 
     def names(found):
         return [" ".join([words[1][4:-3], *words[2:3]]) if words[1] == "run_data.py"

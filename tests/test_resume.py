@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from virtue import VirtueError
-from virtue.plumbing.resume import KEPT, finish, load_checkpoint, may_write, replay, save_checkpoint, spread, start
+from virtue.plumbing.resume import (
+    KEPT,
+    finish,
+    load_checkpoint,
+    may_write,
+    replay,
+    save_checkpoint,
+    spread,
+    start,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,14 +116,14 @@ def test_a_checkpoint_without_the_numbers_of_this_code_is_refused(tmp_path):
 
 def flags(out, **more):
     return argparse.Namespace(
-        **{"out": out, "overwrite": False, "resume": False, "lr": 1e-3, "threads": 0} | more)
+        **{"out": out, "overwrite": False, "resume": False, "lr": 1e-3, "device": "cpu"} | more)
 
 
 def test_start_goes_on_only_with_the_same_flags_and_files(tmp_path, capsys):
     out = tmp_path / "x"
     state = start(flags(out), out, data="abc")
     (state / "work").write_text("half")
-    assert start(flags(out, resume=True, threads=2), out, data="abc") == state
+    assert start(flags(out, resume=True, device="cuda"), out, data="abc") == state
     assert (state / "work").exists()
     with pytest.raises(VirtueError, match=r"--lr 0.001, which is now 0.01"):
         start(flags(out, resume=True, lr=1e-2), out, data="abc")

@@ -14,8 +14,17 @@ from virtue.lora import adapter_parameters, add_adapter, flatten, use_stack
 from virtue.models import ScalarHead, logprobs_at, score_at
 from virtue.plumbing.loading import load_model, load_tokenizer
 from virtue.ppo import Rollout, ppo_loss
-from virtue.rollout import (by_length, dialogue_logprobs, ended_share, in_chunks, loss_mask, place_scores, score_dialogues, span_mask,
-                            values_at)
+from virtue.rollout import (
+    by_length,
+    dialogue_logprobs,
+    ended_share,
+    in_chunks,
+    loss_mask,
+    place_scores,
+    score_dialogues,
+    span_mask,
+    values_at,
+)
 
 # ids 0..9; action = 2..4, motivation = 5..7 truncated with the forced EOS at 7, consequence = 8..10
 ONE = Dialogue("0" * 16, [], list(range(10, 20)),

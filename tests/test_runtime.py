@@ -149,7 +149,8 @@ def test_a_prompt_is_held_out_with_all_its_rows():
     assert not {prompts[i] for i in held} & {prompts[i] for i in train}
     assert (held, train) == randomness.hold_out(range(50), prompts, 0.15, 3, "sft")
     assert held != randomness.hold_out(range(50), prompts, 0.15, 4, "sft")[0]
-    assert randomness.hold_out([1, 2], "ab", 0.1, 0) in (([], [1, 2]), ([], [2, 1]))  # too few: none
+    # Too few: none
+    assert randomness.hold_out([1, 2], "ab", 0.1, 0) in (([], [1, 2]), ([], [2, 1]))
     # with one row a prompt it is a plain permutation of the rows
     order = randomness.stream(3, "sft").permutation(20)
     assert randomness.hold_out(range(20), list(map(str, range(20))), 0.1, 3,

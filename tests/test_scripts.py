@@ -366,14 +366,39 @@ def test_a_judge_that_judges_nothing_is_not_believed(tmp_path, capsys, monkeypat
 def second(fp32, tmp_path_factory):
     """Reward models on the half of the preferences that is never the first's."""
     out = tmp_path_factory.mktemp("rm") / "second"
-    call("run_rm", "--data", fp32 / "preferences", "--out", out, "--epochs", 1, *SMALL, "--share", "second")
+    call(
+        "run_rm",
+        "--data",
+        fp32 / "preferences",
+        "--out",
+        out,
+        "--epochs",
+        1,
+        *SMALL,
+        "--share",
+        "second",
+    )
     return out
 
 
 def test_reward_models_on_either_half(fp32, second, tmp_path):
-    call("run_rm", "--data", fp32 / "preferences", "--out", tmp_path / "first", "--epochs", 1, *SMALL, "--share", "first")
+    call(
+        "run_rm",
+        "--data",
+        fp32 / "preferences",
+        "--out",
+        tmp_path / "first",
+        "--epochs",
+        1,
+        *SMALL,
+        "--share",
+        "first",
+    )
     for lens in LENSES:
-        first, other, whole = (json.loads((folder / lens / "virtue.json").read_text())["extra"]["trained_on"] for folder in (tmp_path / "first", second, fp32 / "rm"))
+        first, other, whole = (
+            json.loads((folder / lens / "virtue.json").read_text())["extra"]["trained_on"]
+            for folder in (tmp_path / "first", second, fp32 / "rm")
+        )
         assert first and other and first + other == whole
 
 
@@ -712,9 +737,15 @@ def test_bad_input(fp32, tmp_path, toy_folder, monkeypatch, capsys):
     for script, *flag, folder in overwriting:  # an input is never written over
         with pytest.raises(VirtueError, match="an input of this stage"):
             call(script, *flag, fp32 / folder, "--out", fp32 / folder, "--overwrite")
-    with pytest.raises(VirtueError, match=r"sft, step 1: the gradient of records \w+, .* and \d+ more is not finite: lower --lr|sft, step 2"):
+    with pytest.raises(
+        VirtueError,
+        match=r"sft, step 1: the gradient of records \w+, .* and \d+ more is not finite: "
+        r"lower --lr|sft, step 2",
+    ):
         monkeypatch.setattr("virtue.plumbing.training.MAX_GRAD_NORM", 1e30)
-        call("run_sft", "--data", fp32 / "revisions", "--out", tmp_path / "nan", "--lr", 1e30, *SMALL)
+        call(
+            "run_sft", "--data", fp32 / "revisions", "--out", tmp_path / "nan", "--lr", 1e30, *SMALL
+        )
     assert not (tmp_path / "nan/virtue.json").exists()
     occupied = bad_line(tmp_path / "full/notes.txt", "mine")
     command = [sys.executable, ROOT / "run_data.py", "revisions", "--out", occupied.parent]
@@ -750,7 +781,9 @@ def test_every_flag_is_read_and_explained(script, monkeypatch):
     assert all(a.help for a in flags.values())
 
 
-@pytest.mark.parametrize("script", ["run_sft", "run_rm", "run_data revisions", "run_data preferences"])
+@pytest.mark.parametrize(
+    "script", ["run_sft", "run_rm", "run_data revisions", "run_data preferences"]
+)
 def test_help_opens_with_the_flags_that_matter(script, capsys):
     name, *command = script.split()
     with pytest.raises(SystemExit):

@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 
 from virtue.ensemble import study_score
-from virtue.evaluation.stats import (best_of_n, best_of_n_kl, effect_size, hierarchical_bootstrap, holm, length_controlled,
-                          length_controlled_interval, paired_bootstrap, permutation_test, rank_correlation, t_interval, wilson)
+from virtue.evaluation.stats import (
+    best_of_n,
+    best_of_n_kl,
+    effect_size,
+    hierarchical_bootstrap,
+    holm,
+    length_controlled,
+    length_controlled_interval,
+    paired_bootstrap,
+    permutation_test,
+    rank_correlation,
+    t_interval,
+    wilson,
+)
 
 A = np.array([1.0, 2.0, 4.0, 3.0, 5.0])
 B = np.array([2.5, 2.0, 6.0, 3.5, 8.0])  # differences 1.5, 0, 2, .5, 3: mean 1.4

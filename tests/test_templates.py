@@ -10,8 +10,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from virtue import VirtueError
-from virtue.dialogue import (Dialogue, Turn, copies_of, encode_conversation, encode_prompt, followup_ids,
-                             messages_of, pair_rows, sanitize)
+from virtue.dialogue import (
+    Dialogue,
+    Turn,
+    copies_of,
+    encode_conversation,
+    encode_prompt,
+    followup_ids,
+    messages_of,
+    pair_rows,
+    sanitize,
+)
 from virtue.ethics import FOLLOW_UPS, LENSES
 from virtue.judge import label_ids, transcript
 from virtue.plumbing.loading import template_fingerprint

@@ -2,7 +2,17 @@
 import pytest
 
 from virtue.ethics import VIRTUES
-from virtue.evaluation.textstats import FLATTERY, HEDGES, REFUSALS, VIRTUE_WORDS, contains, degenerate, density, measures, repetition
+from virtue.evaluation.textstats import (
+    FLATTERY,
+    HEDGES,
+    REFUSALS,
+    VIRTUE_WORDS,
+    contains,
+    degenerate,
+    density,
+    measures,
+    repetition,
+)
 
 
 def test_density_by_hand():

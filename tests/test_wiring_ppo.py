@@ -587,10 +587,11 @@ def compare(world, out, o, taken):
     return oracle, wrote
 
 
+# a later flag overrides an earlier one
 PPO = """
     --rollout-size 7 --minibatch-size 3 --micro-batch-size 2 --ppo-epochs 2 --rank 4 --lam 0.7
     --temperature 1.3 --lr 0.01 --value-lr 0.03 --entropy-coef 0.05 --clip-range 0.15
-    --eos-penalty 0.2 --kl-coef 0.3 --max-prompt-tokens 90 --batch-size 5"""  # a later flag overrides an earlier one
+    --eos-penalty 0.2 --kl-coef 0.3 --max-prompt-tokens 90 --batch-size 5"""
 
 
 # the short ones first

@@ -73,8 +73,8 @@ _MARKER = re.compile(r"<+[^<>\s]+>+|\[+[^\[\]\s]+\]+|\{+[^{}\s]+\}+|[^\s\w]*[#@|
 
 
 def dated(template: str | dict) -> str | dict:
-    """The chat template with `TODAY` in the place of today's date. VirtueError: it asks for the
-    date otherwise than by strftime_now and a format that it writes out there."""
+    """The chat template with `TODAY` in the place of today's date. VirtueError: the template asks
+    for the date in another way than by strftime_now with a format that is written out there."""
     if not isinstance(template, str) or "strftime_now" not in template:
         return template
     frozen = re.sub(r"""\bstrftime_now\(\s*(['"])((?:(?!\1).)*)\1\s*\)""",
@@ -144,9 +144,9 @@ def sanitize(tokenizer, text: str) -> str:
     word with a colon that stands right before a content, and the line that the template writes
     before a turn ("=== assistant ==="; "assistant", where it has a line of its own). Not protected:
     markers that are ordinary words within a line; a single character and white space, which a space
-    cannot part; what becomes a marker only through the tokenizer's own normalisation; and words
+    cannot split; what becomes a marker only through the tokenizer's own normalisation; and words
     that act as structure for the model but that the template never writes in a conversation of
-    system, user and assistant, as those of tool calls.
+    system, user and assistant, such as those of tool calls.
     """
     control = _control(tokenizer)
     while control.search(text):  # again, for one control token may overlap another
@@ -177,17 +177,19 @@ def encode_prompt(tokenizer, messages: Messages) -> list[int]:
 def encode_conversation(tokenizer, messages: Messages) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of a whole conversation, and the span ``[start, end)`` of each assistant turn.
 
-    Turn by turn, as a dialogue is sampled: what the template writes up to an answer, the answer,
-    EOS. A span holds what the model is to produce: the text and its EOS. What the template adds
-    after the last EOS is left off, so that ids end as a sampled dialogue ends. Where the last
-    message is the user's, ids end where the next answer starts.
+    It is encoded turn by turn, as a dialogue is sampled: what the template writes up to an answer,
+    the answer, EOS. A span holds what the model is to produce: the text and its EOS. What the
+    template adds after the last EOS is left off, so that ids end as a sampled dialogue ends. Where
+    the last message is the user's, ids end where the next answer starts.
 
-    The answer's tokens are those of the whole text; but where a token lies across its beginning,
-    or the template writes the answer right behind a word of its own ("[/INST]Yes"), it is encoded
-    alone, as no sampled answer begins in the middle of a word.
+    The answer's tokens are taken from the tokens of the whole text. But where a token spans the
+    beginning of the answer, or the template writes the answer right behind a word of its own
+    ("[/INST]Yes"), the answer is encoded alone, since no sampled answer begins in the middle of a
+    word.
 
-    VirtueError: as `encode_prompt`; the template renders the beginning of a conversation otherwise
-    than alone, or ends assistant turns without EOS; spans would then point at wrong tokens.
+    VirtueError: as `encode_prompt`; the template renders the beginning of a conversation
+    differently when more follows, or ends assistant turns without EOS; spans would then point at
+    wrong tokens.
     """
     clean, eos = _clean(tokenizer, messages), tokenizer.eos_token_id
     answers = [i for i, message in enumerate(clean) if message["role"] == "assistant"]
@@ -232,7 +234,7 @@ def encode_conversation(tokenizer, messages: Messages) -> tuple[list[int], list[
 @functools.lru_cache(maxsize=64)
 def followup_ids(tokenizer, question: str) -> tuple[int, ...]:
     """Ids between an assistant turn's EOS and the next, where the user asks `question`.
-    VirtueError: a template that writes earlier turns otherwise when others follow."""
+    VirtueError: the template changes earlier turns when others follow."""
     before: Messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     ids, _ = encode_conversation(tokenizer, before)
     whole = encode_prompt(tokenizer, [*before, {"role": "user", "content": question}])
@@ -261,7 +263,7 @@ def sampled_pair(tokenizer, record: dict, copies: Sequence[Dialogue],
     `lens`, so that a reward model learns from the very tokens that PPO will show it.
 
     `copies` are the record's two dialogues as they were sampled, of which its "chosen_copy" says
-    which was chosen. None where it does not say, or where its texts are others by now.
+    which was chosen. None where it does not say, or where its texts have changed since.
     """
     k = LENSES.index(lens)
     if record.get("chosen_copy") is None or len(copies) != 2:
@@ -307,9 +309,8 @@ def buckets(order: Sequence[int], lengths: Sequence[int], size: int,
             window: int = 8) -> list[list[int]]:
     """Batches of `size` rows of like length, to save padding, from a shuffled `order` of rows.
 
-    Each `window` batches' worth of rows is sorted by `lengths`, cut into batches, and these stand
-    in the order in which their shortest rows stood. ceil(len(order) / size) batches; every row
-    once.
+    Each `window` batches' worth of rows is sorted by `lengths`, cut into batches, and these keep
+    the order in which their shortest rows stood. ceil(len(order) / size) batches; every row once.
     """
     batches = []
     for start in range(0, len(order), window * size):

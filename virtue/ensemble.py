@@ -79,6 +79,7 @@ def aggregate(scores: Tensor, method: str, weights: Tensor | None = None, coef: 
     if method == "median":  # torch.median would take the lower of two middle scores
         ranked = scores.sort(0).values
         return (ranked[(K - 1) // 2] + ranked[K // 2]) / 2
+    assert method == "lsc", method  # the last of AGGREGATORS
     reference = torch.as_tensor(reference, dtype=scores.dtype, device=scores.device)
     if reference.shape not in ((), (K,)):
         raise ValueError(f"reference must be a scalar or ({K},), got {tuple(reference.shape)}")

@@ -64,10 +64,10 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
 
 
 def cache_with_room(config, steps: int, column: Tensor | None = None):
-    """A KV cache with room for ``steps`` tokens after the first ones: each is written in its place,
-    where transformers' own copies the whole cache for every token. With ``column (1,)``, an index
-    on the device, each later token is written to that column and the whole room is read: one shape
-    for all steps."""
+    """A KV cache with room for ``steps`` tokens after the first ones: each token is written in its
+    place, whereas transformers' own cache is copied as a whole for every token. With ``column
+    (1,)``, an index on the device, each later token is written to that column and the whole room is
+    read, so that all steps have one shape."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -104,7 +104,7 @@ def steps_of_one_shape(model: nn.Module, cache, column: Tensor, mask: Tensor,
     ``cache`` from ``cache_with_room`` with ``column (1,)``, the first one to be written; ``mask (B,
     L + steps)`` of all columns; ``position (B, 1)`` of the token before. On a GPU the step is
     recorded as one CUDA graph: a host needs several times as long to launch its 2,000 kernels one
-    by one as the GPU to run them. The logits are overwritten by the next call.
+    by one as the GPU needs to run them. The logits are overwritten by the next call.
     """
     ids, position, seen = torch.zeros_like(position), position.clone(), mask.clone()[:, None, None]
     seen[..., column.item():] = False
@@ -146,10 +146,10 @@ def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos
 
     `model` is in eval mode, its stack of adapters set by the caller; `uniforms` are ``(n,
     max_new_tokens)`` numbers in [0, 1). Returns for each row its new ids, EOS included, and whether
-    they were truncated (no EOS came). ``one_shape``, by default on a GPU: see
-    ``steps_of_one_shape``; finished rows then stay: the weights, which all rows share, are most of
-    what a step reads. ValueError: a negative temperature, or another number of uniforms than of
-    rows.
+    they were truncated (no EOS came). ``one_shape`` (the default on a GPU): see
+    ``steps_of_one_shape``. Finished rows then stay in the batch; this costs little, since the
+    weights, which all rows share, are most of what a step reads. ValueError: a negative
+    temperature, or not as many rows of uniforms as rows of ids.
     """
     if temperature < 0 or len(uniforms) != len(rows):
         raise ValueError(f"temperature {temperature}, {len(rows)} rows, {len(uniforms)} uniforms")

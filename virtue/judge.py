@@ -6,7 +6,8 @@ then the five endings side by side, each of which sees the prefix and itself. Th
 probabilities of five separate prompts for little more than the price of one. Reading probabilities
 instead of text keeps the judge's doubt (Lee et al. 2023, RLAIF, arXiv 2309.00267). Two orders are
 averaged (Wang et al. 2023, arXiv 2305.17926), here in log-odds: a preference for a place that adds
-to the logits then cancels exactly, and a judge at 0.93 and 0.09 keeps its small opinion.
+to the logits then cancels exactly, and a judge that answers 0.93 in one order and 0.09 in the other
+keeps its small opinion.
 """
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def pair_fits(model, tokenizer, first: list[dict], second: list[dict], lens: str
 
 def label_ids(tokenizer) -> tuple[int, int]:
     """The ids of the two labels as an assistant would begin its reply; each must be one token.
-    VirtueError: one is more."""
+    VirtueError: one of them is longer."""
     ids = []
     for label in JUDGE_LABELS:
         tokens, spans = encode_conversation(
@@ -124,8 +125,8 @@ def judge_log_odds(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]],
     ``each_batch`` as in ``generate.sample_dialogues``. ``[:, 0]`` was read with the first dialogue
     shown first, ``[:, 1]`` with it shown second. The caller sets the adapters (none, for the base
     as its own judge). The label mass is the mean probability that the judge's next token is one of
-    the two labels at all: near 0, it does not answer the question. VirtueError: logits that are not
-    finite, a label of more than one token.
+    the two labels at all: if it is near 0, the judge does not answer the question. VirtueError:
+    logits that are not finite, a label of more than one token.
     """
     labels = torch.tensor(label_ids(tokenizer))
     jobs = [(i, order, encode_questions(tokenizer, *pair[::(1, -1)[order]], lens, asked, wording))
@@ -145,7 +146,8 @@ def judge_log_odds(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]],
         if not logprobs.isfinite().all():  # before it is kept
             raise VirtueError(f"judge {lens}, pairs {sorted({i for i, *_ in batch})}: the model's "
                               "logits are not finite: use another --dtype, or another judge")
-        return of_labels.diff(dim=-1)[..., 0].neg().tolist(), logprobs.exp().sum().item()
+        first, second = of_labels.unbind(-1)
+        return (first - second).tolist(), logprobs.exp().sum().item()
 
     batches = [jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)]
     for batch, (odds, on_labels) in zip(batches, each_batch(read, batches), strict=True):
@@ -156,8 +158,8 @@ def judge_log_odds(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]],
 
 
 def judge_pairs(*args, **kwargs) -> tuple[Tensor, float]:
-    """As `judge_log_odds`, in probabilities P(first is better), (N, orders, Q), for who reads
-    single answers; two orders are combined in log-odds (`opinion`)."""
+    """As `judge_log_odds`, in probabilities P(first is better), (N, orders, Q), for callers that
+    read single answers; to combine two orders, use log-odds (`opinion`)."""
     odds, label_mass = judge_log_odds(*args, **kwargs)
     return odds.sigmoid(), label_mass
 
@@ -172,7 +174,8 @@ def unanswered(label_mass: float) -> str:
 def preferred(odds: Tensor) -> Tensor:
     """Which side log-odds prefer, of any shape: 1 the first, 0 the second, 0.5 neither (a tie).
 
-    A tie is what rounding cannot tell from 0: another batch size moves log-odds by about as much.
+    Log-odds are a tie where rounding cannot tell them from 0: another batch size moves them by
+    about as much.
     """
     return 0.5 + 0.5 * torch.where(odds.abs() < TIE, 0, odds.double().sign())
 
@@ -191,7 +194,7 @@ def choose(odds: Tensor, preference: str = "votes") -> Tensor:
     second, 0.5 none.
 
     "votes": the majority of the questions, each the mean of its orders; a question that ties votes
-    for neither. Where as many vote for either side, and for "mean" always, the mean of `opinion`
+    for neither. Where both sides have as many votes, and always for "mean", the mean of `opinion`
     decides.
     """
     by_mean = preferred(opinion(odds).mean(-1).logit())
@@ -211,10 +214,10 @@ def verdict(odds: Tensor, preference: str = "votes") -> dict:
     """From the judge's log-odds (orders, 5) of one pair to a preference record's fields.
 
     ``first_is_chosen`` as `choose` decides, None where it chooses none: such a pair has no order
-    that a record could keep. All else is said of the *chosen* dialogue (of the first where there is
-    none): ``virtues`` and ``label``, their mean, are probabilities that it is better, ``votes``
-    counts the virtues that prefer it, ``position_flips`` those whose answer changed sides with the
-    order (None: only one order was asked).
+    that a record could keep. All other fields describe the *chosen* dialogue (the first one where
+    none is chosen): ``virtues`` and ``label``, their mean, are probabilities that it is better,
+    ``votes`` counts the virtues that prefer it, ``position_flips`` those whose answer changed sides
+    with the order (None: only one order was asked).
     """
     first = {1.0: True, 0.0: False, 0.5: None}[choose(odds, preference).item()]
     toward = -1 if first is False else 1

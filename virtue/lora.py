@@ -5,8 +5,8 @@
 (Hu et al. 2021, arXiv:2106.09685, eq. 3.) ``W`` is frozen and may be 4-bit (QLoRA, Dettmers et al.
 2023, arXiv:2305.14314, eq. 5). Departures: the adapters of a stack add up, so that one base plays
 every role, reference ("sft",), policy ("sft", "policy") and so on; adapter arithmetic is fp32
-whatever the base's type, as bf16 loses the small updates of RL (but for the flattened copy that
-samples: `flatten`); and there is no dropout.
+whatever the base's type, as bf16 loses the small updates of RL (except in the flattened copy that
+samples, see `flatten`); and there is no dropout.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class _Folded(torch.autograd.Function):
     """x W'^T with W' = W + sum s_i B_i A_i, and the gradients of x, A_i and B_i, but not of W'.
 
     One product forward and one backward instead of one and three narrow ones for each adapter. Per
-    adapter dB = s dy^T (x A^T) and dA = s (dy B)^T x: as the plain path, in another order of sums.
+    adapter dB = s dy^T (x A^T) and dA = s (dy B)^T x: the same as on the plain path, with the sums
+    in another order.
     """
 
     @staticmethod
@@ -64,10 +65,11 @@ class LoRALinear(nn.Module):
     its B (out, in) is the change of W itself, its scaling 1. Adapters named in ``active`` add to
     the output; a name that this layer lacks (another list of targets) adds nothing here.
 
-    Three paths compute the same, to rounding:
+    Three paths compute the same result, up to rounding:
     ``plain``: the equation above, for a base of any type.
     ``folded``: one product with the sum of all matrices, which is kept until an adapter changes. It
-    is a third faster, for a second copy of the weights. Taken where the base is fp32, as on a CPU.
+    is a third faster, but keeps a second copy of the weights. It is taken where the base is fp32,
+    as on a CPU.
     ``sampling``: without gradient, by one adapter of the input's own type below fp32 (`flatten`).
     """
 
@@ -243,7 +245,8 @@ def set_stack(model: nn.Module, *names: str) -> None:
 
 @contextmanager
 def use_stack(model: nn.Module, *names: str) -> Iterator[nn.Module]:
-    """``set_stack`` for the length of a ``with`` block; the stack before returns in any case."""
+    """``set_stack`` for the length of a ``with`` block; the previous stack is restored in any
+    case."""
     previous = active_stack(model)
     set_stack(model, *names)
     try:
@@ -283,10 +286,10 @@ def adapter_config(
 
 def load_adapter_state(model: nn.Module, name: str, state: State, config: dict) -> None:
     """Write ``state`` and ``config`` (as from ``adapter_state`` and ``adapter_config``) to adapter
-    ``name``, which keeps its ``requires_grad``; where there is none, a frozen one is made, of whole
-    matrices where every A is an identity that leaves nothing out.
-    VirtueError, and nothing is changed: not plain LoRA; a rank, alpha or list of targets other
-    than the existing adapter's; a tensor that is missing, extra, misshapen or not finite.
+    ``name``, which keeps its ``requires_grad``; where there is no such adapter, a frozen one is
+    made. It is one of whole matrices if every A is an identity that leaves nothing out.
+    VirtueError, and nothing is changed: not plain LoRA; a rank, alpha or list of targets other than
+    the existing adapter's; a tensor that is missing, extra, misshapen or not finite.
     """
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
@@ -333,9 +336,9 @@ def _is_identity(A: Tensor) -> bool:
 
 def flatten(model: nn.Module, stack: tuple[str, ...], name: str,
             dtype: torch.dtype = torch.float32) -> None:
-    """Make the frozen adapter ``name`` equal to ``stack``, to rounding; again: refresh it. In the
-    base's ``dtype`` it samples fastest, and rounding its output is all that is lost; what is
-    trained on, scored by or saved is fp32.
+    """Make the frozen adapter ``name`` equal to ``stack`` up to rounding; a second call refreshes
+    it. In the base's ``dtype`` it samples fastest, and all that is lost is the rounding of its
+    output. Adapters that are trained on, scored by or saved are fp32.
 
     A stacked along the rank, s B side by side: [s1 B1, s2 B2] [A1; A2] = s1 B1 A1 + s2 B2 A2. Rank
     and alpha are the sum of ranks; zeros stand for an adapter that a layer lacks. With a whole
@@ -376,9 +379,10 @@ def _dense(parameter: nn.Parameter) -> Tensor:
 def merged_state_dict(model: nn.Module, stack: tuple[str, ...], dtype: torch.dtype) -> State:
     """The base with ``stack`` folded in, on the CPU, under the names of a plain model's files.
 
-    W + sum scaling_i B_i A_i in fp32 (4-bit W dequantised first), then ``dtype``. For export only:
-    rounding to bf16, and 4 bits all the more, erases light fine-tunes. A tied lm_head is left out,
-    as in HF's files; VirtueError if the stack changes it. KeyError: an unknown adapter.
+    W + sum scaling_i B_i A_i in fp32 (4-bit W dequantised first), then ``dtype``. Use it for export
+    only: rounding to bf16 erases light fine-tunes, and rounding to 4 bits erases still more. A tied
+    lm_head is left out, as in HF's files; VirtueError if the stack changes it. KeyError: an unknown
+    adapter.
     """
     layers, merged, _ = _layers(model), {}, _ranks(model, stack)
     for key, parameter in model.named_parameters():  # a tied tensor comes once
@@ -400,8 +404,9 @@ def sampling_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     adapters.
 
     For rollouts: a 4-bit product of many rows (how many, depends on the card) dequantises its whole
-    weight each time, this copy never. What is not quantised and of that type already is shared, not
-    copied; a change to an adapter of either model shows in both, but each has its own active stack.
+    weight each time, which this copy never does. Weights that are not quantised and already have
+    that type are shared, not copied; a change to an adapter of either model shows in both, but each
+    has its own active stack.
     """
     memo: dict[int, object] = {}
     for module in model.modules():

@@ -31,7 +31,8 @@ class Rollout(NamedTuple):
     rewards: Tensor       # (B, L-1) per token, KL penalty included
 
     def index(self, idx: Tensor | list[int] | slice) -> Rollout:
-        """The rows `idx` of every field: a minibatch. (Hides tuple.index, of no use here.)"""
+        """The rows `idx` of every field: a minibatch. (It hides tuple.index, which is of no use
+        here.)"""
         return Rollout(*(field[idx] for field in self))
 
 
@@ -178,7 +179,8 @@ def ppo_loss(new_logprobs: Tensor, new_values: Tensor, entropy: Tensor | None, r
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) under the mask; all (B, T). 1 = perfect, 0 = blind.
 
-    Returns that are constant to rounding give 1 where the residual is so too, else 0, never NaN.
+    Where the returns are constant up to rounding, the result is 1 if the residual is constant too
+    and 0 otherwise, never NaN.
     """
     check_shapes(values=values, returns=returns, mask=mask)
     total, rest = masked_var(returns, mask).item(), masked_var(returns - values, mask).item()

@@ -47,6 +47,7 @@ def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor,
     mask = tensors[-1]
     result = torch.zeros(mask.shape)
     chunks = by_length(mask).split(size)
+    # Lists, since each_batch may send results from one process to another
     computed = each_batch(lambda rows: function(*(t[rows] for t in tensors)).tolist(), chunks)
     for rows, values in zip(chunks, computed, strict=True):
         result[rows] = torch.tensor(values)
@@ -76,7 +77,7 @@ def score_dialogues(model, reward_models: Sequence[tuple[tuple[str, ...], torch.
     pays for tokens it does not see. ``each_batch`` as in ``generate.sample_dialogues``.
     """
     return torch.stack([_scores(model, stack, head, dialogues, turn, pad_id, batch_size, each_batch)
-                        for (stack, head), turn in zip(reward_models, turns)])
+                        for (stack, head), turn in zip(reward_models, turns, strict=True)])
 
 
 @torch.no_grad()
@@ -121,12 +122,12 @@ def place_scores(scores: Tensor, dialogues: Sequence[Dialogue], mask: Tensor, me
     ``place_rewards``). A truncated turn under the loss pays ``eos_penalty`` at its last token.
     ``settings`` go to ``ensemble.aggregate``. ValueError: as there, and as ``place_rewards``.
     """
-    # Columns (B, turns)
+    # (B, turns): the column of each turn's last sampled token; token end - 1 is column end - 2
     ends = torch.tensor([[turn.end - 2 for turn in d.turns] for d in dialogues])
     if method in ADDITIVE:
         parts = shares(scores, method, settings.get("weights"))
-        # (K, B)
-        positions = torch.stack([ends[:, min(k, ends.shape[1] - 1)] for k in range(len(parts))])
+        turns = [min(k, ends.shape[1] - 1) for k in range(len(parts))]
+        positions = torch.stack([ends[:, turn] for turn in turns])  # (K, B)
         rewards = place_rewards(mask, positions, parts)
     else:
         rewards = place_rewards(mask, ends[:, -1], aggregate(scores, method, **settings))

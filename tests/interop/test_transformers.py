@@ -4,7 +4,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    pipeline,
+)
 
 from virtue.dialogue import Dialogue, Turn, encode_conversation
 from virtue.lora import use_stack

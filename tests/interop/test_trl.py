@@ -22,7 +22,14 @@ from virtue.lora import load_adapter_state, use_stack  # noqa: E402
 from virtue.models import ScalarHead, logprobs_at, score_at  # noqa: E402
 from virtue.plumbing.loading import load_tokenizer  # noqa: E402
 from virtue.preference import pairwise_loss  # noqa: E402
-from virtue.plumbing.records import parse_hh, read_dialogues, read_pairs, read_preferences, read_prompts, read_revisions  # noqa: E402
+from virtue.plumbing.records import (
+    parse_hh,
+    read_dialogues,
+    read_pairs,
+    read_preferences,
+    read_prompts,
+    read_revisions,
+)  # noqa: E402
 from virtue.rollout import span_mask  # noqa: E402
 
 ANSWERS = [("I would give the letter back.", "Keep it."),

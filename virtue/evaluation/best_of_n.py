@@ -127,7 +127,7 @@ def estimate(name: str, proxy: np.ndarray, values: np.ndarray, m: int, seed: int
 
 
 def show(rows: Sequence[dict], prompts: Mapping[str, int], kept: int, n: int) -> None:
-    """Prints a table for each measure; prompts: on how many it stands, if not on all kept."""
+    """Prints a table for each measure; prompts: how many it is based on, if not on all kept."""
     sizes = list(dict.fromkeys(row["n"] for row in rows))
     for measure, (_, title) in MEASURES.items():
         if measure not in rows[0]:

@@ -31,7 +31,7 @@ Talk = dict[str, list[int]]  # model -> the ids of its conversation so far; {} b
 
 
 class Pair(NamedTuple):
-    """Base and tuned model with what they are asked by."""
+    """The base and the tuned model, and the settings with which they are sampled."""
 
     loaded: setup.Loaded
     stacks: Mapping[str, setup.Stack]
@@ -50,7 +50,7 @@ def columns(texts: Mapping[str, str], width: int) -> str:
 
 
 def answer(pair: Pair, talk: Talk, question: str, uniforms) -> dict[str, Dialogue]:
-    """The dialogue that each model makes of its conversation, with the new turn alone.
+    """Each model's conversation with its new answer, as a dialogue that has this turn alone.
 
     uniforms (1, max_new_tokens): the random numbers of both. VirtueError: no room is left.
     """
@@ -139,7 +139,7 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def reply(line: str, talk: Talk, ask: Callable[[Talk, str, str], Talk]) -> Talk:
-    """What one line of the person's leads to -> the conversation after it."""
+    """Carries out one line that the person typed -> the conversation after it."""
     if line == "/new":
         return {}
     if line == "/why" and talk:

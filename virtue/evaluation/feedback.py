@@ -20,8 +20,8 @@ from virtue.evaluation.stats import wilson
 def virtue_agreement(probs: Tensor) -> float | None:
     """Mean correlation, over the ten pairs of virtues, of P(first is better); probs (N, 5).
 
-    Near 1 the five questions are one halo judgement; near 0 they are five. None below three pairs
-    of dialogues, or where a virtue's answers never vary.
+    Near 1 the five questions are one halo judgement; near 0 they are five separate ones. None with
+    fewer than three pairs of dialogues, or where a virtue's answers never vary.
     """
     if len(probs) < 3 or (probs.std(0) < 1e-6).any():
         return None
@@ -82,15 +82,15 @@ def coin_test(odds: Tensor) -> dict:
 
     The null: in each order the judge answers by a bias for the place, which may differ from pair to
     pair, and by noise that is drawn anew for each order, so the two orders know nothing in common
-    of the pair. The statistic: x1 and x2 are a pair's mean over the questions in either order, both as
-    "the first is better"; b, the mean of (x1 - x2) / 2 over all pairs, is the bias; "consistent" is
-    the share of the N pairs ("judged") on which x1 - b and x2 + b prefer the same dialogue, where a
-    tie counts half. For no coin is it above 1/2 in expectation: where a share q of the answers lies
-    above b it is 2 q (1 - q), and a bias that varies lowers it. "coin" is True unless Wilson's 95 %
-    interval lies above 1/2: one coin in forty is believed, of few pairs up to one in 25. A judge
-    whose bias varies between pairs by more than its opinions do is not told from a coin either; one
-    that always prefers what is no better, such as length, passes. With one order all but "judged"
-    is None: not measured.
+    of the pair. The statistic: x1 and x2 are a pair's mean over the questions in either order, both
+    as "the first is better"; b, the mean of (x1 - x2) / 2 over all pairs, is the bias; "consistent"
+    is the share of the N pairs ("judged") on which x1 - b and x2 + b prefer the same dialogue,
+    where a tie counts half. For no coin is it above 1/2 in expectation: where a share q of the
+    answers lies above b it is 2 q (1 - q), and a bias that varies lowers it. "coin" is True unless
+    Wilson's 95 % interval lies above 1/2: one coin in forty is believed, of few pairs up to one in
+    25. A judge whose bias varies between pairs by more than its opinions do is not told from a coin
+    either; one that always prefers what is no better, such as length, passes. With one order all
+    but "judged" is None: not measured.
     """
     n = len(odds)
     test = dict.fromkeys(("coin", "consistent", "consistent_low", "consistent_high"))
@@ -108,9 +108,10 @@ def reliability(odds: Tensor) -> dict:
 
     "ties": share of pairs whose label is within 0.05 of 1/2. "label_spread": root mean square
     distance of the labels from 1/2, which does not depend on which dialogue of a pair is the first:
-    0 = no opinion, 0.5 = no doubt. Of both orders, else None, not measured: "position_flips", the
-    share of questions whose answer changed sides with the order, and "first_place", the share of
-    answers that prefer the dialogue shown first (a tie counts half). And `coin_test`'s.
+    0 = no opinion, 0.5 = no doubt. With both orders, otherwise None (not measured):
+    "position_flips", the share of questions whose answer changed sides with the order, and
+    "first_place", the share of answers that prefer the dialogue shown first (a tie counts half).
+    The fields of `coin_test` come on top.
     """
     away = opinion(odds).mean(-1) - 0.5  # (N,)
     both = odds.shape[1] == 2 and len(odds) > 0
@@ -154,7 +155,7 @@ def judge_tests(extra: Mapping) -> dict[str, Mapping]:
 
 
 def doubts(extra: Mapping) -> list[str]:
-    """A sentence for each lens of which `judge_tests` leave the judge in doubt."""
+    """A sentence for each lens whose judge is in doubt according to `judge_tests`."""
     sentences = []
     for lens, test in judge_tests(extra).items():
         if test.get("coin") is True:
@@ -176,7 +177,7 @@ def _right(side: Tensor, sign: np.ndarray) -> dict:
 
 def agreement(odds: Tensor, signs: dict[str, np.ndarray]) -> dict:
     """How often the judge is right: its log-odds (N, 2, 5) that the chosen is better, and `signs`,
-    which decide, (N,) each: > 0 the chosen one is, 0 the pair is left out.
+    the truth, (N,) each: > 0 means that the chosen one is better, 0 that the pair is left out.
 
     signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry
     Wilson's 95 % intervals, and a pair on which the judge prefers neither counts one half;
@@ -203,10 +204,10 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
 
     Returns {"rate", "low", "high", "pairs", "questions", "label_mass"}: the share of prompts on
     which `after` is preferred (mean of the five virtues; a tie counts half) with Wilson's interval;
-    how many pairs were judged; {name: mean P(after preferred)}; ``judge_log_odds``'s. With gold
-    (n,), by how much `after` is better, also "gold": {"share", "low", "high", "n"}, the share of
-    the n pairs with a difference on which the judge prefers the better (a tie counts half there
-    too). VirtueError: as ``judge_log_odds``.
+    how many pairs were judged; {name: mean P(after preferred)}; the label mass of
+    ``judge_log_odds``. With gold (n,), by how much `after` is better, also "gold": {"share", "low",
+    "high", "n"}, the share of the n pairs with a difference on which the judge prefers the better
+    (a tie counts half there too). VirtueError: as ``judge_log_odds``.
     """
     asked = (*VIRTUES, "helpfulness", *(["sincerity"] if lens != "action" else []))
     both = list(zip(after, before, strict=True))

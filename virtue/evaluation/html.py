@@ -1,8 +1,8 @@
-"""The report as one page of HTML for a person: no script, nothing loaded from elsewhere, for light
-and dark, phone and print.
+"""The report as one page of HTML for people to read. It has no script, loads nothing from
+elsewhere, and suits light and dark screens, phones and print.
 
-page/report.html is the template; here is what it asks for. All that it shows goes through `clean`.
-Without matplotlib the page lacks its figures only.
+page/report.html is the template, and this module supplies what it asks for. All that the page shows
+goes through `clean`. Without matplotlib only the figures are missing.
 """
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ FIGURES = {
     "ppo_loss": "Loss of PPO: policy above, value below. The study's first figure.",
     "mean_reward": "Mean reward and its three lenses, standardised. The study's second figure.",
     "kl_and_entropy": "KL to the reference (two estimates) and entropy of the policy",
-    "overoptimisation": "What is trained for (proxy) and gold, on PPO's own prompts, as the policy "
-                        "leaves its reference. Proxy up and gold down is over-optimisation. What "
-                        "is kept in best/ has the highest reward less its penalties, for KL by "
-                        "the first coefficient and for turns that did not end."}
+    "overoptimisation": "The reward that is trained for (proxy) and gold, on PPO's own prompts, as "
+                        "the policy leaves its reference. If the proxy rises while gold falls, "
+                        "the policy is over-optimised. The policy kept in best/ has the highest "
+                        "reward less its penalties, for KL by the first coefficient and for turns "
+                        "that did not end."}
 
 
 def render(scores: Mapping, samples: Sequence[dict], metrics: Sequence[dict],
@@ -92,7 +93,8 @@ def _direction(row: Mapping) -> str:
 
 
 def _model(names: str, between: str = "") -> str:
-    """A model's name, or those that stand `between` words such as " vs ", as titles."""
+    """The title of a model, or a list of titles where `between`, such as " vs ", separates several
+    names."""
     if between:
         return [_model(name) for name in names.split(between)]
     name, comma, more = names.partition(", ")

@@ -61,7 +61,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def most_tokens(pairs: Sequence[dict]) -> int:
-    """Tokens of the longest pair, about: a token has some three characters."""
+    """About how many tokens the longest pair has, at three characters a token."""
     return max((sum(len(m["content"]) for side in SIDES for m in p[side]) for p in pairs),
                default=0) // 3
 

@@ -119,7 +119,7 @@ def kl_and_entropy(metrics: Sequence[dict]) -> str:
 
 
 def overoptimisation(curve: Sequence[dict]) -> str:
-    """Proxy reward, and below it gold, against the square root of the KL; marked: the highest
+    """Proxy reward, and below it gold, against the square root of the KL; it marks the highest
     gold, if known, and the iteration kept in best/."""
     rows = [row for row in curve if row.get("kl") is not None]
     x = [math.sqrt(max(row["kl"], 0.0)) for row in rows]

@@ -59,7 +59,7 @@ def is_finite(value: object) -> bool:
 
 
 def number(value: object, form: str = ".3f") -> str:
-    """A number in this form; a dash for what is none."""
+    """A number in this form; a dash for anything that is not a finite number."""
     return format(value, form) if is_finite(value) else "\N{EN DASH}"
 
 
@@ -72,7 +72,8 @@ def with_interval(row: Mapping, key: str = "difference", form: str = "+.3f") -> 
 def table(columns: Mapping[str, Mapping[str, float]]) -> str:
     """Models side by side, as text: model -> column of `measure`.
 
-    Without rows that the first model lacks, and names outside ROWS. KeyError: another lacks one.
+    It leaves out rows that the first model lacks and names outside ROWS. KeyError: another model
+    lacks a row.
     """
     first = next(iter(columns.values()))
     lines = [f"{'':38}" + "".join(f"{name:>10}" for name in columns)]
@@ -249,8 +250,9 @@ def reward_model_facts(rm: Path, eval_rm: Path | None = None) -> list[dict]:
 
 
 def made_by(policy: Path, sft: Path | None, rm: Path, eval_rm: Path | None = None) -> list[dict]:
-    """virtue.json of all that a policy was made by, in order, itself last; data as far as it still
-    lies where it was, or beside, as it was."""
+    """The virtue.json of every artefact that a policy was made from, in order, the policy's own
+    last. That of a data folder is there only if the folder is unchanged and still in its place, or
+    in the same place relative to the artefact."""
     manifests = []
     for home, inside in ((sft, [""]), (rm, LENSES), (eval_rm, LENSES), (policy, [""])):
         for name in inside if home else ():
@@ -310,9 +312,9 @@ def run_away(first: dict, now: dict) -> list[str]:
     """What a person should know while PPO runs, with the usual cause: metrics of the first
     iteration and of this one -> warnings.
 
-    Bounds are this project's: KL a dialogue beyond 25 nats (Gao et al. 2022 see reward models fail
-    long before), entropy below a fifth of the first, length beyond twice or below half of it,
-    fewer than 90 % of turns ended.
+    The bounds are this project's own: a KL of more than 25 nats per dialogue (Gao et al. 2022 see
+    reward models fail long before), an entropy below a fifth of the first iteration's, a length
+    above twice or below half of the first, or fewer than 90 % of turns ended.
     """
     kl, ended = now["objective/kl"], now["tokens/eos_rate"]
     (calm, entropy), (short, length) = ((first[key], now[key])
@@ -361,7 +363,7 @@ _FELL = (
 def warnings_of(columns: Mapping[str, dict], compared: Mapping[str, dict], wins: Mapping[str, dict],
                 facts: Sequence[dict] = ()) -> list[dict]:
     """What a sceptic would say, {"about": "coherence" or "other", "text"}: where reward rose and
-    something else fell. The base is what coherence is measured by.
+    something else fell. Coherence is measured against the base.
 
     columns, compared, wins: as in scores.json. facts: of `reward_model_facts`, for models that are
     no better than a coin, and for second ones that are not unseen.

@@ -12,6 +12,7 @@ from torch import Tensor
 from virtue import VirtueError, preference
 from virtue.dialogue import (Dialogue, Turn, copies_of, encode_conversation, messages_of,
                              pair_rows)
+from virtue.ensemble import standardize
 from virtue.ethics import LENSES
 from virtue.evaluation import setup
 from virtue.evaluation.stats import rank_correlation
@@ -37,7 +38,7 @@ class Scorer(NamedTuple):
     batch_size: int
 
     def raw(self, dialogues: Sequence[Dialogue], k: int, name: str | None = None) -> Tensor:
-        """Raw scores (n,) at the end of turn k; `name` is that of a progress bar."""
+        """Raw scores (n,) at the end of turn k; `name` labels the progress bar."""
         return score_dialogues(
             self.base.model, [(self.stack, self.head)], dialogues, [k],
             self.base.tokenizer.pad_token_id, batch_size=self.batch_size,
@@ -51,7 +52,7 @@ class Scorer(NamedTuple):
         fit = [i for i, row in enumerate(rows) if len(row) <= limit]
         turns = [Dialogue("", [], rows[i], (Turn(0, len(rows[i]), False),)) for i in fit]
         scores[fit] = self.raw(turns, 0, f"score {self.lens}")
-        return (scores - self.mean) / self.std
+        return standardize(scores[None], self.mean[None], self.std[None])[0]
 
     def score_conversations(self, conversations: Sequence[list[dict]]) -> Tensor:
         """`score` of conversations as messages."""
@@ -151,8 +152,8 @@ def with_length(scorer: Scorer, dialogues: Sequence[Dialogue], k: int) -> float 
 
 
 def on_degenerate(scorer: Scorer, dialogues: Sequence[Dialogue], k: int) -> dict[str, float]:
-    """Mean score of turn k as sampled and of `textstats.degenerate` answers in its place; without
-    a kind of which none fits, and {} where no turn ended."""
+    """Mean score of turn k as sampled and of `textstats.degenerate` answers in its place. A kind of
+    which no answer fits is left out; {} where no turn ended."""
     variants: dict[str, list] = {}
     for d in dialogues[:DEGENERATE]:
         if not d.turns[k].truncated:

@@ -108,12 +108,12 @@ def raw_scores(loaded: Loaded, ensemble: Ensemble, dialogues: Sequence[Dialogue]
 
 
 def sampling_plan(args: argparse.Namespace, prompts: int) -> dict:
-    """What `preview` plans memory for: so many dialogues at once, of so many tokens."""
+    """The sizes for which `preview` plans memory: dialogues at once, and tokens in each."""
     tokens = generate.longest(args.max_prompt_tokens, args.max_new_tokens)
     return dict(rows=min(args.batch_size, prompts), tokens=tokens, new=args.max_new_tokens)
 
 
 def judging_plan(args: argparse.Namespace) -> dict:
-    """The same of the judge's pairs of dialogues."""
+    """The same for the judge's pairs of dialogues."""
     tokens = generate.longest(args.max_prompt_tokens, args.max_new_tokens)
     return dict(rows=args.judge_batch_size, tokens=2 * tokens + JUDGE_TOKENS)

@@ -139,11 +139,11 @@ def hierarchical_bootstrap(a: Sequence[ArrayLike], b: Sequence[ArrayLike], *,
 
     a[s], b[s] (n_s,), n_s >= 1: seed s, paired; 2 seeds or more. Draws seeds with replacement, then
     prompts: anew within each drawn seed (nested), or with `crossed` the same ones in all of them,
-    as must be where every seed was asked the same n prompts in this order: what is hard in a prompt
-    is then no less so for having many seeds. Where seeds differ most, the variance is (S - 1) / S
-    of the true one: for few seeds see also `t_interval`. Davison and Hinkley 1997, "Bootstrap
-    Methods", section 3.8; crossed: Owen 2007, "The pigeonhole bootstrap". ValueError also for
-    `crossed` with unequal n_s.
+    which is necessary where every seed was asked the same n prompts in this order: many seeds then
+    do not average out what is hard in a prompt. Where seeds differ most, the variance is
+    (S - 1) / S of the true one: for few seeds see also `t_interval`. Davison and Hinkley 1997,
+    "Bootstrap Methods", section 3.8; crossed: Owen 2007, "The pigeonhole bootstrap". ValueError
+    also for `crossed` with unequal n_s.
     """
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"need the same 2 seeds or more in a and b, got {len(a)}, {len(b)}")
@@ -211,7 +211,8 @@ def length_controlled_interval(a: ArrayLike, b: ArrayLike, length_a: ArrayLike,
                                seed: int = 0) -> Interval:
     """`length_controlled` with a `paired_bootstrap` interval over rows.
 
-    low and high are NaN if any resample gives NaN: too few rows differ in how lengths differ.
+    low and high are NaN if any resample gives NaN, which happens where the difference of length
+    varies in too few rows.
     """
     (d, x), _ = _differences(a, b, length_a, length_b), _in_range(level, resamples)
     rows = _resampled(len(d), resamples, seed)
@@ -239,8 +240,8 @@ def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> float:
 
 
 def best_of_n_kl(n: int) -> float:
-    """Most nats that best of n can be from its model: log n - (n - 1) / n. Beirami et al. 2024
-    (arXiv:2401.01879)."""
+    """The largest KL, in nats, of best of n from its model: log n - (n - 1) / n. Beirami et al.
+    2024 (arXiv:2401.01879)."""
     if n < 1:
         raise ValueError(f"need n >= 1, got {n}")
     return math.log(n) - (n - 1) / n

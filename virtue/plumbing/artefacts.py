@@ -37,9 +37,9 @@ AGAIN = "run again the stage that writes this folder"
 
 def write_atomic(path: str | Path, data: bytes | Callable[[Path], None]) -> None:
     """Writes `data` under a temporary name, to the disk, and renames: never half a file. Under
-    torchrun rank 0 does. What would fill the memory as bytes is a function that writes the file it
-    is given, as safetensors does. VirtueError: the disk is full, or the folder cannot be
-    written."""
+    torchrun only rank 0 writes. Data that would fill the memory as bytes can be given as a
+    function, which is called with a path and writes that file, as safetensors does. VirtueError:
+    the disk is full, or the folder cannot be written."""
     if not main_rank():
         return
     path = Path(path)
@@ -90,8 +90,8 @@ def sha256_file(path: str | Path) -> str:
 
 
 def file_hash(folder: str | Path) -> str:
-    """Hex sha256 of an artefact's weights, by which its children know it. VirtueError: the file is
-    not there."""
+    """Hex sha256 of an artefact's weights, by which later artefacts identify it. VirtueError: the
+    file is not there."""
     return sha256_file(Path(folder) / WEIGHTS)
 
 
@@ -135,11 +135,11 @@ def check_made_by(folder: Path, base: Mapping[str, str] | None, template: str | 
 
 
 def check_output(folder: str | Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> Path:
-    """Refuses a folder that is not empty unless `overwrite`, and one of the `inputs`; changes
-    nothing.
+    """Refuses a folder that is not empty (unless `overwrite`) or that is one of the `inputs`;
+    changes nothing.
 
-    For the beginning of a stage, before hours of work; `prepare_output` is for its first write.
-    VirtueError: such a folder, or one that cannot be read.
+    A stage calls it at its beginning, before hours of work; `prepare_output` is for its first
+    write. VirtueError: such a folder, or one that cannot be read.
     """
     folder = Path(folder)
     try:
@@ -158,7 +158,7 @@ def prepare_output(folder: str | Path, overwrite: bool) -> Path:
     """Makes the folder, after `check_output`; an old virtue.json goes first.
 
     Without it, a folder that is only half overwritten cannot pass for an artefact. VirtueError: as
-    there; it cannot be made.
+    `check_output`; or the folder cannot be made.
     """
     folder = check_output(folder, overwrite)
     try:
@@ -174,7 +174,8 @@ def save_artifact(folder: str | Path, *, stage: str, model: nn.Module, adapter: 
                   head: nn.Module | None = None, base: Mapping[str, str], template: str,
                   parents: Mapping[str, str | Path], settings: Mapping, seed: int,
                   extra: Mapping | None = None) -> None:
-    """Saves `adapter` of `model`, and the scalar `head`, with all that loading must agree with.
+    """Saves `adapter` of `model`, and the scalar `head`, with everything that must match when they
+    are loaded.
 
     `base` is {"id", "fingerprint"}, `template` a fingerprint (see models.py); `parents` maps roles
     to the artefact folders it was trained upon, e.g. {"sft": "runs/sft"}; `extra` is the stage's
@@ -240,7 +241,7 @@ _KINDS = {"stage": str, "base": dict, "template": str, "parents": dict, "seed": 
 
 
 def _odd_field(manifest: Mapping) -> str | None:
-    """The first field of a manifest whose type or value is none that a stage writes."""
+    """The first field of a manifest that has a type or value that no stage writes."""
     if odd := [name for name, kind in _KINDS.items() if not isinstance(manifest[name], kind)]:
         return odd[0]
     if not all(isinstance(value, str) for value in manifest["base"].values()):

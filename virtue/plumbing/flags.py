@@ -106,8 +106,8 @@ def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
              "study) trains without loss scaling, so prefer bf16")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
     add("--seed", type=nonnegative_int, default=0,
-        help="same seed, same bytes, on one kind of CPU with one number of threads "
-             "(OMP_NUM_THREADS)")
+        help="the same seed gives the same bytes on the same kind of CPU with the same number of "
+             "threads (OMP_NUM_THREADS)")
     add("--dry-run", action="store_true",
         help="check the inputs, print settings, files and the memory plan, and end: nothing is "
              "loaded or written")
@@ -115,14 +115,14 @@ def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
         return
     add("--out", type=Path, required=True, help="folder to write")
     add("--overwrite", action="store_true", help="write into a folder that is not empty")
-    add("--resume", action="store_true", help="go on where a run of the same command was killed")
+    add("--resume", action="store_true", help="continue a run of the same command that was killed")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every stage that samples."""
     add = parser.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=positive_int, default=64,
-        help="most tokens of one turn (Mistral: 128, at most 256; the study: 32)")
+        help="largest number of tokens in one turn (Mistral: 128, at most 256; the study: 32)")
     add("--max-prompt-tokens", type=positive_int, default=512,
         help="longer prompts are dropped and counted")
     add("--temperature", type=positive_float, default=1.0,
@@ -130,34 +130,25 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive_int, default=64, help="dialogues sampled or scored at once")
 
 
-def add_lora_flags(parser: argparse.ArgumentParser, rank: int, alpha: float | None = None) -> None:
-    """Flags of every stage that trains an adapter. `alpha` is ignored: it is always 2 x rank."""
+def add_lora_flags(parser: argparse.ArgumentParser, rank: int) -> None:
+    """Flags of every stage that trains an adapter."""
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=lora_rank, default=rank, metavar="R",
         help="rank r of the update B A, which is scaled by alpha / r = 2 (the study reports "
              "none); whole: train the layers' whole matrices instead, with a lower --lr; "
-             "memory: an fp32 copy of them an adapter, three more of what is trained")
+             "each adapter then takes an fp32 copy of them, and a trained one takes three more")
     add("--targets", nargs="+", default=TARGETS, metavar="NAME",
         help="linear layers that get an adapter")
     add("--gradient-checkpointing", action="store_true",
-        help="compute activations again in the backward pass: much less memory, a third more "
-             "arithmetic")
+        help="compute activations again in the backward pass; this takes much less memory and a "
+             "third more arithmetic")
 
 
 def lora_settings(args: argparse.Namespace) -> dict:
-    """What those flags say, for ``lora.add_adapter``: rank None trains whole matrices, for which
-    alpha says nothing."""
+    """The values of those flags for ``lora.add_adapter``; rank None trains whole matrices, for
+    which alpha has no meaning."""
     rank = None if args.rank == "whole" else args.rank
     return dict(rank=rank, alpha=2 * (rank or 0), targets=args.targets)
-
-
-def add_aggregator_flags(add: Callable) -> None:
-    """Adds nothing, and goes when no script calls it."""
-
-
-def aggregator_settings(args: argparse.Namespace) -> dict:
-    """For ``ensemble.aggregate``; goes when no script calls it."""
-    return dict(reference=1.0)  # of lsc: the standardised score that counts as good
 
 
 def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: int, batch_size: int,
@@ -172,8 +163,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: in
     add("lr", lr, "AdamW learning rate of the first step, which falls linearly to a tenth at the "
         "last; Mistral-7B: 1e-4", positive_float)
     add("epochs", epochs, "passes over the data")
-    add("batch-size", batch_size, "records a forward pass")
-    add("accumulation", 1, "forward passes an optimiser step")
+    add("batch-size", batch_size, "records per forward pass")
+    add("accumulation", 1, "forward passes per optimiser step")
     add("save-every", 50, "optimiser steps between checkpoints for --resume")
 
 
@@ -185,8 +176,9 @@ def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
 
     That artefact, of the given `stage` (None: of any), is the folder that --`flag` names, or
     `inside` it; without one the parser's own defaults stand. `commands` are the sub-parsers, if the
-    script has any; one with an attribute `parent`, (stage, flag, inside), goes by that.
-    VirtueError: no such artefact, or one made upon adapters that are gone (see `_find_adapters`).
+    script has any; a sub-parser with an attribute `parent`, (stage, flag, inside), uses that
+    instead. VirtueError: no such artefact, or one made upon adapters that are gone (see
+    `_find_adapters`).
     """
     def link(owner) -> tuple[str | None, str | None, str]:
         return getattr(owner, "parent", (stage, flag, inside))
@@ -221,9 +213,9 @@ def _say_inherited(owner: argparse.ArgumentParser, flag: str | None, commands: b
 
 
 def _find_adapters(settings: dict, args: argparse.Namespace, folder: Path, inside: str) -> None:
-    """Corrects the paths of adapters in the settings of an artefact in `folder` where that was
-    copied or moved with all around it: if a path is gone, what lies to the artefact as it lay then
-    counts. VirtueError: nothing is there either, and the flag is not given."""
+    """Corrects the paths of adapters in the settings of an artefact in `folder`, in case the folder
+    was copied or moved together with all around it: if a path is gone, the same path relative to
+    the artefact is taken. VirtueError: nothing is there either, and the flag is not given."""
     for name in ("sft", "rm"):
         was = settings.get(name)
         if not was or getattr(args, name, "") is not None or os.path.exists(was):

@@ -1,10 +1,11 @@
-"""Several processes under torchrun: shares by index, sums over ranks. With one process nothing here
-does anything.
+"""Several processes under torchrun: shares by index, sums over ranks. With one process, nothing
+here has any effect.
 
-Every rank holds the whole model and the whole batch's tokens; what costs time is shared by index,
-and what a rank did not do is zero until it is summed. So there is one flat all-reduce of the
-adapters' gradients a step, losses are already normalised by the whole step's tokens, and statistics
-over a batch are the same on every rank. Rank 0 writes. Text travels as JSON; nothing is pickled.
+Every rank holds the whole model and the whole batch's tokens; the work that costs time is shared
+out by index, and the parts that a rank did not compute are zero until they are summed. So there is
+one flat all-reduce of the adapters' gradients a step, losses are already normalised by the whole
+step's tokens, and statistics over a batch are the same on every rank. Rank 0 writes. Text travels
+as JSON; nothing is pickled.
 """
 from __future__ import annotations
 
@@ -109,8 +110,7 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Ends the group; a rank that dies without it ends the others with an error (torchrun sees to
-    that)."""
+    """Ends the group. If a rank dies without this call, torchrun ends the others with an error."""
     if dist.is_initialized():
         barrier()  # a rank that leaves while another is still at work can make that one abort
         dist.destroy_process_group()

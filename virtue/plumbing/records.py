@@ -23,8 +23,8 @@ LONGEST = 64 << 20  # bytes of a line: a small .gz can hold one that fills the m
 
 
 def is_number(value: object) -> bool:
-    """Whether a value from a JSON file is a number that arithmetic can take: no bool, NaN,
-    infinity."""
+    """Whether a value from a JSON file is a number that arithmetic can take, as no bool, NaN or
+    infinity is."""
     return type(value) in (int, float) and abs(value) < 1e18
 
 
@@ -39,9 +39,10 @@ def _text(value: object, where: str) -> None:
 
 
 def check_messages(messages: object, where: str, last: str) -> None:
-    """ValueError, which names `where`, unless `messages` are turns of user and assistant, the last
-    of role `last`, whose contents hold more than white space and can be UTF-8. One system message
-    may come first; whether the chat template has a place for it shows when it is encoded."""
+    """Raises a ValueError that names `where` unless `messages` are turns of user and assistant, the
+    last of role `last`, whose contents hold more than white space and can be UTF-8. One system
+    message may come first; whether the chat template has a place for it shows when it is encoded.
+    """
     _need(isinstance(messages, list) and messages, f"{where} must be a non-empty list of messages")
     first = messages[0]
     system = isinstance(first, dict) and first.get("role") == "system"
@@ -62,8 +63,8 @@ _LINES = ("python -c \"import pandas; pandas.read_{read}({path!r}).to_json('rows
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
-    """Rows of a parquet file, numbered from 1. VirtueError: damaged, or no library reads it
-    here."""
+    """Yields the rows of a parquet file, numbered from 1. Raises VirtueError if the file is
+    damaged, or if no library reads it here."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -78,15 +79,14 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
     yield from enumerate(rows, 1)
 
 
-
 def read_jsonl(path: str | Path, foreign: bool = False) -> Iterator[tuple[int, dict]]:
     """Yields (line number from 1, object) of a JSON Lines file, UTF-8, plain or gzip, or of
     parquet's rows; the file's first bytes tell which.
 
-    Blank lines are passed over. VirtueError that names file, line and remedy: a file missing,
-    unreadable or empty, a line that is not one JSON object in UTF-8. Of a `foreign` file a line
-    that holds another JSON value (null, a number) is a bad row like others, yielded for who counts
-    them; one that is no JSON at all is a damaged file.
+    Blank lines are passed over. Raises a VirtueError that names file, line and remedy if the file
+    is missing, unreadable or empty, or if a line is not one JSON object in UTF-8. Of a `foreign`
+    file a line that holds another JSON value (null, a number) is a bad row like others, yielded for
+    who counts them; one that is no JSON at all is a damaged file.
     """
     path, number, empty = Path(path), 0, True
     try:
@@ -151,13 +151,13 @@ def _no_markers(text: str, what: str) -> None:
 
 
 def parse_hh(text: str) -> Messages:
-    """A transcript as messages: hh-rlhf's, by its ``\\n\\nHuman:`` and ``\\n\\nAssistant:``
+    """Reads a transcript as messages: hh-rlhf's, by its ``\\n\\nHuman:`` and ``\\n\\nAssistant:``
     markers, or one whose markers stand at the beginnings of lines, or, as the study prints its
     records, behind any white space; those two must alternate, since an answer may quote such a
     word.
 
     The data holds empty turns, left out here, and two of one role in a row, joined by a blank
-    line. ValueError: it does not start with a Human turn.
+    line. Raises ValueError if the transcript does not start with a Human turn.
     """
     _need(_is_transcript(text), "a transcript must start with '\\n\\nHuman: '")
     parts = _MARKERS[0].split(text)
@@ -199,7 +199,8 @@ def _talk(value: object) -> object:
 def prompt_of(record: dict) -> Messages:
     """The prompt of a record: ``{"prompt": text or messages}``, or ``{"chosen"}``, hh-rlhf's
     transcript or TRL's messages, or ``{"messages"}``, ShareGPT's ``{"conversations"}`` or SHP's
-    ``{"history"}``, read up to and with the last user turn. ValueError: says what is wrong."""
+    ``{"history"}``, read up to and with the last user turn. Raises a ValueError that says what is
+    wrong."""
     names = ("prompt", "conversations", "chosen", "messages", "history")
     name = next((n for n in names if n in record), None)
     _need(name, 'has neither "prompt" (a text or messages) nor "chosen" (hh-rlhf), "messages", '
@@ -228,7 +229,7 @@ class PassedOver(int):
 
     @classmethod
     def of(cls, lines: dict[str, list[int]]) -> PassedOver:
-        """From reason -> line numbers."""
+        """Counts rows whose line numbers are listed by reason."""
         passed = cls(sum(map(len, lines.values())))
         passed.reasons = {reason: (len(numbers), numbers[0]) for reason, numbers in lines.items()}
         return passed
@@ -240,8 +241,9 @@ class PassedOver(int):
 
 def _collect(path: str | Path, what: str, limit: int | None,
              convert: Callable[[int, dict], tuple[object, dict]]) -> tuple[list[dict], PassedOver]:
-    """The first `limit` rows of different keys, where convert(line, row) is (key, row); a row of
-    which it raises ValueError is passed over. VirtueError: unreadable, or no row is left."""
+    """The first `limit` rows of different keys, where convert(line, row) is (key, row), and what
+    was passed over, which are the rows of which it raises ValueError. Raises VirtueError if the
+    file is unreadable, or if no row is left."""
     rows: dict[object, dict] = {}
     reasons: dict[str, list[int]] = {}
     for number, record in read_jsonl(path, foreign=True):
@@ -262,9 +264,9 @@ def _collect(path: str | Path, what: str, limit: int | None,
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[dict]:
-    """The file's first `limit` (None: all) different prompts, as records ``{"id", "prompt"}``. Rows
-    without a sound prompt are passed over, and one line on stderr counts them by reason.
-    VirtueError: unreadable, or no prompt is left."""
+    """Reads the file's first `limit` different prompts (None: all) as records ``{"id", "prompt"}``.
+    Rows without a sound prompt are passed over, and one line on stderr counts them by reason.
+    Raises VirtueError if the file is unreadable, or if no prompt is left."""
     def convert(_: int, row: dict) -> tuple[str, dict]:
         record = prompt_record(prompt_of(row))
         return record["id"], record
@@ -276,8 +278,8 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict]:
 
 
 def load_prompts(name: str, part: str, limit: int | None = None) -> list[dict]:
-    """The first `limit` prompts of a split: of the toy world ("toy") or of a file. VirtueError: as
-    `read_prompts`; none falls into the split."""
+    """The first `limit` prompts of a split: of the toy world ("toy") or of a file. Raises
+    VirtueError as `read_prompts` does, and if no prompt falls into the split."""
     if name == "toy":
         from virtue.toy.grammar import split_prompts
         prompts = split_prompts(part)
@@ -291,7 +293,7 @@ def load_prompts(name: str, part: str, limit: int | None = None) -> list[dict]:
 def _sides(record: dict) -> dict:
     """A pair of any form as {"chosen", "rejected"}, and "prompt" where it has one: TRL's and
     hh-rlhf's as they are; ShareGPT's conversations, PKU's two responses, the HHH evaluation's two
-    forms, Stanford's SHP. ValueError: of no such form."""
+    forms, Stanford's SHP. Raises ValueError for a record of no such form."""
     def pair(chosen: object, rejected: object, *asking: str) -> dict:
         prompt = next(({"prompt": record[name]} for name in asking if name in record), {})
         return {"chosen": chosen, "rejected": rejected, **prompt}
@@ -325,7 +327,6 @@ def _sides(record: dict) -> dict:
                      + _fields(record))
 
 
-
 def _side(value: object, prompt: Messages | None) -> Messages:
     """One side of a pair as a whole conversation; `prompt` is what stands before it, if the row
     says."""
@@ -349,8 +350,8 @@ def _side(value: object, prompt: Messages | None) -> Messages:
 
 
 def _pair(record: dict, lens: str) -> dict:
-    """{"chosen", "rejected": lists of what should be messages, "lens"}. ValueError, TypeError: of
-    no form that is read."""
+    """A row as {"chosen", "rejected": lists of what should be messages, "lens"}. Raises ValueError
+    or TypeError for a row of no form that is read."""
     lens = record.get("lens", lens)
     _known("lens", lens, LENSES)
     row = _sides(record)
@@ -363,13 +364,14 @@ def _pair(record: dict, lens: str) -> dict:
 
 def read_pairs(path: str | Path, limit: int | None = None,
                lens: str = "action") -> tuple[list[dict], PassedOver]:
-    """Any preference file as records {"chosen", "rejected": messages, "lens"}; what it passed over.
+    """Reads any preference file as records {"chosen", "rejected": messages, "lens"}, and counts
+    what it passes over.
 
     Takes this project's own files, hh-rlhf's transcripts, the study's, and rows with or without a
     prompt beside the sides (see `_sides`), each a text, messages or a whole conversation. Where a
     row names no lens, `lens` counts. A row that is unfit, identical on both sides, or does not end
-    with the assistant's text is passed over and counted by its reason. VirtueError: no pair is
-    left, or a file of this project's own has a bad row.
+    with the assistant's text is passed over and counted by its reason. Raises VirtueError if no
+    pair is left, or if a file of this project's own has a bad row.
     """
     def convert(number: int, record: dict) -> tuple[int, dict]:
         own = "virtues" in record
@@ -414,7 +416,8 @@ _ASKED = {**_ITEM, "prompt": functools.partial(check_messages, last="user")}
 
 def _records(path: str | Path, fields: Mapping[str, Callable], remedy: str,
              check: Callable[[dict], None] = lambda record: None) -> list[dict]:
-    """A file's records, of which each of the `fields` passes its check, and the whole `check`."""
+    """Reads a file's records. Raises VirtueError unless each of the `fields` is there and passes
+    its check, and the record as a whole passes `check`."""
     records = []
     for number, record in read_jsonl(path):
         try:
@@ -430,9 +433,11 @@ def _records(path: str | Path, fields: Mapping[str, Callable], remedy: str,
 
 
 def read_revisions(path: str | Path) -> list[dict]:
-    """Records {id, prompt (messages), initial, critique, revision, virtue, truncated (bool)}.
-    VirtueError, here and in all readers of this file: unreadable, or a bad record, named by file
-    and line."""
+    """Reads records {id, prompt (messages), initial, critique, revision, virtue, truncated (bool)}.
+
+    Like all readers of this file it raises VirtueError if the file is unreadable, or holds a bad
+    record, which is named by file and line.
+    """
     fields = {**_ASKED, "initial": _text, "critique": _text, "revision": _text,
               "virtue": lambda value, _: _known("virtue", value, VIRTUES), "truncated": _flag}
     return _records(path, fields, "correct it, or run run_data.py revisions again",
@@ -448,11 +453,11 @@ def _virtues(value: object, where: str) -> None:
 
 
 def read_preferences(path: str | Path, lens: str) -> list[dict]:
-    """Records {id, lens, chosen, rejected, virtues, label, votes, position_flips, truncated}.
+    """Reads records {id, lens, chosen, rejected, virtues, label, votes, position_flips, truncated}.
 
     `chosen` and `rejected` share their prompt and end with the lens's turn; `virtues` maps each
-    virtue to P(chosen better); `label` is a probability too, votes and flips count virtues
-    (position_flips None: not measured, since the judge was asked in one order).
+    virtue to P(chosen better); `label` is a probability too, votes and flips count virtues.
+    position_flips is None where the judge was asked in one order.
     """
     def of_lens(value: object, where: str) -> None:
         _need(value == lens, f"lens {reprlib.repr(value)} where {lens!r} is asked for, give the "
@@ -473,18 +478,25 @@ def read_preferences(path: str | Path, lens: str) -> list[dict]:
 
 
 def read_dialogues(path: str | Path) -> list[Dialogue]:
-    """Dialogues as run_data.py samples them: {id, prompt, ids, turns [[start, end, truncated]]}."""
+    """Reads dialogues as run_data.py samples them: {id, prompt, ids, turns [[start, end,
+    truncated]]}."""
     def is_id(value: object) -> bool:
         return type(value) is int and 0 <= value < 1 << 31
+
+    def is_span(value: object, length: int) -> bool:
+        if not isinstance(value, list) or [*map(type, value)] != [int, int, bool]:
+            return False
+        start, end, truncated = value
+        return 0 < start < end <= length - truncated
 
     def check(record: dict) -> None:
         ids, turns = record["ids"], record["turns"]
         _need(isinstance(ids, list) and all(map(is_id, ids)), '"ids" must be token ids')
-        _need(isinstance(turns, list) and len(turns) == len(LENSES) and all(
-            isinstance(t, list) and [type(x) for x in t] == [int, int, bool]
-            and 0 < t[0] < t[1] <= len(ids) - t[2] for t in turns)
-            and all(a[1] <= b[0] for a, b in zip(turns, turns[1:])),
-            f'"turns" must be {len(LENSES)} spans [start, end, truncated] within the ids, in order')
+        spans = (isinstance(turns, list) and len(turns) == len(LENSES)
+                 and all(is_span(turn, len(ids)) for turn in turns))
+        _need(spans and all(first[1] <= then[0] for first, then in zip(turns, turns[1:])),
+              f'"turns" must be {len(LENSES)} spans [start, end, truncated] within the ids, '
+              "in order")
 
     fields = {**_ASKED, "ids": _any, "turns": _any}
     return [Dialogue(r["id"], r["prompt"], r["ids"], tuple(Turn(*t) for t in r["turns"]))
@@ -492,7 +504,7 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
 
 
 def check_ids(dialogues: Sequence[Dialogue], vocab_size: int, folder: Path) -> None:
-    """VirtueError where a token id lies beyond the model's vocabulary."""
+    """Raises VirtueError where a token id lies beyond the model's vocabulary."""
     for d in dialogues:
         if max(d.ids) >= vocab_size:
             raise VirtueError(f"{folder / 'dialogues.jsonl'}: record {d.id} has the token id "
@@ -501,8 +513,8 @@ def check_ids(dialogues: Sequence[Dialogue], vocab_size: int, folder: Path) -> N
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Lines of a MetricsLog of numbers only, as a training's metrics.jsonl: numbers, or None for
-    nan."""
+    """Reads the lines of a MetricsLog that holds numbers only, as a training's metrics.jsonl does:
+    each value is a number, or None for nan."""
     def check(record: dict) -> None:
         for name, value in record.items():
             _need(value is None or is_number(value), f"{reprlib.repr(name)} must be a number or "
@@ -510,10 +522,9 @@ def read_metrics(path: str | Path) -> list[dict]:
     return _records(path, {}, "correct or remove it", check)
 
 
-
 def read_rollouts(path: str | Path) -> list[dict]:
-    """Lines of run_ppo.py's rollouts.jsonl: {iteration, id, prompt (text), kl, scores (one a lens),
-    turns {lens: text}}."""
+    """Reads the lines of run_ppo.py's rollouts.jsonl: {iteration, id, prompt (text), kl, scores
+    (one a lens), turns {lens: text}}."""
     def check(record: dict) -> None:
         scores, turns = record["scores"], record["turns"]
         _need(type(record["iteration"]) is int and is_number(record["kl"]),

@@ -39,11 +39,11 @@ def main_rank() -> bool:
 def run_main(main: Callable[[], object]) -> None:
     """Runs a script's `main` and exits: 0; 2 after a VirtueError's one line; 130 on Ctrl-C.
 
-    As one of several processes it leaves out the end of the interpreter. What is imported after
+    As one of several processes, it skips the shutdown of the interpreter. What is imported after
     ``parallel.join`` may hold the group (torch.distributed.nn does, which transformers imports), so
     its threads outlive ``parallel.leave``; and before Python 3.14 a thread that wants to free a
-    tensor while the interpreter ends is ended in the midst of C++, which aborts the process with
-    SIGABRT.
+    tensor while the interpreter shuts down is killed in the middle of C++ code, which aborts the
+    process with SIGABRT.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         _run(main)
@@ -101,15 +101,15 @@ def _run(main: Callable[[], object]) -> NoReturn:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Python's own error; torch's on CUDA, by name, since torch is not imported here; and that of
-    its CPU allocator and of cuBLAS, which only say so in words."""
+    """Whether this is Python's own error, or torch's on CUDA (by name, since torch is not imported
+    here), or that of its CPU allocator or of cuBLAS, which only say so in words."""
     words = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or any(word in str(error) for word in words))
 
 
 class _Lines:
-    """stderr where it is no terminal: each state of a progress bar is a line of its own."""
+    """stderr that is not a terminal: each state of a progress bar becomes a separate line."""
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -122,7 +122,8 @@ class _Lines:
 def progress(iterable: Iterable | None, desc: str, total: int | None = None,
              **settings) -> Iterable:
     """`iterable` with a progress bar on stderr, or a line every half minute where stderr is no
-    terminal. There a bar that goes away again (leave=False) shows up for what takes long only."""
+    terminal. There, a bar that would go away again (leave=False) shows up only for work that takes
+    long."""
     from tqdm import tqdm
 
     if sys.stderr.isatty():
@@ -134,8 +135,8 @@ def progress(iterable: Iterable | None, desc: str, total: int | None = None,
 
 
 class MetricsLog:
-    """A file of metrics: one JSON line a call, at once; ``resume.load_checkpoint`` cuts an earlier
-    run's off."""
+    """A file of metrics: each call writes one JSON line at once; ``resume.load_checkpoint`` cuts
+    off the lines of an earlier run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

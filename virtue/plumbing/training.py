@@ -2,7 +2,7 @@
 batches of like length, gradients summed over passes and processes, checkpoints, the log.
 
 An example is a NamedTuple of the script's own. The loop reads two of its fields: `rows`, the lists
-of token ids that a pass reads, and `record`, what errors call it.
+of token ids that a pass reads, and `record`, its name in error messages.
 """
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def train(args: argparse.Namespace, folder: Path, state: Path, parameters: list[
     all examples of the `step`, so that neither --accumulation nor the number of processes changes
     the gradient. What ``evaluate()`` returns, names and numbers, is logged before the first step
     and after each epoch. `folder` gets metrics.jsonl, `state` (see ``resume.start``) the
-    checkpoints, from which a killed run goes on. `name` is the run's in messages; the order of the
-    examples is keyed by (seed, *key, epoch). VirtueError: a gradient that is not finite.
+    checkpoints, from which a killed run goes on. `name` is the run's name in messages; the order of
+    the examples is keyed by (seed, *key, epoch). VirtueError: a gradient that is not finite.
     """
     size = args.batch_size * args.accumulation
     steps = args.epochs * -(-len(examples) // size)

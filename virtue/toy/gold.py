@@ -19,19 +19,24 @@ import functools
 import re
 from typing import NamedTuple
 
-from virtue.ethics import LENSES
-from virtue.toy.grammar import (EVERY, HELD_OUT_QUESTIONS, QUESTIONS, WORDINGS, Clause, claims,
-                                net, talk_net)
+from virtue.ethics import LENSES, VIRTUES
+from virtue.toy.grammar import HELD_OUT_QUESTIONS, QUESTIONS, WORDINGS, Clause, net, talk_net
 
 MOST = {"action": 3, "motivation": 2, "consequence": 2}
 LEAST = {"action": 2, "motivation": 1, "consequence": 1}
 
 
 def _pattern(template: str) -> re.Pattern:
-    return re.compile(re.sub(r"\\\{([pt])\\\}", r"(?P<\1>\\w+)", re.escape(template)))
+    parts = re.split(r"(\{p\}|\{t\})", template)
+    slots = {"{p}": r"(?P<p>\w+)", "{t}": r"(?P<t>\w+)"}
+    return re.compile("".join(slots.get(part, re.escape(part)) for part in parts))
 
 
-_SENTENCES = [(_pattern(WORDINGS[c.lens][c.virtue][c.pole][c.wording]), c) for c in EVERY]
+_SENTENCES = {lens: [(_pattern(text), virtue, pole, i)
+                     for virtue in VIRTUES
+                     for pole, texts in WORDINGS[lens][virtue].items()
+                     for i, text in enumerate(texts)]
+              for lens in LENSES}
 _QUESTIONS = [_pattern(q) for q in QUESTIONS + HELD_OUT_QUESTIONS]
 
 
@@ -60,23 +65,23 @@ def sentences(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=65536)
 def parse(text: str, lens: str, person: str, thing: str) -> tuple[Clause, ...]:
-    """The sentences of a turn as clauses; ``broken`` where no wording, or another's name, is
-    found."""
-    clauses = []
+    """The sentences of a turn as clauses; ``broken`` for no wording, or one with another's name."""
+    found = []
     for sentence in sentences(text):
         clause = Clause(lens, "", "", -1, broken=True)
-        for pattern, meant in _SENTENCES:
-            if meant.lens == lens and (match := pattern.fullmatch(sentence)):
-                clause = meant._replace(broken=(match["p"], match["t"]) != (person, thing))
+        for pattern, virtue, pole, i in _SENTENCES[lens]:
+            if match := pattern.fullmatch(sentence):
+                astray = (match["p"], match["t"]) != (person, thing)
+                clause = Clause(lens, virtue, pole, i, broken=astray)
                 break
-        clauses.append(clause)
-    return tuple(clauses)
+        found.append(clause)
+    return tuple(found)
 
 
 def gold(prompt: str, turns: list[str]) -> Gold:
     """Gold of a dialogue: ``prompt`` and the texts of its three assistant turns."""
     person, thing = slots(prompt)
-    parsed = {lens: parse(text, lens, person, thing)
+    parsed = {lens: list(parse(text, lens, person, thing))
               for lens, text in zip(LENSES, turns, strict=True)}
     scores = {}
     for lens, clauses in parsed.items():
@@ -85,11 +90,13 @@ def gold(prompt: str, turns: list[str]) -> Gold:
         points -= 0.5 * (len(clauses) - len(set(good)))  # broken and repeated
         points -= 0.5 * max(0, len(clauses) - MOST[lens]) + max(0, LEAST[lens] - len(clauses))
         scores[lens] = (min(max(points / MOST[lens], -1.0), 1.0) + 1.0) / 2.0
-    action, motives = claims(parsed["action"]), parsed["motivation"]
-    named = [{person, thing} <= set(re.findall(r"\w+", s)) for s in sentences(turns[0])]
-    everything = [c for clauses in parsed.values() for c in clauses]
+    action = {(c.virtue, c.pole) for c in parsed["action"] if not c.broken}
+    motives = parsed["motivation"]
+    borne_out = [not c.broken and (c.virtue, c.pole) in action for c in motives]
+    named = [re.search(rf"\b{person}\b", sentence) and re.search(rf"\b{thing}\b", sentence)
+             for sentence in sentences(turns[0])]
+    broken = [c.broken for clauses in parsed.values() for c in clauses]
     return Gold(sum(scores.values()) / len(scores), scores,
-                sum(named) / max(1, len(named)),
-                sum(c.broken for c in everything) / max(1, len(everything)),
-                sum((c.virtue, c.pole) in action for c in motives if not c.broken)
-                / max(1, len(motives)))
+                sum(map(bool, named)) / max(1, len(named)),
+                sum(broken) / max(1, len(broken)),
+                sum(borne_out) / max(1, len(motives)))
