@@ -4,8 +4,8 @@ A run keeps its state in <out>/resume, which goes when it ends well; the same co
 goes on from there. What stays is <out>/done.json, the flags and the hashes of the inputs that the
 results stand for. Loops over optimiser steps save all that the next step depends on
 (`save_checkpoint`); loops over batches keep each batch's result (`replay`). Randomness is keyed
-(``runtime.stream``), so no generator has a state to save, and what a resumed run writes is what it
-would have written anyway.
+(``randomness.stream``), so no generator has a state to save, and what a resumed run writes is what
+it would have written anyway.
 """
 from __future__ import annotations
 
