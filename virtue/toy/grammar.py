@@ -238,7 +238,7 @@ def prompts(held_out: bool | None = None) -> list[dict]:
 
 
 def split_prompts(name: str) -> list[dict]:
-    """Toy prompts of one split of `records.split`; an unknown name has none.
+    """Toy prompts of one split of `dialogue.split`; an unknown name has none.
 
     Held-out questions all belong to ``eval``.
     """
