@@ -58,7 +58,7 @@ from virtue.lora import (  # noqa: E402
     use_stack,
 )
 from virtue.evaluation.report import curve_of  # noqa: E402
-from virtue.plumbing.loading import load_reward_models  # noqa: E402
+from virtue.plumbing.artefacts import load_reward_models  # noqa: E402
 
 LIMIT = 20  # seconds a case
 IDS = torch.tensor([[1, 7, 9, 30, 2]])

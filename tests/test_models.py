@@ -18,7 +18,8 @@ import torch
 from tiny import dequantize, make_tiny_model
 from torch import nn
 
-from virtue import VirtueError, models
+from virtue import VirtueError
+from virtue.plumbing import loading
 from virtue.models import ScalarHead, checkpoint_layers, hidden_states, logprobs_at, score_at
 from virtue.plumbing.loading import (base_fingerprint, load_model, load_tokenizer, resolve,
                                      template_fingerprint)
@@ -282,7 +283,7 @@ def test_resolve(folder, tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(models, "TOY_FOLDER", folder)
+    monkeypatch.setattr(loading, "TOY_FOLDER", folder)
     assert resolve("toy") == folder and resolve(folder) == folder and resolve(str(folder)) == folder
     for bad in ("mistral", "./x/y", "/no/such/place", "../x", "a/b/c", "~/nothing", ""):
         with pytest.raises(VirtueError, match="toy"):
@@ -300,7 +301,7 @@ def test_resolve(folder, tmp_path, monkeypatch):
     assert len(wanted) == 7 and "consolidated.safetensors" not in wanted
     with pytest.raises(VirtueError, match="nobody/x.*404 not found"):
         resolve("nobody/x")
-    monkeypatch.setattr(models, "TOY_FOLDER", tmp_path / "gone")
+    monkeypatch.setattr(loading, "TOY_FOLDER", tmp_path / "gone")
     with pytest.raises(VirtueError, match="gone"):
         resolve("toy")
 
@@ -319,7 +320,7 @@ def test_a_gated_model_says_how_to_get_it(monkeypatch):
 
 LOADING = """
 import sys
-from virtue.models import load_model
+from virtue.plumbing.loading import load_model
 from tiny import make_tiny_model
 
 def peak():  # MiB; a new process's own, and without what its parent had

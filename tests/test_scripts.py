@@ -771,7 +771,7 @@ def test_every_flag_is_read_and_explained(script, monkeypatch):
     commands = sorted((ROOT / "virtue/evaluation").glob("*.py")) if script == "run_eval" else []
     sources = [(ROOT / name).read_text() for name in (
         f"{script}.py", *commands, *(f"virtue/plumbing/{name}.py" for name in (
-            "flags", "loading", "preview", "resume", "training")))]
+            "flags", "loading", "ppo_files", "preview", "resume", "training")))]
     read = {node.attr for source in sources for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
             and node.value.id == "args"}
