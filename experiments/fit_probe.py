@@ -64,7 +64,7 @@ def dialogues(rng: random.Random, lens: str) -> dict[str, list[dict]]:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--model", default="toy",
-                        help="toy, or another folder of virtue.toy.pretrain")
+                        help="toy, or another folder of pretrain_toy.py")
     parser.add_argument("--rm", type=Path,
                         help="folder of run_rm.py: probe its models instead of the judge")
     parser.add_argument("--sft", type=Path, help="the SFT adapter below them")

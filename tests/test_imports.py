@@ -97,10 +97,8 @@ def module(path: Path) -> str:
 
 
 def rank(name: str) -> int:
-    """Core 0, method 1, the toy 2, plumbing and evaluation 3, programs 4."""
+    """Core 0, method 1, the toy 2, plumbing and evaluation 3."""
     folder = {"toy": 2, "plumbing": 3, "evaluation": 3}
-    if name == "virtue.toy.pretrain":  # a program
-        return 4
     parts = name.split(".")
     if len(parts) == 1:  # the package itself: names and errors
         return 0

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from virtue.plumbing.loading import load_model, load_tokenizer
 from virtue.toy import grammar
 from virtue.toy.gold import gold, slots
 from virtue.toy.grammar import Clause
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 
 def test_the_shipped_folder_loads_as_any_other(toy_folder):
@@ -42,7 +46,7 @@ def test_splits_are_disjoint_and_held_out_questions_are_for_evaluation_only():
 def test_samples_of_both_phases_fit_together():
     """Prefix, endings and findings of each pair are one packed row, whatever was asked."""
     from types import SimpleNamespace
-    from virtue.toy.pretrain import Samples
+    from pretrain_toy import Samples
     tokenizer = load_tokenizer("toy")
     for fit in (False, True):
         sizes = SimpleNamespace(seed=0, texts=1, pairs=3, reviews=2, borrow=0.5)
@@ -55,7 +59,7 @@ def test_samples_of_both_phases_fit_together():
 
 
 def test_a_borrowed_word_replaces_no_name_and_none_comes_from_a_held_out_question():
-    from virtue.toy.pretrain import BORROWED, draw_prompt
+    from pretrain_toy import BORROWED, draw_prompt
     new = ({word for q in grammar.HELD_OUT_QUESTIONS for word in q.split(". ")[0].split()}
            - {w for q in grammar.QUESTIONS for w in q.split()})
     assert "judge" in new and "judge" not in BORROWED
@@ -88,7 +92,7 @@ def test_what_the_second_phase_teaches():
 
 
 def test_no_sample_of_pre_training_holds_a_held_out_wording_or_question():
-    from virtue.toy.pretrain import draw_pair, draw_text
+    from pretrain_toy import draw_pair, draw_text
     rng = random.Random(0)
     texts = [m["content"] for _ in range(800) for m in draw_text(rng)]
     texts += [m["content"] for _ in range(200) for talk, _ in draw_pair(rng, "consequence")
@@ -147,7 +151,7 @@ def test_revisions_mend_the_fault_that_the_critique_names():
 
 
 def test_pretraining_script_makes_a_loadable_model(tmp_path, capsys, monkeypatch):
-    from virtue.toy import pretrain
+    import pretrain_toy as pretrain
     # the script's own run measures this on the real model
     monkeypatch.setattr(pretrain, "judge_accuracy", lambda *a: {})
     pretrain.main(["--hidden", "64", "--dry-run", "--out", str(tmp_path / "new")])

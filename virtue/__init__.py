@@ -16,9 +16,12 @@ The method, in the order in which it is best read:
     rollout.py     from sampled dialogues to rewards
     ppo.py         the objective: rewards with a KL penalty, GAE, the clipped losses
 
-Around it: `plumbing` (flags, loading, artefacts on disk, resume, processes, the memory plan, export
-and upload), `evaluation` (statistics, the judge's worth, report, page, figures, chat) and `toy`
-(the embedded world in which true virtue is known). The method imports none of them.
+Around it, in folders of which the method imports nothing:
+
+    plumbing/    what a run needs: flags, loading, artefacts on disk, the loop of supervised
+                 training, resume, processes, the memory plan, export and upload
+    evaluation/  what is measured of models, judge and reward models, and how it is shown
+    toy/         the embedded world, in which true virtue is known
 """
 
 from importlib import import_module, util

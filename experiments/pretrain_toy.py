@@ -1,13 +1,13 @@
 """Make the toy's tiny Mistral: tokenizer, pre-training on samples of the grammar, a check, save.
 
-    python -m virtue.toy.pretrain --out runs/quick --steps 50   # a quick look
+    python experiments/pretrain_toy.py --out runs/quick --steps 50   # a quick look
 
 The shipped folder was made by three commands, 45, 50 and 20 minutes on one core:
 
-    python -m virtue.toy.pretrain --out runs/toy-1
-    python -m virtue.toy.pretrain --out runs/toy-2 --init runs/toy-1 --fit-steps 2000
-    python -m virtue.toy.pretrain --out runs/toy-3 --init runs/toy-2 --fit-steps 600 --seed 7 \\
-        --borrow 0.4 --texts 40 --pairs 12 --reviews 10 --lr 7.5e-4 --matrix-lr 0.005
+    python experiments/pretrain_toy.py --out runs/toy-1
+    python experiments/pretrain_toy.py --out runs/toy-2 --init runs/toy-1 --fit-steps 2000
+    python experiments/pretrain_toy.py --out runs/toy-3 --init runs/toy-2 --fit-steps 600 \\
+        --seed 7 --borrow 0.4 --texts 40 --pairs 12 --reviews 10 --lr 7.5e-4 --matrix-lr 0.005
 
 Good and bad clauses are mixed evenly, so that the base model is no better than the world it has
 read. It learns four tasks in the one chat format: dialogues; revisions (answer, critique, new
@@ -34,17 +34,19 @@ import json
 import math
 import random
 import re
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from virtue.dialogue import encode_conversation, right_pad
-from virtue.ethics import (CONSTITUTION, CRITIQUE, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS,
-                           JUDGE_PAIRS, JUDGE_QUESTIONS, LENSES, REVISION, VIRTUES)
-from virtue.judge import (encode_questions, judge_log_odds, label_ids, opinion, pack, pair_text,
-                          questions)
+from virtue.ethics import (CONSTITUTION, CRITIQUE, EXTRA_QUESTIONS, JUDGE_ABOUT,
+                           JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS, LENSES, REVISION, VIRTUES)
+from virtue.judge import (encode_questions, judge_log_odds, label_ids, opinion, pack,
+                          pair_text, questions)
 from virtue.plumbing.flags import make_parser
 from virtue.toy import grammar
 
