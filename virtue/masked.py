@@ -56,15 +56,13 @@ def rounding_variance(mask: Tensor, *tensors: Tensor) -> Tensor:
     return (8 * torch.finfo(largest.dtype).eps * largest) ** 2
 
 
-def whiten(x: Tensor, mask: Tensor, center: bool = True) -> Tensor:
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8) under the mask, 0 outside. x, mask: any one shape -> the same.
 
-    Variance with divisor n; `center=False` adds the mean back (for rewards, whose sign has a
-    meaning). Entries that are constant to rounding give 0 (or their mean), not NaN and no rounding
+    Variance with divisor n. Entries that are constant to rounding give 0, not NaN and no rounding
     made large. After the public code of Ziegler et al. 2019 (arXiv:1909.08593), with a mask. Give
     it the whole batch, not a minibatch.
     """
     mean, variance = masked_mean(x, mask), masked_var(x, mask)
     varies = mask & (variance > rounding_variance(mask, x))
-    whitened = torch.where(varies, x - mean, 0) * torch.rsqrt(variance + 1e-8)
-    return whitened if center else torch.where(mask, whitened + mean, 0)
+    return torch.where(varies, x - mean, 0) * torch.rsqrt(variance + 1e-8)
