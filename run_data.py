@@ -2,11 +2,13 @@
 
   python run_data.py revisions   --out runs/demo/revisions
   python run_data.py preferences --sft runs/demo/sft --out runs/demo/preferences
+  python run_data.py preferences --model smollm2 --feedback contrast --limit 64 --out runs/pairs
   python run_data.py preferences --prompts harmless-base.jsonl.gz --limit 64 --out runs/hh
 
-revisions: the model answers each prompt, criticises its answer by one virtue of the constitution in
-virtue/ethics.py, and rewrites it (Bai et al. 2022, arXiv 2212.08073, section 3.1, with virtues in
-the place of principles). Empty, unchanged and truncated revisions are counted and dropped.
+revisions: the model answers each prompt, criticises its answer by one virtue of the constitution
+(virtue/ethics.py, or --constitution), and rewrites it (Bai et al. 2022, arXiv 2212.08073, section
+3.1, with virtues in the place of principles). Empty, unchanged and truncated revisions are counted
+and dropped.
 
 preferences: the model writes two independent dialogues for each prompt (answer, motivation,
 consequence). For each lens, the judge then compares them on five virtues, in both orders. The
@@ -15,34 +17,41 @@ all that was sampled, unfiltered, and run_rm.py takes the score statistics from 
 base model with adapters off, unless --judge names another model. If the judge cannot be told from a
 coin that knows places, the stage ends with status 2 after judging, unless --any-judge is given;
 what was sampled and judged is kept for --resume.
+
+--feedback contrast is for models too weak to judge (RLCD, Yang et al. 2023, arXiv 2307.12950). Of
+the two dialogues of a prompt one is sampled under an instruction that asks for a virtue, the other
+under one that asks for its deficiency or its excess. The first is chosen by construction. The
+instructions are not in the record. The judge is asked about some of these pairs, to say how often
+it agrees; dialogues.jsonl holds a third dialogue, without an instruction.
 """
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
 from virtue import VirtueError
-from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
+from virtue.ethics import LENSES
 from virtue.plumbing import flags
 from virtue.plumbing.runtime import run_main
 
-FAULTS = ("truncated", "empty", "identical", "too_long", "tied")  # why a pair is dropped
+FAULTS = ("truncated", "empty", "identical", "echoed", "too_long", "tied")  # why a pair is dropped
 
 
 def parse(argv):
     parser = flags.make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="revisions|preferences")
-    _, _, about_revisions, about_preferences, *_ = __doc__.split("\n\n")
+    _, _, about_revisions, *about_preferences = __doc__.split("\n\n")
     revisions = commands.add_parser("revisions", help="answer, critique, revised answer",
                                     description=about_revisions)
     preferences = commands.add_parser("preferences", help="paired dialogues and AI feedback",
-                                      description=about_preferences)
+                                      description="\n\n".join(about_preferences))
     for sub, limit, split in ((revisions, 384, "sft"), (preferences, 768, "rm")):
         flags.add_common_flags(sub)
         flags.add_sampling_flags(sub)
         add = sub.add_argument_group("data").add_argument
-        add("--prompts", default="toy",
-            help="toy, or a file of prompts or conversations, in any form of docs/data.md")
+        flags.add_prompts_flag(add, sub)
+        flags.add_constitution_flag(add)
         add("--split", choices=("sft", "rm", "ppo", "eval"), default=split,
             help="which disjoint share of the prompts to use")
         add("--limit", type=flags.positive_int, default=limit,
@@ -52,7 +61,13 @@ def parse(argv):
                  "did")
         add("--sft", type=Path,
             help="SFT adapter that answers (default: the bare base, as in the study)")
-    add = preferences.add_argument_group("judge").add_argument
+    add = preferences.add_argument_group("feedback").add_argument
+    add("--feedback", choices=("judge", "contrast"), default="judge",
+        help="judge: two dialogues, of which the judge chooses; contrast: see above")
+    add("--contrasts", type=flags.positive_int, default=1, metavar="N",
+        help="contrast: pairs for each prompt, each of another virtue")
+    add("--judge-limit", type=flags.nonnegative_int, default=48,
+        help="contrast: ask the judge about this many pairs a lens; nothing is learned from it")
     add("--judge", help="another model as the judge: toy, folder or hub id (default: the base, "
                         "adapters off)")
     add("--judge-batch-size", type=flags.positive_int, default=16, help="pairs judged at once")
@@ -71,7 +86,7 @@ def parse(argv):
              "labels carry the mean either way")
     common = ("out", "prompts", "limit", "sft", "model", "quantize", "dtype", "max-new-tokens")
     flags.most_used(revisions, *common, "batch-size", "seed", "resume")
-    flags.most_used(preferences, *common, "judge", "any-judge", "seed", "resume")
+    flags.most_used(preferences, *common, "feedback", "judge", "any-judge", "seed", "resume")
     return flags.parse_with_parent(parser, argv, "sft", "sft", commands=commands)
 
 
@@ -97,26 +112,28 @@ def revise(args, base, stack, prompts, state):
     from virtue.plumbing.resume import spread
     from virtue.randomness import stream
 
-    records, counts = [], dict.fromkeys(("truncated", "empty", "unchanged", "revisions"), 0)
-    drawn = {p["id"]: VIRTUES[stream(args.seed, "virtue", p["id"]).integers(len(VIRTUES))]
+    words, names = base.words, base.words.virtues
+    drawn = {p["id"]: names[stream(args.seed, "virtue", p["id"]).integers(len(names))]
              for p in prompts}
-    for virtue, (asks, deficiency, excess) in CONSTITUTION.items():
-        words = dict(virtue=virtue, asks=asks, deficiency=deficiency, excess=excess)
-        questions = (CRITIQUE.format(**words), REVISION.format(**words))
-        dialogues = sample(args, base, stack, [p for p in prompts if drawn[p["id"]] == virtue],
-                           questions=questions,
-                           each_batch=spread(f"revise by {virtue}", state / f"{virtue}.jsonl"))
-        for d in dialogues:
-            messages = messages_of(base.tokenizer, d, questions=questions)
-            initial, critique, revision = (m["content"] for m in messages[len(d.prompt)::2])
-            fault = ("truncated" if d.turns[2].truncated and args.truncated == "drop"
-                     else "empty" if not revision
-                     else "unchanged" if revision == initial else None)
-            counts[fault or "revisions"] += 1
-            if fault is None:
-                records.append({"id": d.id, "prompt": d.prompt, "initial": initial,
-                                "critique": critique, "revision": revision, "virtue": virtue,
-                                "truncated": any(turn.truncated for turn in d.turns)})
+    questions = {}
+    for prompt_id, virtue in drawn.items():
+        asks, deficiency, excess = words.constitution[virtue]
+        told = dict(virtue=virtue, asks=asks, deficiency=deficiency, excess=excess)
+        questions[prompt_id] = words.critique.format(**told), words.revision.format(**told)
+    dialogues = sample(args, base, stack, prompts, questions=questions,
+                       each_batch=spread("revise", state / "dialogues.jsonl"))
+    records, counts = [], dict.fromkeys(("truncated", "empty", "unchanged", "revisions"), 0)
+    for d in dialogues:
+        messages = messages_of(base.tokenizer, d, questions=questions[d.id])
+        initial, critique, revision = (m["content"] for m in messages[len(d.prompt)::2])
+        fault = ("truncated" if d.turns[2].truncated and args.truncated == "drop"
+                 else "empty" if not revision
+                 else "unchanged" if revision == initial else None)
+        counts[fault or "revisions"] += 1
+        if fault is None:
+            records.append({"id": d.id, "prompt": d.prompt, "initial": initial,
+                            "critique": critique, "revision": revision, "virtue": drawn[d.id],
+                            "truncated": any(turn.truncated for turn in d.turns)})
     if not records:
         raise VirtueError(f"no revision is left of {len(prompts)} prompts ({counts}): the model "
                           "may be too weak, or --max-new-tokens too small")
@@ -126,52 +143,79 @@ def revise(args, base, stack, prompts, state):
 # ---- preferences
 
 
-def pairs_of(args, tokenizer, judge, first, second, lens):
-    """The pairs of dialogues that the judge can compare, each as (the prompt's id, both dialogues
-    as messages up to the lens's turn, whether a turn was cut), and a Counter of the reasons why the
-    others are dropped."""
+def echoes(text, trait, run=3):
+    """Whether a text says `run` words of an instruction in the same order: it then shows that it
+    was told to have the trait, not that it has it."""
+    said, told = ([*re.findall(r"[^\W_]+", t.lower())] for t in (text, trait))
+    runs = {tuple(told[i:i + run]) for i in range(len(told) - run + 1)}
+    return any(tuple(said[i:i + run]) in runs for i in range(len(said) - run + 1))
+
+
+def pairs_of(args, tokenizer, judge, first, second, lens, traits=None):
+    """The pairs of dialogues that can be compared, each as (its index, both dialogues as messages
+    up to the lens's turn, whether a turn was cut), and a Counter of the reasons why the others are
+    dropped. `traits`: for each pair, what either side was told to be."""
     from virtue.dialogue import messages_of
     from virtue.judge import pair_fits
 
     pairs, dropped, turns = [], Counter(), LENSES.index(lens) + 1
-    for sides in zip(first, second, strict=True):
+    for i, sides in enumerate(zip(first, second, strict=True)):
         texts = [messages_of(tokenizer, d, turns=turns) for d in sides]
         cut = any(turn.truncated for d in sides for turn in d.turns[:turns])
         fault = ("truncated" if cut and args.truncated == "drop"
                  else "empty" if any(not m["content"] for text in texts for m in text)
                  else "identical" if texts[0] == texts[1]
-                 else "too_long" if not pair_fits(judge.model, judge.tokenizer, *texts, lens)
+                 else "echoed" if traits and any(
+                     echoes(m["content"], trait) for text, trait in zip(texts, traits[i])
+                     for m in text[len(sides[0].prompt)::2])
+                 else "too_long" if not pair_fits(judge.model, judge.tokenizer, judge.words,
+                                                  *texts, lens)
                  else None)
         dropped[fault] += 1
         if fault is None:
-            pairs.append((sides[0].id, texts, cut))
+            pairs.append((i, texts, cut))
     return pairs, dropped
 
 
-def compare(args, judge, pairs, lens, state):
-    """The judge's preferences among the pairs of one lens -> (records, its log-odds (N, orders, 5)
+def compare(args, judge, first, pairs, lens, state):
+    """The judge's preferences among the pairs of one lens -> (records, its log-odds (N, orders, Q)
     of all pairs, and its label mass: see ``judge_log_odds``). A tied pair has no record."""
     from virtue import lora
     from virtue.judge import judge_log_odds, verdict
     from virtue.plumbing.resume import spread
 
+    names = judge.words.virtues
     with lora.use_stack(judge.model):  # adapters off
         odds, label_mass = judge_log_odds(
-            judge.model, judge.tokenizer, [texts for _, texts, _ in pairs], lens,
-            args.judge_batch_size, asked=VIRTUES if args.ask == "virtues" else ("rules",),
+            judge.model, judge.tokenizer, judge.words, [texts for _, texts, _ in pairs], lens,
+            args.judge_batch_size, asked=names if args.ask == "virtues" else ("rules",),
             orders=2 if args.orders == "both" else 1,
             each_batch=spread(f"judge {lens}", state / f"log-odds-{lens}.jsonl"))
-    odds = odds.expand(-1, -1, len(VIRTUES))  # one question counts as five
+    odds = odds.expand(-1, -1, len(names))  # one question counts as five
     records = []
-    for (prompt_id, texts, cut), odds_of_pair in zip(pairs, odds):
-        fields = verdict(odds_of_pair, args.preference)
+    for (i, texts, cut), odds_of_pair in zip(pairs, odds):
+        fields = verdict(odds_of_pair, args.preference, names)
         first_is_chosen = fields.pop("first_is_chosen")
         if first_is_chosen is None:  # it has no chosen side that a record could name
             continue
         chosen, rejected = texts if first_is_chosen else texts[::-1]
-        records.append({"id": prompt_id, "lens": lens, "chosen": chosen, "rejected": rejected,
+        records.append({"id": first[i].id, "lens": lens, "chosen": chosen, "rejected": rejected,
                         **fields, "truncated": cut, "chosen_copy": 0 if first_is_chosen else 1})
     return records, odds, label_mass
+
+
+def row_of(dialogue):
+    """The line of dialogues.jsonl."""
+    return {"id": dialogue.id, "prompt": dialogue.prompt, "ids": dialogue.ids,
+            "turns": dialogue.turns}
+
+
+def check_left(pairs, lens, prompts, dropped):
+    """VirtueError where a lens has no pair."""
+    if not pairs:
+        raise VirtueError(f"no pair of lens {lens} is left of {len(prompts)} prompts "
+                          f"({dict(dropped)}): the model or the judge may be too weak, or "
+                          "--max-new-tokens too small")
 
 
 def prefer(args, base, judge, stack, prompts, out, state):
@@ -184,21 +228,12 @@ def prefer(args, base, judge, stack, prompts, out, state):
 
     first, second = (sample(args, base, stack, prompts, copy=copy, each_batch=resume.spread(
         f"dialogues {copy + 1} of 2", state / f"dialogues-{copy + 1}.jsonl")) for copy in (0, 1))
-    artefacts.write_jsonl(out / "dialogues.jsonl", (
-        {"id": d.id, "prompt": d.prompt, "ids": d.ids, "turns": d.turns}
-        for d in (*first, *second)))
+    artefacts.write_jsonl(out / "dialogues.jsonl", map(row_of, (*first, *second)))
     records, numbers, tests, dropped = {}, {}, {}, {}
-
-    def check(lens, pairs):
-        if not pairs:
-            raise VirtueError(f"no pair of lens {lens} is left of {len(prompts)} prompts "
-                              f"({dict(dropped[lens])}): the model or the judge may be too weak, "
-                              "or --max-new-tokens too small")
-
     for lens in LENSES:
         pairs, dropped[lens] = pairs_of(args, base.tokenizer, judge, first, second, lens)
-        check(lens, pairs)
-        records[lens], odds, label_mass = compare(args, judge, pairs, lens, state)
+        check_left(pairs, lens, prompts, dropped[lens])
+        records[lens], odds, label_mass = compare(args, judge, first, pairs, lens, state)
         dropped[lens]["tied"] = len(pairs) - len(records[lens])
         tests[lens] = feedback.coin_test(odds)
         numbers[lens] = {**{f"dropped_{fault}": dropped[lens][fault] for fault in FAULTS},
@@ -210,15 +245,87 @@ def prefer(args, base, judge, stack, prompts, out, state):
     if any(test["coin"] for test in tests.values()) and not args.any_judge:
         raise VirtueError(
             f"judge {judge.info['id']}: {'; '.join(doubts)}: nothing can be learned from such "
-            "labels: give another --judge, other words (JUDGE_QUESTIONS in virtue/ethics.py) or "
-            "more pairs (--limit), with --overwrite; or the same command with --resume "
+            "labels: give another --judge, other words (virtue/ethics.py), --feedback "
+            "contrast or more pairs (--limit), with --overwrite; or the same command with --resume "
             "--any-judge, which goes on with these labels and neither samples nor judges again "
             f"({out} keeps all)")
     for lens in LENSES:
-        check(lens, records[lens])
+        check_left(records[lens], lens, prompts, dropped[lens])
     for text in doubts:
         print(f"warning: {text}")
     return records, numbers, tests
+
+
+def traits_of(args, words, prompt_id):
+    """For one prompt and each of its contrasts: (virtue, which vice, what the virtuous side is told
+    to be, what the other one)."""
+    from virtue.randomness import stream
+
+    draw, found = stream(args.seed, "contrast", prompt_id), []
+    for virtue in draw.permutation(words.virtues)[:args.contrasts].tolist():
+        vice = ("deficiency", "excess")[draw.integers(2)]
+        asks, *vices = words.constitution[virtue]
+        found.append((virtue, vice, asks, vices[vice == "excess"]))
+    return found
+
+
+def sample_contrasts(args, base, stack, prompts, state):
+    """Pairs of dialogues, the first of which was told to have a virtue and the second to have a
+    vice -> (first, second, traits: for each pair as in `traits_of`). Both sides draw the same
+    random numbers, and carry the prompt as it was, without the instruction."""
+    from virtue.dialogue import instructed, with_prompt
+    from virtue.plumbing.resume import spread
+
+    told = [traits_of(args, base.words, p["id"]) for p in prompts]
+    sides, traits = ([], []), []
+    for copy in range(min(args.contrasts, len(base.words.virtues))):
+        traits += (of_prompt[copy] for of_prompt in told)
+        asked = []
+        for side in (2, 3):
+            for p, of_prompt in zip(prompts, told):
+                text = base.words.trait.format(trait=of_prompt[copy][side])
+                asked.append(p | {"prompt": instructed(base.tokenizer, p["prompt"], text)})
+        found = sample(args, base, stack, asked, copy=1 + copy, each_batch=spread(
+            f"contrast {copy + 1} of {args.contrasts}", state / f"contrast-{copy + 1}.jsonl"))
+        for i, d in enumerate(found):
+            prompt = prompts[i % len(prompts)]["prompt"]
+            sides[i // len(prompts)].append(with_prompt(base.tokenizer, d, prompt))
+    return *sides, traits
+
+
+def contrast(args, base, judge, stack, prompts, out, state):
+    """As `prefer`, but by contrast: the judge labels nothing, so that there is no test of it."""
+    from virtue import lora
+    from virtue.evaluation import feedback
+    from virtue.judge import judge_log_odds
+    from virtue.plumbing import artefacts, resume
+
+    plain = sample(args, base, stack, prompts,
+                   each_batch=resume.spread("dialogues", state / "dialogues.jsonl"))
+    artefacts.write_jsonl(out / "dialogues.jsonl", map(row_of, plain))
+    first, second, traits = sample_contrasts(args, base, stack, prompts, state)
+    records, numbers = {}, {}
+    for lens in LENSES:
+        pairs, dropped = pairs_of(args, base.tokenizer, judge, first, second, lens,
+                                  [told for _, _, *told in traits])
+        check_left(pairs, lens, prompts, dropped)
+        records[lens] = [{
+            "id": first[i].id, "lens": lens, "chosen": texts[0], "rejected": texts[1],
+            "virtues": {traits[i][0]: 1.0}, "label": 1.0, "votes": 1, "position_flips": None,
+            "truncated": cut, "vice": traits[i][1]} for i, texts, cut in pairs]
+        asked = pairs[:args.judge_limit]
+        with lora.use_stack(judge.model):
+            odds, label_mass = judge_log_odds(
+                judge.model, judge.tokenizer, judge.words, [texts for _, texts, _ in asked], lens,
+                args.judge_batch_size,
+                each_batch=resume.spread(f"judge {lens}", state / f"log-odds-{lens}.jsonl"))
+        column = [judge.words.virtues.index(traits[i][0]) for i, *_ in asked]
+        numbers[lens] = {
+            "pairs": len(pairs), **{f"dropped_{fault}": dropped[fault] for fault in FAULTS},
+            "judge_agrees": feedback.agrees(odds, column), "label_mass": label_mass,
+            "gold_agreement": feedback.gold_agreement(records[lens], lens)}
+        print(f"contrast, {lens}: {feedback.of_contrast(numbers[lens])}")
+    return records, numbers, {}
 
 
 # ---- both
@@ -240,7 +347,8 @@ def open_models(args, prompts):
                                         template=base.template)
     if args.command == "preferences":
         judge_base = loading.open_base(args, args.judge) if args.judge else base
-        judge.label_ids(judge_base.tokenizer)  # may refuse it: before hours of sampling
+        # may refuse it: before hours of sampling
+        judge.label_ids(judge_base.tokenizer, judge_base.words)
     generate.check_context(base.model, most, args.max_new_tokens)
     return base, stack, parents, judge_base, kept
 
@@ -251,7 +359,7 @@ def main(argv=None):
     from virtue.plumbing import artefacts, memory, parallel, preview, records, resume
 
     # 1. Prompts; --dry-run ends here
-    prompts = records.load_prompts(args.prompts, args.split, args.limit)
+    prompts = records.load_prompts(args.prompts, args.split, args.limit, args.system)
     out = resume.may_write(args, args.out, [args.sft])
     revisions = args.command == "revisions"
     names = ["revisions"] if revisions else [*LENSES, "dialogues"]
@@ -267,7 +375,8 @@ def main(argv=None):
     # 2. Models
     base, stack, parents, judge, kept = open_models(args, prompts)
     state = resume.start(args, out, prompts=artefacts.prompts_hash(args.prompts),
-                         base=base.info["fingerprint"], judge=judge.info["fingerprint"])
+                         base=base.info["fingerprint"], judge=judge.info["fingerprint"],
+                         words=base.info["words"])
     if state is None:  # the run had already finished
         return
 
@@ -276,8 +385,9 @@ def main(argv=None):
         rows, numbers = revise(args, base, stack, kept, state)
         data, extra = {"revisions": rows}, {}
     else:
-        data, numbers, tests = prefer(args, base, judge, stack, kept, out, state)
-        extra = {"judge": judge.info, "judge_test": tests}
+        make = contrast if args.feedback == "contrast" else prefer
+        data, numbers, tests = make(args, base, judge, stack, kept, out, state)
+        extra = {"judge": judge.info, "judge_test": tests, "feedback": args.feedback}
 
     # 4. Files
     for name, rows in data.items():

@@ -13,7 +13,8 @@ between the three models), and for standardised scores. Differences have 95 % in
 paired bootstrap over prompts, and p-values have Holm's correction. The judge compares the models in
 both orders, in the wording of the training and in another one. The command writes scores.json,
 samples.jsonl and report.html. On toy prompts it also reports gold, from which no stage has learned.
-It refuses to report on an adapter that changes no logit, since that adapter was never loaded.
+--prompted adds the base with the constitution as a prompt: does training beat a prompt? The command
+refuses to report on an adapter that changes no logit, since that adapter was never loaded.
 
 judge: measures how often the judge agrees with human preferences (hh-rlhf or any file of chosen and
 rejected answers), for each virtue, and reports position flips and the halo. On toy pairs it
@@ -32,23 +33,27 @@ rewards of every answer; /why asks for motivation and consequence.
 """
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
 from virtue import VirtueError
-from virtue.plumbing.flags import (add_common_flags, add_sampling_flags, make_parser,
-                                   nonnegative_int, parse_with_parent, positive_int)
+from virtue.plumbing.flags import (add_common_flags, add_constitution_flag, add_prompts_flag,
+                                   add_sampling_flags, make_parser, nonnegative_int,
+                                   parse_with_parent, positive_int)
 from virtue.plumbing.runtime import run_main
 
 FORMS = "in any form of docs/data.md"
 
 
-def models_flags(add: Callable, rarely: Callable) -> None:
-    policy_flags(add, rarely)
+def models_flags(sub: ArgumentParser, add: Callable, rarely: Callable) -> None:
+    policy_flags(sub, add, rarely)
     add("--limit", type=positive_int, default=240, help="use only the first LIMIT held-out prompts")
-    prompts_flag(add)
+    add_prompts_flag(add, sub)
     add("--eval-rm", type=Path, help="a second ensemble, which PPO did not see "
         "(run_rm.py --share second --seed 1)")
+    add("--prompted", action="store_true",
+        help="a fourth model: the base with the constitution as an instruction before each prompt")
     add("--show", type=positive_int, default=3, help="dialogues to print side by side")
     rarely("--judge", help="another model as the judge: toy, folder or hub id "
            "(default: the base, adapters off)")
@@ -57,7 +62,7 @@ def models_flags(add: Callable, rarely: Callable) -> None:
     rarely("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
 
 
-def judge_flags(add: Callable, rarely: Callable) -> None:
+def judge_flags(sub: ArgumentParser, add: Callable, rarely: Callable) -> None:
     add("--pairs", type=Path, required=True, help=f"preferences of this project or {FORMS}")
     add("--limit", type=positive_int, default=200, help="use only the first LIMIT pairs")
     add("--wording", choices=("trained", "other"), default="trained",
@@ -65,7 +70,7 @@ def judge_flags(add: Callable, rarely: Callable) -> None:
     rarely("--batch-size", type=positive_int, default=32, help="pairs judged at once")
 
 
-def rewards_flags(add: Callable, rarely: Callable) -> None:
+def rewards_flags(sub: ArgumentParser, add: Callable, rarely: Callable) -> None:
     reward_model_flags(add, rarely)
     add("--data", type=Path, required=True,
         help="folder of run_data.py preferences: its held-out part")
@@ -75,18 +80,18 @@ def rewards_flags(add: Callable, rarely: Callable) -> None:
     rarely("--batch-size", type=positive_int, default=32, help="pairs or dialogues scored at once")
 
 
-def best_of_n_flags(add: Callable, rarely: Callable) -> None:
+def best_of_n_flags(sub: ArgumentParser, add: Callable, rarely: Callable) -> None:
     reward_model_flags(add, rarely)
     add("--n", type=positive_int, default=16, help="answers per prompt")
     add("--limit", type=positive_int, default=64, help="use only the first LIMIT held-out prompts")
-    prompts_flag(add)
+    add_prompts_flag(add, sub)
     rarely("--judge-limit", type=nonnegative_int, default=16,
            help="prompts on which the judge, the base with adapters off, compares every answer "
                 "with one more answer of the same model (0: none)")
     rarely("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
 
 
-def policy_flags(add: Callable, rarely: Callable) -> None:
+def policy_flags(sub: ArgumentParser, add: Callable, rarely: Callable) -> None:
     add("--policy", type=Path, required=True,
         help="folder of run_ppo.py, or of run_sft.py on preferences")
     rarely("--rm", type=Path, help="folder of run_rm.py with the reward models of the training; "
@@ -97,10 +102,6 @@ def policy_flags(add: Callable, rarely: Callable) -> None:
 def reward_model_flags(add: Callable, rarely: Callable) -> None:
     add("--rm", type=Path, required=True, help="folder of run_rm.py")
     rarely("--sft", type=Path, help="the SFT adapter below it")
-
-
-def prompts_flag(add: Callable) -> None:
-    add("--prompts", default="toy", help=f"toy, or a file of prompts or conversations, {FORMS}")
 
 
 # name: its flags, its title, the artefact whose settings it takes (see `parse_with_parent`)
@@ -122,10 +123,12 @@ def parse(argv):
         sub = commands.add_parser(name, help=title, description=about[name])
         sub.parent = parent
         most_used, rarely = (sub.add_argument_group(group) for group in ("most used", "less used"))
-        add_flags(most_used.add_argument, rarely.add_argument)
+        add_flags(sub, most_used.add_argument, rarely.add_argument)
         add_common_flags(sub, out=name != "chat")
         if name not in ("judge", "rewards"):
             add_sampling_flags(sub)
+        if name not in ("rewards", "chat"):
+            add_constitution_flag(rarely.add_argument)
     return parse_with_parent(parser, argv, commands=commands)
 
 

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import virtue  # virtue.ppo.gae: a module is imported when it is first named
 from virtue import AGGREGATORS, VirtueError, plumbing
 from virtue.ethics import LENSES
-from virtue.plumbing.flags import (add_common_flags, add_lora_flags, add_sampling_flags,
-                                   finite_float, fraction, lora_settings, make_parser, most_used,
-                                   nonnegative_float, nonnegative_int, parse_with_parent,
-                                   positive_float, positive_int)
+from virtue.plumbing.flags import (add_common_flags, add_lora_flags, add_prompts_flag,
+                                   add_sampling_flags, finite_float, fraction, lora_settings,
+                                   make_parser, most_used, nonnegative_float, nonnegative_int,
+                                   on_real_models, parse_with_parent, positive_float, positive_int)
 from virtue.plumbing.runtime import MetricsLog, check_finite, progress, run_main
 
 if TYPE_CHECKING:
@@ -49,17 +49,16 @@ def parse(argv):
     data("--rm", type=Path, required=True,
          help="folder of run_rm.py, with action/, motivation/, consequence/")
     data("--sft", type=Path, help="SFT adapter: it is the reference, and the policy starts from it")
-    data("--prompts", default="toy",
-         help="toy, or a file of prompts or conversations (docs/data.md lists the forms)")
+    add_prompts_flag(data, parser)
     data("--iterations", type=positive_int, default=24, help="batches of dialogues")
     data("--rollout-size", type=positive_int, default=128, help="dialogues an iteration")
     data("--micro-batch-size", type=positive_int, default=8,
          help="dialogues a forward pass; changes memory, not the update")
     data("--lr", type=positive_float, default=2e-3,
          help="Adam learning rate of the policy adapter in the first iteration; it falls linearly "
-              "to a tenth in the last, warm-up included (Mistral-7B: 1e-5)")
+              "to a tenth in the last, warm-up included")
     data("--value-lr", type=positive_float, default=4e-3,
-         help="the same for the value adapter and head (Mistral-7B: 1e-4)")
+         help="the same for the value adapter and head")
     data("--kl-coef", type=nonnegative_float, default=0.06,
          help="coefficient of k1 per token in the reward, and of the KL by which best/ is chosen")
     data("--aggregate", choices=AGGREGATORS, default="mean",
@@ -94,6 +93,7 @@ def parse(argv):
         help="sample from a copy of the base in this type, dequantised once; this is faster, but "
              "takes 14.5 GB more for Mistral-7B in bf16 (default: sample with the base itself)")
     ppo("--save-every", type=positive_int, default=10, help="iterations between saves")
+    on_real_models(parser, lr=1e-5, value_lr=1e-4)
     most_used(parser, "rm", "out", "prompts", "model", "iterations", "rollout-size",
               "micro-batch-size", "lr", "value-lr", "kl-coef", "aggregate", "resume")
     args = parse_with_parent(parser, argv, "rm", "rm", "action")
@@ -378,7 +378,7 @@ def train(roles, args, prompts, resume_dir, judge_test):
 
 def main(argv=None):
     args = parse(argv)
-    prompts = plumbing.records.load_prompts(args.prompts, "ppo", args.limit)
+    prompts = plumbing.records.load_prompts(args.prompts, "ppo", args.limit, args.system)
     plumbing.resume.may_write(args, args.out, [args.sft, args.rm])
     plumbing.ppo_files.check_prompts(args, prompts)
     if plumbing.ppo_files.plan(args, prompts, turns_of(args)[0]):  # --dry-run ends here

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import make_tiny_model
+from tiny import ARCHITECTURES, make_tiny_model
 
 from virtue import generate
 from virtue.dialogue import encode_prompt, followup_ids
@@ -86,6 +86,24 @@ def test_sampling_with_a_sliding_window_equals_a_plain_loop(tmp_path, rows, unif
     for one_shape in (None, True):  # of one shape it cannot be: it must do without
         ids = dict(eos_id=EOS, pad_id=PAD, one_shape=one_shape)
         assert generate.sample(narrow, rows, uniforms, **ids) == expected
+
+
+@pytest.mark.parametrize("one_shape", [False, True])
+@pytest.mark.parametrize("kind", [{"model_type": kind} for kind in ARCHITECTURES] + [
+    {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0}], ids=str)
+def test_greedy_equals_transformers_generate_on_every_architecture(tmp_path, rows, uniforms, kind,
+                                                                   one_shape):
+    from transformers import AutoModelForCausalLM
+    from virtue.plumbing.loading import load_model
+
+    folder = make_tiny_model(tmp_path, tokenizer=False, **kind)
+    model, theirs = load_model(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    found = generate.sample(model, rows, uniforms, eos_id=EOS, pad_id=PAD, temperature=0.0,
+                            one_shape=one_shape)
+    for row, (new, _) in zip(rows, found, strict=True):
+        whole = theirs.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row)),
+                                do_sample=False, max_new_tokens=24, pad_token_id=PAD)[0].tolist()
+        assert new == whole[len(row):]
 
 
 def test_greedy_equals_transformers_generate(model, rows, uniforms):

@@ -25,7 +25,8 @@ def imports(source: str, package: str = "virtue") -> set[str]:
             above = above[:len(above) - node.level + 1] if node.level else []
             base = ".".join(above + ([node.module] if node.module else []))
             # `from virtue import ppo` names a module, `from virtue.ppo import gae` does not
-            whole = base in ("virtue", "virtue.plumbing", "virtue.evaluation", "virtue.toy")
+            whole = base in ("virtue", "virtue.plumbing", "virtue.evaluation", "virtue.toy",
+                              "virtue.real")
             names |= {f"{base}.{a.name}" for a in node.names} if whole else {base}
     return names
 
@@ -97,8 +98,8 @@ def module(path: Path) -> str:
 
 
 def rank(name: str) -> int:
-    """Core 0, method 1, the toy 2, plumbing and evaluation 3."""
-    folder = {"toy": 2, "plumbing": 3, "evaluation": 3}
+    """Core 0, method 1, the toy and the real model 2, plumbing and evaluation 3."""
+    folder = {"toy": 2, "real": 2, "plumbing": 3, "evaluation": 3}
     parts = name.split(".")
     if len(parts) == 1:  # the package itself: names and errors
         return 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from tiny import dequantize, make_tiny_model
+from tiny import ARCHITECTURES, dequantize, make_tiny_model
 
 from virtue import VirtueError
 from virtue.lora import (
@@ -40,10 +40,10 @@ IDS = torch.tensor([[1, 3, 50, 60, 70, 80, 4, 90, 2], [1, 3, 9, 8, 7, 6, 4, 5, 2
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("lora")
-    return {
-        tied: make_tiny_model(root / str(tied), tie_word_embeddings=tied, tokenizer=False)
-        for tied in (False, True)
-    }
+    tied = {tied: make_tiny_model(root / str(tied), tie_word_embeddings=tied, tokenizer=False)
+            for tied in (False, True)}
+    return tied | {kind: make_tiny_model(root / kind, model_type=kind, tokenizer=False)
+                   for kind in ARCHITECTURES}
 
 
 @pytest.fixture
@@ -81,8 +81,8 @@ def dense_weights(model):
 
 
 def plain(folder):
-    from transformers import MistralForCausalLM
-    return MistralForCausalLM.from_pretrained(folder).eval()
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 # ---- one layer
@@ -152,7 +152,9 @@ def test_init_is_kaiming_a_zero_b_from_the_seed():
 # ---- adapters on the model
 
 
-def test_new_adapter_changes_nothing_and_the_head_stays_bare(model):
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_new_adapter_changes_nothing_and_the_head_stays_bare(folders, kind):
+    model = load_model(folders[kind])
     before = logits(model)
     add_adapter(model, "sft", rank=4, alpha=8)
     wrapped = {p.rpartition(".")[2] for p, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -262,11 +264,12 @@ def test_base_and_idle_adapters_are_bitwise_unchanged_by_a_step(folders, quantiz
         assert torch.equal(parameter, before[name]) == (not name.endswith(".policy")), name
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_adapter_gradients_match_dense_weights(folders, quantize):
+def test_adapter_gradients_match_dense_weights(folders, quantize, kind):
     """The same loss on a plain model with W + s B A put together by hand (W dequantised): equal
     logits, and equal gradients of every A and B."""
-    model = load_model(folders[False], quantize=quantize)
+    model = load_model(folders[kind], quantize=quantize)
     add(model, "a", rank=3, alpha=6)  # scaling 2
     set_stack(model, "a")
     with torch.no_grad():
@@ -281,7 +284,7 @@ def test_adapter_gradients_match_dense_weights(folders, quantize):
             A, B = (h["a"].detach().clone().requires_grad_() for h in (layer.lora_A, layer.lora_B))
             leaves[path] = (A, B)
             weights[path + ".weight"] = weights[path + ".weight"] + 2 * B @ A
-    dense = functional_call(plain(folders[False]), weights, (IDS,), {"use_cache": False}).logits
+    dense = functional_call(plain(folders[kind]), weights, (IDS,), {"use_cache": False}).logits
     torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-4)
     (dense * target).mean().backward()
     assert len(leaves) == 14
@@ -526,15 +529,15 @@ def test_flatten_refuses_to_destroy(model):
     assert all(torch.equal(t, before[k]) for k, t in adapter_state(model, "other").items())
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shape", [True, *ARCHITECTURES])
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_merged_plain_model_equals_the_stack(folders, quantize, tied):
-    model = load_model(folders[tied], quantize=quantize)
+def test_merged_plain_model_equals_the_stack(folders, quantize, shape):
+    model = load_model(folders[shape], quantize=quantize)
     stack = unequal_stack(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     merged = merged_state_dict(model, stack, torch.float32)
-    other = plain(folders[tied])
-    absent = {"lm_head.weight"} if tied else set()
+    other = plain(folders[shape])
+    absent = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     assert set(merged) == set(other.state_dict()) - absent
     result = other.load_state_dict(merged, strict=False)
     assert set(result.missing_keys) == absent and not result.unexpected_keys

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import dequantize, make_tiny_model
+from tiny import ARCHITECTURES, dequantize, make_tiny_model
 from torch import nn
 
 from virtue import VirtueError
@@ -24,6 +24,8 @@ from virtue.models import ScalarHead, checkpoint_layers, hidden_states, logprobs
 from virtue.plumbing.loading import (base_fingerprint, load_model, load_tokenizer, resolve,
                                      template_fingerprint)
 
+KINDS = [kind for kind in ARCHITECTURES if kind != "mistral"]
+SHAPES = [(False, False), (False, True), (True, False), (True, True), *KINDS]
 ROWS = [[1, 3, 50, 60, 70, 4, 90, 91, 2], [1, 3, 9, 4, 7], [1, 3, 200, 201, 4, 8, 2]]
 
 
@@ -39,6 +41,8 @@ def folders(tmp_path_factory):
                 max_shard_size="100KB" if shards else "50GB",
             )
     assert len(list(made[True, True].glob("model-*.safetensors"))) > 1
+    for kind in KINDS:
+        made[kind] = make_tiny_model(root / kind, model_type=kind, tokenizer=False)
     return made
 
 
@@ -81,32 +85,57 @@ def batch(rows, side="right", extra=0, pad=0):
 # ---- loading
 
 
-@pytest.mark.parametrize("shards", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_logits_equal_from_pretrained_bitwise(folders, dtype, tied, shards):
-    from transformers import MistralForCausalLM
+def test_logits_equal_from_pretrained_bitwise(folders, dtype, shape):
+    from transformers import AutoModelForCausalLM
 
-    folder, kind = folders[tied, shards], {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    folder, kind = folders[shape], {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     mine = load_model(folder, dtype=dtype)
-    theirs = MistralForCausalLM.from_pretrained(folder, dtype=kind).eval()
-    ids = torch.tensor([ROWS[0]])
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+    tied, ids = theirs.config.tie_word_embeddings, torch.tensor([ROWS[0]])
     with torch.no_grad():
         # PyTorch's norm rounds once where transformers' rounds twice; all else is the same bit for
         # bit
         if dtype == "bf16":
             for path, norm in [(path, m) for path, m in theirs.named_modules()
-                               if type(m).__name__ == "MistralRMSNorm"]:
+                               if type(m).__name__.endswith("RMSNorm")]:
                 ours = mine.get_submodule(path)
                 assert torch.equal(ours.weight, norm.weight) and ours.eps == norm.variance_epsilon
                 theirs.set_submodule(path, ours)
         assert torch.equal(mine(ids).logits, theirs(ids).logits)
+    assert sum(type(m) is nn.RMSNorm for m in mine.modules()) == (9 if shape == "qwen3" else 5)
     assert (mine.lm_head.weight is mine.model.embed_tokens.weight) == tied
     assert {p.dtype for p in mine.parameters()} == {kind}
     assert torch.equal(mine.model.rotary_emb.inv_freq, theirs.model.rotary_emb.inv_freq)
     assert mine.model.rotary_emb.inv_freq.dtype == torch.float32
     assert not mine.training and not any(p.requires_grad for p in mine.parameters())
-    assert type(mine) is MistralForCausalLM
+    assert type(mine) is type(theirs)
+
+
+@pytest.mark.parametrize("kind, fields, window", [
+    ("llama", dict(sliding_window=4), None),  # not a field of Llama's
+    ("qwen2", dict(use_sliding_window=True, max_window_layers=2), None),  # on layers 2 and up
+    ("qwen3", dict(use_sliding_window=True, sliding_window=4, max_window_layers=0), 4),
+])
+def test_a_window_is_on_all_layers_or_on_none(folders, tmp_path, kind, fields, window):
+    from transformers import AutoModelForCausalLM
+
+    copy = shutil.copytree(folders[kind], tmp_path / "copy")
+    path = copy / "config.json"
+    edit(path, **{**json.loads(path.read_text()), "layer_types": None, **fields})
+    mine, theirs = load_model(copy), AutoModelForCausalLM.from_pretrained(copy).eval()
+    assert mine.config.sliding_window == window
+    ids, attention = batch(ROWS, "left")
+    with torch.no_grad():
+        hidden = hidden_states(mine, ids, attention)
+        for i, row in enumerate(ROWS):
+            want = theirs.model(torch.tensor([row])).last_hidden_state[0]
+            torch.testing.assert_close(hidden[i, -len(row):], want, rtol=1e-4, atol=1e-5)
+    if kind != "llama":
+        edit(path, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+        with pytest.raises(VirtueError, match="config.json: a sliding window on some layers only"):
+            load_model(copy)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
@@ -149,17 +178,18 @@ def test_weights_do_not_live_in_the_file(copy):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_nf4_equals_a_model_of_dequantised_weights(folders, plain, tied, dtype):
+@pytest.mark.parametrize("shape", [(False, True), (True, True), *KINDS], ids=str)
+def test_nf4_equals_a_model_of_dequantised_weights(folders, shape, dtype):
     """Each linear but lm_head is what bitsandbytes makes of the file's tensor cast to dtype; the
     fp32 logits are those of a plain model with these weights dequantised."""
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit
-    from transformers import MistralForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    folder, kind = folders[tied, True], {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    folder, kind = folders[shape], {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     model = load_model(folder, quantize="nf4", dtype=dtype)
-    other = MistralForCausalLM.from_pretrained(folder).eval()
+    other = AutoModelForCausalLM.from_pretrained(folder).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     quantized = {path for path, m in model.named_modules() if isinstance(m, Linear4bit)}
     linears = {path for path, m in other.named_modules() if isinstance(m, nn.Linear)}
     assert quantized == linears - {"lm_head"} and len(quantized) == 14
@@ -223,7 +253,9 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 
 @pytest.mark.parametrize("damage, complaint", [
-    (lambda f: edit(f / "config.json", model_type="llama"), "config.json.*'llama'.*Mistral"),
+    (lambda f: edit(f / "config.json", model_type="phi3"),
+     "config.json.*'phi3', known are mistral, llama, qwen2, qwen3;"),
+    (lambda f: edit(f / "config.json", model_type=["llama"]), "config.json.*'llama'.*known are"),
     (lambda f: edit(f / "config.json", quantization_config={"bits": 4}), "quantised"),
     (lambda f: edit(f / "config.json", hidden_size="wide"), "config.json"),
     (lambda f: edit(f / "config.json", num_hidden_layers=3), "9 tensors are missing.*layers.2"),
@@ -406,7 +438,7 @@ def test_a_chat_template_that_loops_is_stopped(copy, monkeypatch):
 def test_base_fingerprint_sees_config_names_sizes_and_both_ends(folders, copy, folder, tmp_path):
     first = base_fingerprint(folder)
     assert len(first) == 64 and first == base_fingerprint(copy)  # the place does not matter
-    assert len({base_fingerprint(f) for f in folders.values()}) == 4
+    assert len({base_fingerprint(f) for f in folders.values()}) == len(folders)
     weights = copy / "model.safetensors"
     original = weights.read_bytes()
     seen = {first}
@@ -560,7 +592,12 @@ def test_rows_padded_on_the_right_need_no_mask(model):
     assert seen[0] is None and seen[1] is not None
 
 
-def test_4d_mask_lets_two_continuations_share_a_prefix(model, plain):
+@pytest.mark.parametrize("shape", [(False, False), *KINDS], ids=str)
+def test_4d_mask_lets_two_continuations_share_a_prefix(folders, shape):
+    from transformers import AutoModelForCausalLM
+
+    model = load_model(folders[shape])
+    plain = AutoModelForCausalLM.from_pretrained(folders[shape]).eval()
     prefix, first, second = [1, 3, 50, 60], [70, 4], [90, 91, 2]
     row = prefix + first + second
     length, p, f = len(row), len(prefix), len(first)
@@ -576,14 +613,16 @@ def test_4d_mask_lets_two_continuations_share_a_prefix(model, plain):
         hidden_states(model, ids, attends[None, None])
 
 
-@pytest.mark.parametrize("window", [1, 4, 8])
-def test_a_sliding_window_is_that_of_transformers_on_every_way_through(tmp_path, window):
+@pytest.mark.parametrize("kind, window", [*(("mistral", n) for n in (1, 4, 8)), ("qwen3", 4)])
+def test_a_sliding_window_is_that_of_transformers_on_every_way_through(tmp_path, kind, window):
     """Rows of 9, 5 and 7 tokens alone in transformers' forward,
     against batches padded on both sides and a shared prefix."""
-    from transformers import MistralForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    folder = make_tiny_model(tmp_path, sliding_window=window, tokenizer=False)
-    model, plain = load_model(folder), MistralForCausalLM.from_pretrained(folder).eval()
+    on = {"use_sliding_window": True, "max_window_layers": 0} if kind == "qwen3" else {}
+    folder = make_tiny_model(tmp_path, model_type=kind, sliding_window=window, tokenizer=False,
+                             **on)
+    model, plain = load_model(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     model.model.embed_tokens.weight.requires_grad_()
     for parameter in plain.parameters():
         parameter.requires_grad_(parameter is plain.model.embed_tokens.weight)

@@ -1,4 +1,4 @@
-"""A tiny random Mistral and its tokenizer, built in a folder in half a second: no network, no toy.
+"""A tiny random model and its tokenizer, built in a folder in half a second: no network, no toy.
 
 ``make_tiny_model(tmp_path / "base")`` gives a folder that ``load_model`` and ``load_tokenizer``
 (and transformers' own Auto classes) open. Weights are drawn wider than Mistral's 0.02, so that
@@ -15,6 +15,19 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+SYSTEM_TEMPLATE = CHAT_TEMPLATE.replace(  # with a place for a system message
+    "{% if message", "{% if message['role'] == 'system' %}{{ '<<' + message['content'] + '>>' }}"
+    "{% elif message", 1)
+# What sets each architecture apart: biases, norms of q and k, heads wider than D / heads, ropes
+ARCHITECTURES = {
+    "mistral": {"head_dim": 16, "sliding_window": None},
+    "llama": {"attention_bias": True, "mlp_bias": True, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+    # the window is off, as in Qwen's own files; transformers adds a token of Qwen's to the 300
+    "qwen2": {"tie_word_embeddings": True, "sliding_window": 4, "vocab_size": 301},
+    "qwen3": {"attention_bias": True, "head_dim": 32},
+}
 NF4 = [
     -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
     0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
@@ -27,7 +40,8 @@ CORPUS = [
 ]
 
 
-def make_tiny_tokenizer(folder: str | Path, vocab_size: int = 300) -> None:
+def make_tiny_tokenizer(folder: str | Path, vocab_size: int = 300,
+                        template: str = CHAT_TEMPLATE) -> None:
     """Byte-level BPE with a chat template: any UTF-8 text encodes and decodes to itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -42,39 +56,42 @@ def make_tiny_tokenizer(folder: str | Path, vocab_size: int = 300) -> None:
     tokenizer.train_from_iterator(CORPUS, trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        additional_special_tokens=["[INST]", "[/INST]"], chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=["[INST]", "[/INST]"], chat_template=template,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
 
 
 def make_tiny_model(
     folder: str | Path, *, seed: int = 0, max_shard_size: str | int = "50GB",
-    tokenizer: bool = True, **config,
+    tokenizer: bool = True, template: str = CHAT_TEMPLATE, model_type: str = "mistral", **config,
 ) -> Path:
-    """Save a random fp32 ``MistralForCausalLM`` (and tokenizer) in ``folder``; return the folder.
+    """Save a random fp32 causal model (and tokenizer) in ``folder``; return the folder.
 
-    ``config`` overrides fields of the MistralConfig, e.g. ``tie_word_embeddings=True``;
+    ``config`` overrides fields of the configuration, e.g. ``tie_word_embeddings=True``;
     ``max_shard_size="100KB"`` gives several shards and an index.
     """
     import torch
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     fields = dict(
         vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
-        sliding_window=None, tie_word_embeddings=False, initializer_range=0.2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        tie_word_embeddings=False, initializer_range=0.2,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MistralForCausalLM(MistralConfig(**{**fields, **config}))
-        for name, parameter in model.named_parameters():  # norms of all ones would hide their loss
-            if "norm" in name:
+        fields = {**fields, **ARCHITECTURES[model_type], **config}
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**fields))
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # of all ones its loss would not show, nor that of a bias of zeros
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            elif "bias" in name:
+                torch.nn.init.uniform_(parameter, -1, 1)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer:
-        make_tiny_tokenizer(folder)
+        make_tiny_tokenizer(folder, template=template)
     return folder
 
 

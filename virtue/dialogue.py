@@ -231,6 +231,28 @@ def encode_conversation(tokenizer, messages: Messages) -> tuple[list[int], list[
     return (ids if ends_in_answer else ids + whole[read:]), spans
 
 
+def instructed(tokenizer, messages: Messages, text: str) -> Messages:
+    """`messages` with an instruction before them: in the system message if the template has a place
+    for one, else at the head of the user's first message. VirtueError: as `encode_prompt`."""
+    if messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    with_system = [{"role": "system", "content": text}, *messages]
+    try:
+        encode_prompt(tokenizer, with_system)
+    except VirtueError:
+        first = messages[0] | {"content": f"{text}\n\n{messages[0]['content']}"}
+        return [first, *messages[1:]]
+    return with_system
+
+
+def with_prompt(tokenizer, dialogue: Dialogue, prompt: Messages) -> Dialogue:
+    """The dialogue as if its answers had followed another prompt: the same tokens after it."""
+    ids, shift = encode_prompt(tokenizer, prompt), dialogue.turns[0].start
+    turns = (turn._replace(start=turn.start + len(ids) - shift, end=turn.end + len(ids) - shift)
+             for turn in dialogue.turns)
+    return Dialogue(dialogue.id, prompt, ids + dialogue.ids[shift:], tuple(turns))
+
+
 @functools.lru_cache(maxsize=64)
 def followup_ids(tokenizer, question: str) -> tuple[int, ...]:
     """Ids between an assistant turn's EOS and the next, where the user asks `question`.

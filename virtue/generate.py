@@ -6,7 +6,7 @@ uniform number, so neither batch size nor order changes what a row draws.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -221,17 +221,21 @@ def _continue_growing(model, cache, width, mask, position, new, draws, temperatu
 
 def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, seed: int, stage: str,
                      step: int = 0, max_new_tokens: int, temperature: float, batch_size: int,
-                     questions: Sequence[str] = QUESTIONS, turns: int = 3, copy: int = 0,
+                     questions: Sequence[str] | Mapping[str, Sequence[str]] = QUESTIONS,
+                     turns: int = 3, copy: int = 0,
                      each_batch: EachBatch = map) -> list[Dialogue]:
     """One dialogue for each prompt record, in their order: the answer, and `turns` - 1 follow-ups.
 
     Draws are keyed by (seed, stage, step, prompt id, copy, turn): another `copy` is an independent
-    second dialogue. `each_batch(compute, batches)` gives each batch's result, in order, as lists
-    and numbers: ``map``, or ``plumbing.resume.spread``. ValueError: more turns than questions + 1,
-    or none. VirtueError: logits that are not finite; it names the records.
+    second dialogue. `questions` are the follow-ups of all, or by prompt id.
+    `each_batch(compute, batches)` gives each batch's result, in order, as lists and numbers:
+    ``map``, or ``plumbing.resume.spread``. ValueError: more turns than questions + 1, or none.
+    VirtueError: logits that are not finite; it names the records.
     """
-    if not 1 <= turns <= len(questions) + 1:
-        raise ValueError(f"{turns} turns with {len(questions)} follow-up questions")
+    own = questions if isinstance(questions, Mapping) else dict.fromkeys(
+        (record["id"] for record in prompts), questions)
+    if not all(1 <= turns <= len(asked) + 1 for asked in own.values()):
+        raise ValueError(f"{turns} turns with the follow-up questions {questions}")
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     rows = [encode_prompt(tokenizer, record["prompt"]) for record in prompts]
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
@@ -255,7 +259,7 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
                 spans[i].append(Turn(start, end, truncated))
                 rows[i] += new + [eos_id] * truncated
                 if turn + 1 < turns:
-                    rows[i] += followup_ids(tokenizer, questions[turn])
+                    rows[i] += followup_ids(tokenizer, own[prompts[i]["id"]][turn])
         return [(rows[i], spans[i]) for i in batch]
 
     done: dict[int, Dialogue] = {}

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from virtue import VirtueError
 from virtue.dialogue import encode_conversation, encode_prompt
-from virtue.ethics import (CONSTITUTION, EXTRA_QUESTIONS, JUDGE_ABOUT, JUDGE_LABELS, JUDGE_PAIRS,
-                           JUDGE_QUESTIONS, VIRTUES)
+from virtue.ethics import JUDGE_LABELS, VIRTUES, Words
 from virtue.generate import EachBatch
 from virtue.models import hidden_states
 
@@ -34,55 +33,67 @@ def transcript(messages: list[dict]) -> str:
     return "\n".join(f"{names[m['role']]}: {m['content']}" for m in messages)
 
 
-def pair_text(first: list[dict], second: list[dict], lens: str, wording: str = "trained") -> str:
+def pair_text(words: Words, first: list[dict], second: list[dict], lens: str,
+              wording: str = "trained") -> str:
     """What all questions about a pair begin with: both conversations, in this order, and which of
     their turns to judge (`lens`)."""
     a, b = JUDGE_LABELS
-    return JUDGE_PAIRS[wording].format(first_label=a, second_label=b, first=transcript(first),
-                                       second=transcript(second), about=JUDGE_ABOUT[lens])
+    return words.pairs[wording].format(first_label=a, second_label=b, first=transcript(first),
+                                       second=transcript(second), about=words.about[lens])
 
 
-def questions(first: list[dict], second: list[dict], lens: str, asked: Sequence[str] = VIRTUES,
-              wording: str = "trained") -> list[str]:
-    """The judge's prompts about a pair, one for each of ``asked`` (virtues, EXTRA_QUESTIONS), alike
-    up to the question."""
-    pair, (a, b) = pair_text(first, second, lens, wording), JUDGE_LABELS
-    texts = dict.fromkeys(VIRTUES, JUDGE_QUESTIONS[wording]) | EXTRA_QUESTIONS
-    return [pair + texts[name].format(virtue=name, asks=CONSTITUTION.get(name, ("",))[0],
-                                      first_label=a, second_label=b) for name in asked]
+def questions(words: Words, first: list[dict], second: list[dict], lens: str,
+              asked: Sequence[str] | None = None, wording: str = "trained") -> list[str]:
+    """The judge's prompts about a pair, one for each of ``asked`` (virtues, by default all; names
+    of `Words.extra`), alike up to the question."""
+    pair, (a, b) = pair_text(words, first, second, lens, wording), JUDGE_LABELS
+    texts = dict.fromkeys(words.virtues, words.questions[wording]) | words.extra
+    return [pair + texts[name].format(
+        virtue=name, asks=words.constitution.get(name, ("",))[0], first_label=a, second_label=b)
+        for name in asked or words.virtues]
 
 
-def encode_questions(tokenizer, first: list[dict], second: list[dict], lens: str,
-                     asked: Sequence[str] = VIRTUES,
+def _reply_ids(tokenizer, reply: str) -> list[int]:
+    """Ids of the beginning of an assistant's turn; none where it is empty."""
+    if not reply:
+        return []
+    ids, spans = encode_conversation(tokenizer, [{"role": "user", "content": "?"},
+                                                 {"role": "assistant", "content": reply}])
+    return ids[spans[0][0]:spans[0][1] - 1]
+
+
+def encode_questions(tokenizer, words: Words, first: list[dict], second: list[dict], lens: str,
+                     asked: Sequence[str] | None = None,
                      wording: str = "trained") -> tuple[list[int], list[list[int]]]:
-    """Token ids of `questions`: what all of them begin with, encoded once, and the ending of each,
-    never empty."""
-    rows = [encode_prompt(tokenizer, [{"role": "user", "content": question}])
-            for question in questions(first, second, lens, asked, wording)]
+    """Token ids of `questions`, each with the beginning of the reply: what all of them begin with,
+    encoded once, and the ending of each, never empty."""
+    reply = _reply_ids(tokenizer, words.reply)
+    rows = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) + reply
+            for question in questions(words, first, second, lens, asked, wording)]
     prefix = os.path.commonprefix(rows)
     if len(rows) == 1:  # an ending needs a token of its own
         prefix = prefix[:-1]
     return prefix, [row[len(prefix):] for row in rows]
 
 
-def pair_fits(model, tokenizer, first: list[dict], second: list[dict], lens: str) -> bool:
+def pair_fits(model, tokenizer, words: Words, first: list[dict], second: list[dict],
+              lens: str) -> bool:
     """Whether the judge's context holds the pair with its longest question."""
-    prefix, endings = encode_questions(tokenizer, first, second, lens)
+    prefix, endings = encode_questions(tokenizer, words, first, second, lens)
     return len(prefix) + max(map(len, endings)) < model.config.max_position_embeddings
 
 
-def label_ids(tokenizer) -> tuple[int, int]:
-    """The ids of the two labels as an assistant would begin its reply; each must be one token.
-    VirtueError: one of them is longer."""
-    ids = []
+def label_ids(tokenizer, words: Words) -> tuple[int, int]:
+    """The ids of the two labels as the assistant's reply goes on after `Words.reply`; each must be
+    one token. VirtueError: one of them is longer."""
+    ids, reply = [], _reply_ids(tokenizer, words.reply)
     for label in JUDGE_LABELS:
-        tokens, spans = encode_conversation(
-            tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
-        start, end = spans[0]
-        if end - start != 2:  # the label and EOS
-            raise VirtueError(f"the judge's label {label!r} is {end - start - 1} tokens in this "
-                              "tokenizer; choose single-token JUDGE_LABELS in virtue/ethics.py")
-        ids.append(tokens[start])
+        said = _reply_ids(tokenizer, f"{words.reply} {label}".strip())
+        if said[:-1] != reply:
+            raise VirtueError(f"the judge's label {label!r} is {len(said) - len(reply)} tokens in "
+                              "this tokenizer; choose single-token JUDGE_LABELS in "
+                              "virtue/ethics.py")
+        ids.append(said[-1])
     return ids[0], ids[1]
 
 
@@ -114,22 +125,25 @@ def pack(encoded: list[tuple[list[int], list[list[int]]]],
 
 
 @torch.no_grad()
-def judge_log_odds(model, tokenizer, pairs: list[tuple[list[dict], list[dict]]], lens: str,
-                batch_size: int = 16, asked: Sequence[str] = VIRTUES, wording: str = "trained",
-                orders: int = 2, each_batch: EachBatch = map) -> tuple[Tensor, float]:
+def judge_log_odds(model, tokenizer, words: Words, pairs: list[tuple[list[dict], list[dict]]],
+                   lens: str, batch_size: int = 16, asked: Sequence[str] | None = None,
+                   wording: str = "trained", orders: int = 2,
+                   each_batch: EachBatch = map) -> tuple[Tensor, float]:
     """Log-odds, nats, that the first of the pair is better, for each pair, order and question:
     (N, 2, Q) fp32, the difference of the two labels' logits; and the label mass.
 
-    ``asked`` names the Q questions (default: the five virtues), ``wording`` one of
-    ethics.JUDGE_QUESTIONS; with ``orders=1`` the second order is left out: (N, 1, Q).
+    ``asked`` names the Q questions (default: the virtues of ``words``), ``wording`` one of
+    `Words.questions`; with ``orders=1`` the second order is left out: (N, 1, Q).
     ``each_batch`` as in ``generate.sample_dialogues``. ``[:, 0]`` was read with the first dialogue
     shown first, ``[:, 1]`` with it shown second. The caller sets the adapters (none, for the base
     as its own judge). The label mass is the mean probability that the judge's next token is one of
     the two labels at all: if it is near 0, the judge does not answer the question. VirtueError:
     logits that are not finite, a label of more than one token.
     """
-    labels = torch.tensor(label_ids(tokenizer))
-    jobs = [(i, order, encode_questions(tokenizer, *pair[::(1, -1)[order]], lens, asked, wording))
+    asked = asked or words.virtues
+    labels = torch.tensor(label_ids(tokenizer, words))
+    jobs = [(i, order, encode_questions(
+        tokenizer, words, *pair[::(1, -1)[order]], lens, asked, wording))
             for i, pair in enumerate(pairs) for order in range(orders)]
     jobs.sort(key=lambda job: len(job[2][0]))  # batches of like length
     result, mass = torch.zeros(len(pairs), orders, len(asked)), 0.0
@@ -210,8 +224,9 @@ def flipped(odds: Tensor) -> Tensor:
     return (preferred(odds).diff(dim=-2).abs() == 1)[..., 0, :]
 
 
-def verdict(odds: Tensor, preference: str = "votes") -> dict:
-    """From the judge's log-odds (orders, 5) of one pair to a preference record's fields.
+def verdict(odds: Tensor, preference: str = "votes", names: Sequence[str] = VIRTUES) -> dict:
+    """From the judge's log-odds (orders, Q) of one pair to a preference record's fields; `names`
+    are those of the Q virtues.
 
     ``first_is_chosen`` as `choose` decides, None where it chooses none: such a pair has no order
     that a record could keep. All other fields describe the *chosen* dialogue (the first one where
@@ -222,7 +237,7 @@ def verdict(odds: Tensor, preference: str = "votes") -> dict:
     first = {1.0: True, 0.0: False, 0.5: None}[choose(odds, preference).item()]
     toward = -1 if first is False else 1
     virtues = opinion(toward * odds)
-    return {"first_is_chosen": first, "virtues": dict(zip(VIRTUES, virtues.tolist())),
+    return {"first_is_chosen": first, "virtues": dict(zip(names, virtues.tolist())),
             "label": virtues.mean().item(),
             "votes": int((preferred(toward * odds.double().mean(0)) == 1).sum()),
             "position_flips": int(flipped(odds).sum()) if len(odds) == 2 else None}

@@ -17,13 +17,13 @@ from virtue.logprobs import gather_logprobs, logprobs_and_entropy, scatter, sele
 from virtue.lora import active_stack, adapter_names, use_stack
 
 if TYPE_CHECKING:
-    from transformers import MistralForCausalLM
+    from transformers import PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOGITS_AT_ONCE = 1 << 26  # numbers: logits of more are computed part by part
 
 
-def checkpoint_layers(model: MistralForCausalLM) -> None:
+def checkpoint_layers(model: PreTrainedModel) -> None:
     """From now on forwards with gradients keep each decoder layer's input only; the backward pass
     computes the rest again, under the stack of adapters of the forward. Less memory for a third
     more arithmetic."""
@@ -46,7 +46,7 @@ def _checkpointed(layer: nn.Module, forward, *args, **kwargs):
 
 
 def hidden_states(
-    model: MistralForCausalLM, input_ids: Tensor, attention_mask: Tensor,
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor,
     position_ids: Tensor | None = None,
 ) -> Tensor:
     """(B, L, D) after the final norm, for ``input_ids`` (B, L), padded on either side.
@@ -77,7 +77,7 @@ def hidden_states(
 
 
 def logprobs_at(
-    model: MistralForCausalLM, input_ids: Tensor, attention_mask: Tensor, mask: Tensor,
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, mask: Tensor,
     temperature: float = 1.0, with_entropy: bool = False, train_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """fp32 log-probs (B, L-1) of the tokens under ``mask`` (B, L-1), zero elsewhere; column j
@@ -134,7 +134,7 @@ class ScalarHead(nn.Module):
 
 
 def score_at(
-    model: MistralForCausalLM, head: ScalarHead, input_ids: Tensor, attention_mask: Tensor,
+    model: PreTrainedModel, head: ScalarHead, input_ids: Tensor, attention_mask: Tensor,
     positions: Tensor,
 ) -> Tensor:
     """fp32 scores (B, P) read at token indices ``positions`` (B, P). ValueError: one on padding."""

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from tiny import make_tiny_model
+from tiny import ARCHITECTURES, make_tiny_model
 
 # TRL and datasets would report that they run
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -19,6 +19,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 def folder(tmp_path_factory):
     """A random Mistral of two layers and its tokenizer, as files."""
     return make_tiny_model(tmp_path_factory.mktemp("interop") / "base")
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def every(request, tmp_path_factory):
+    """The same of each architecture."""
+    return make_tiny_model(tmp_path_factory.mktemp("every") / "base", model_type=request.param)
 
 
 @pytest.fixture

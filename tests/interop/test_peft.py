@@ -16,6 +16,7 @@ from virtue.plumbing.artefacts import save_artifact  # noqa: E402
 from virtue.dialogue import right_pad  # noqa: E402
 from virtue.lora import flatten, load_adapter_state, merged_state_dict, use_stack  # noqa: E402
 from virtue.models import ScalarHead, score_at  # noqa: E402
+from virtue.plumbing.loading import load_model  # noqa: E402
 
 ROWS = [[1, 7, 9, 30, 41, 11, 2], [1, 88, 5, 2]]  # of two lengths, so that padding takes part
 IDS, MASK = right_pad(ROWS, 0)
@@ -57,6 +58,29 @@ def classifier(folder):
 def theirs(model):  # logits (B, L, V) of a causal LM, padding zero; scores (B,) of a classifier
     found = model(IDS, attention_mask=MASK).logits
     return found[:, 0] if found.dim() == 2 else found * MASK[..., None]
+
+
+def test_peft_and_ours_agree_on_every_architecture(every, adapt, tmp_path):
+    """There and back: logits, scores, merged weights."""
+    model = load_model(every)
+    adapt(model, "a", 1)
+    head = ScalarHead(model.config.hidden_size, seed=3)
+    saved, scored = (save(tmp_path / name, model, "a", every, of)
+                     for name, of in (("lm", None), ("rm", head)))
+    loaded = peft.PeftModel.from_pretrained(causal(every), saved)
+    torch.testing.assert_close(theirs(loaded), logits(model, "a"), atol=1e-5, rtol=1e-5)
+    assert (logits(model) - logits(model, "a")).abs().max() > 0.1
+    ours = merged_state_dict(model, ("a",), torch.float32)
+    merged = loaded.merge_and_unload().state_dict()
+    assert merged.keys() - ours.keys() <= {"lm_head.weight"}  # where it is tied
+    torch.testing.assert_close(ours, {key: merged[key] for key in ours}, atol=1e-5, rtol=1e-5)
+    loaded = peft.PeftModel.from_pretrained(classifier(every), scored)
+    torch.testing.assert_close(theirs(loaded), scores(model, head, "a"), atol=1e-5, rtol=1e-5)
+    wrapped = trained_by_peft(causal(every), task_type="CAUSAL_LM", target_modules="all-linear")
+    wrapped.save_pretrained(tmp_path)
+    load_adapter_state(model, "b", load_file(tmp_path / "adapter_model.safetensors"),
+                       json.loads((tmp_path / "adapter_config.json").read_text()))
+    torch.testing.assert_close(logits(model, "b"), theirs(wrapped), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import make_tiny_model
+from tiny import ARCHITECTURES, make_tiny_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -40,7 +40,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(params=PRECISION)
 def merged(request, folder, adapt, tmp_path):
     """A merged folder, our scores of CONVERSATIONS, and how exact the folder can be."""
-    model, tokenizer = load_model(folder, dtype=request.param), load_tokenizer(folder)
+    return merge(folder, request.param, adapt, tmp_path)
+
+
+def merge(folder, dtype, adapt, out):
+    model, tokenizer = load_model(folder, dtype=dtype), load_tokenizer(folder)
     adapt(model, "sft", 1)
     adapt(model, "action", 2)
     head = ScalarHead(model.config.hidden_size, seed=3)
@@ -50,9 +54,9 @@ def merged(request, folder, adapt, tmp_path):
         dialogues.append(Dialogue("0" * 16, messages[:1], ids, (Turn(*spans[-1], False),)))
     scores = score_dialogues(model, [(("sft", "action"), head)], dialogues, [0],
                              tokenizer.pad_token_id, batch_size=8)[0]
-    change = write_merged(tmp_path, model, tokenizer, ("sft", "action"), head, dialogues, 0)
-    assert scores.std() > 0.1 and change < PRECISION[request.param]
-    return tmp_path, tokenizer, scores, PRECISION[request.param]
+    change = write_merged(out, model, tokenizer, ("sft", "action"), head, dialogues, 0)
+    assert scores.std() > 0.1 and change < PRECISION[dtype]
+    return out, tokenizer, scores, PRECISION[dtype]
 
 
 def test_the_language_model_comes_with_it(merged, folder, model, adapt):
@@ -85,6 +89,21 @@ def test_auto_classes_give_our_scores_in_padded_batches(merged):
         torch.testing.assert_close(found, scores, atol=precision, rtol=0)
 
 
+def test_every_architecture_is_exported_as_its_own_kind(every, adapt, tmp_path):
+    folder, _, scores, precision = merge(every, "fp32", adapt, tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    base = AutoModelForCausalLM.from_pretrained(every)
+    assert type(model).__name__ == type(base).__name__.replace("Causal", "Sequence").replace(
+        "LM", "Classification")
+    assert model.config.architectures == [type(model).__name__]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(
+        [tokenizer.apply_chat_template(messages, tokenize=False) for messages in CONVERSATIONS],
+        add_special_tokens=False, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits[:, 0], scores, atol=precision, rtol=0)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_pipeline_gives_our_scores(merged, batch_size):
     """The template writes BOS, so the tokenizer must not;
@@ -100,12 +119,13 @@ def test_the_pipeline_gives_our_scores(merged, batch_size):
                                    atol=precision, rtol=0)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fields", [{"tie_word_embeddings": True}, *(
+    {"model_type": kind} for kind in ARCHITECTURES)], ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_logits_in_4_bits_are_those_of_transformers_own_loading(dtype, tied, tmp_path):
+def test_logits_in_4_bits_are_those_of_transformers_own_loading(dtype, fields, tmp_path):
     """Its path needs accelerate, which ours does without; sharded files too."""
     pytest.importorskip("accelerate")
-    folder = make_tiny_model(tmp_path, tie_word_embeddings=tied, max_shard_size="100KB")
+    folder = make_tiny_model(tmp_path, max_shard_size="100KB", **fields)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                   bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind)
@@ -120,7 +140,7 @@ def test_logits_in_4_bits_are_those_of_transformers_own_loading(dtype, tied, tmp
     # PyTorch's norm rounds once where transformers' rounds twice; all else is the same bit for bit
     if dtype == "bf16":
         for path, norm in [(path, m) for path, m in theirs.named_modules()
-                           if type(m).__name__ == "MistralRMSNorm"]:
+                           if type(m).__name__.endswith("RMSNorm")]:
             assert torch.equal(norm.weight, mine.get_submodule(path).weight)
             assert norm.variance_epsilon == mine.get_submodule(path).eps
             theirs.set_submodule(path, mine.get_submodule(path))

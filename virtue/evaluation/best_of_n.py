@@ -29,7 +29,7 @@ MEASURES = {  # of a row -> names of the ends of its interval, what it is
 
 def evaluate(args: argparse.Namespace) -> None:
     """The command, with its parsed flags. VirtueError: an input that does not fit the others."""
-    prompts = records.load_prompts(args.prompts, "eval", args.limit)
+    prompts = records.load_prompts(args.prompts, "eval", args.limit, args.system)
     out = resume.may_write(args, args.out, [args.rm, args.sft])
     judging = {"judging": setup.judging_plan(args)} if args.judge_limit else {}
     if preview(args, {"prompts": f"{args.prompts}, {len(prompts)} records"},
@@ -78,8 +78,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def gold_of(base: loading.Base, answers: Sequence[Sequence[Dialogue]]) -> np.ndarray:
     """Gold (P, n) of n toy dialogues for each of P prompts."""
     def one(d: Dialogue) -> float:
-        turns = [m["content"] for m in messages_of(base.tokenizer, d)[1::2]]
-        return toy.gold(d.prompt[0]["content"], turns).overall
+        turns = [m["content"] for m in messages_of(base.tokenizer, d)[len(d.prompt)::2]]
+        return toy.gold(d.prompt[-1]["content"], turns).overall
 
     return np.array([[one(d) for d in dialogues] for dialogues in answers]).T
 
@@ -92,7 +92,7 @@ def judge(args: argparse.Namespace, base: loading.Base, answers: Sequence[Sequen
                       for dialogues in answers]
     with use_stack(base.model):
         return feedback.versus(
-            base.model, base.tokenizer, talks, others, batch_size=args.judge_batch_size,
+            base.model, base.tokenizer, base.words, talks, others, batch_size=args.judge_batch_size,
             each_batch=lambda lens: resume.spread(f"judge {lens}",
                                                   state / f"log-odds-{lens}.jsonl"))
 

@@ -37,6 +37,7 @@ class Pair(NamedTuple):
     stacks: Mapping[str, setup.Stack]
     max_new_tokens: int
     temperature: float
+    system: list[dict] = []
 
 
 def columns(texts: Mapping[str, str], width: int) -> str:
@@ -61,7 +62,7 @@ def answer(pair: Pair, talk: Talk, question: str, uniforms) -> dict[str, Dialogu
         if talk:
             ids = [*talk[name], *followup_ids(tokenizer, question)]
         else:
-            ids = encode_prompt(tokenizer, [{"role": "user", "content": question}])
+            ids = encode_prompt(tokenizer, [*pair.system, {"role": "user", "content": question}])
         if len(ids) > model.config.max_position_embeddings - pair.max_new_tokens:
             raise VirtueError("the conversation has become too long for the model: /new begins "
                               "another")
@@ -107,14 +108,16 @@ def chat(args: argparse.Namespace) -> None:
     loaded = setup.load(args, base)
     setup.load_policy(loaded, args.policy, args.rm)
     stacks = {"base": (), "tuned": setup.flat(base.model, (*loaded.sft, "policy"))}
-    pair, count = Pair(loaded, stacks, args.max_new_tokens, args.temperature), itertools.count()
+    system = [{"role": "system", "content": args.system}] if getattr(args, "system", None) else []
+    pair = Pair(loaded, stacks, args.max_new_tokens, args.temperature, system)
+    count = itertools.count()
 
     def ask(talk: Talk, question: str, lens: str) -> Talk:
         uniforms = stream(args.seed, "chat", next(count)).random((1, args.max_new_tokens))
         return show(pair, answer(pair, talk, question, uniforms), lens)
 
     def fits(line: str) -> bool:
-        return generate.fits(base.tokenizer, [{"role": "user", "content": line}],
+        return generate.fits(base.tokenizer, [*system, {"role": "user", "content": line}],
                              args.max_prompt_tokens)
 
     print(HELP, *[TOY_HINT] * (args.model == "toy"), sep="\n")

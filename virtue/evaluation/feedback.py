@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from virtue.ethics import LENSES, VIRTUES
+from virtue.ethics import LENSES, VIRTUES, Words
 from virtue.generate import EachBatch
 from virtue.judge import choose, flipped, judge_log_odds, opinion, pair_fits, preferred
 from virtue.plumbing.records import is_number
@@ -168,6 +168,28 @@ def doubts(extra: Mapping) -> list[str]:
     return sentences
 
 
+def agrees(odds: Tensor, column: Sequence[int]) -> dict:
+    """How often the judge prefers the first of a pair by one virtue of each, the mean of both
+    orders: `_share` of log-odds (N, 2, Q) at question `column` (N,). None where no pair is asked
+    about."""
+    if not len(odds):
+        return None
+    own = odds.double().mean(1).gather(1, torch.tensor(column)[:, None])[:, 0]
+    return _share(preferred(own).numpy())
+
+
+def of_contrast(numbers: Mapping) -> str:
+    """One line on pairs made by contrast."""
+    lines = [f"{numbers['pairs']} pairs"]
+    if judge := numbers["judge_agrees"]:
+        lines.append(f"the judge prefers the virtuous side by its virtue on {judge['share']:.0%} "
+                     f"[{judge['low']:.0%}, {judge['high']:.0%}] of {judge['n']}, with "
+                     f"{numbers['label_mass']:.2f} of the probability on its labels")
+    if numbers["gold_agreement"] is not None:
+        lines.append(f"gold on {numbers['gold_agreement']:.0%}")
+    return ", ".join(lines)
+
+
 def _right(side: Tensor, sign: np.ndarray) -> dict:
     """`_share` of the pairs on which side (N,), 1 first, 0 second, 0.5 a tie, is that of sign (N,);
     where sign is 0 the pair is left out."""
@@ -175,9 +197,11 @@ def _right(side: Tensor, sign: np.ndarray) -> dict:
     return _share(np.where(sign > 0, side, 1 - side)[sign != 0])
 
 
-def agreement(odds: Tensor, signs: dict[str, np.ndarray]) -> dict:
-    """How often the judge is right: its log-odds (N, 2, 5) that the chosen is better, and `signs`,
-    the truth, (N,) each: > 0 means that the chosen one is better, 0 that the pair is left out.
+def agreement(odds: Tensor, signs: dict[str, np.ndarray],
+              names: Sequence[str] = VIRTUES) -> dict:
+    """How often the judge is right: its log-odds (N, 2, Q) that the chosen is better in each of the
+    virtues `names`, and `signs`, the truth, (N,) each: > 0 means that the chosen one is better,
+    0 that the pair is left out.
 
     signs has "overall" and, where each virtue has a truth of its own, the virtues. Shares carry
     Wilson's 95 % intervals, and a pair on which the judge prefers neither counts one half;
@@ -190,14 +214,15 @@ def agreement(odds: Tensor, signs: dict[str, np.ndarray]) -> dict:
     shares = {"majority": _right(choose(odds), overall),
               "mean": _right(choose(odds, "mean"), overall),
               "one_order": _right(by_order.mean(1), overall)}
-    for i, virtue in enumerate(VIRTUES):
+    for i, virtue in enumerate(names):
         side = preferred(odds.double().mean(1)[:, i])
         shares[virtue] = _right(side, signs.get(virtue, overall))
     return {"agreement": shares, **reliability(odds), "halo": virtue_agreement(opinion(odds))}
 
 
-def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]], lens: str, *,
-              batch_size: int, wording: str = "trained", each_batch: EachBatch = map,
+def win_rates(judge, tokenizer, words: Words, after: list[list[dict]],
+              before: list[list[dict]], lens: str, *, batch_size: int,
+              wording: str = "trained", each_batch: EachBatch = map,
               gold: np.ndarray | None = None) -> dict | None:
     """The judge's comparison of two models' dialogues (messages), prompt by prompt, both orders;
     None if fewer than two pairs fit its context.
@@ -209,14 +234,15 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     "high", "n"}, the share of the n pairs with a difference on which the judge prefers the better
     (a tie counts half there too). VirtueError: as ``judge_log_odds``.
     """
-    asked = (*VIRTUES, "helpfulness", *(["sincerity"] if lens != "action" else []))
+    names = words.virtues
+    asked = (*names, "helpfulness", *(["sincerity"] if lens != "action" else []))
     both = list(zip(after, before, strict=True))
-    kept = [i for i, pair in enumerate(both) if pair_fits(judge, tokenizer, *pair, lens)]
+    kept = [i for i, pair in enumerate(both) if pair_fits(judge, tokenizer, words, *pair, lens)]
     if len(kept) < 2:
         return None
-    odds, label_mass = judge_log_odds(judge, tokenizer, [both[i] for i in kept], lens, batch_size,
-                                      asked, wording, each_batch=each_batch)
-    won = choose(odds[..., :len(VIRTUES)], "mean")
+    odds, label_mass = judge_log_odds(judge, tokenizer, words, [both[i] for i in kept], lens,
+                                      batch_size, asked, wording, each_batch=each_batch)
+    won = choose(odds[..., :len(names)], "mean")
     rate = dict(zip(("rate", "low", "high"), wilson(won.sum().item(), len(won))))
     if gold is not None:
         rate["gold"] = _right(won, gold[kept])
@@ -224,8 +250,9 @@ def win_rates(judge, tokenizer, after: list[list[dict]], before: list[list[dict]
     return {**rate, "pairs": len(kept), "questions": questions, "label_mass": label_mass}
 
 
-def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[dict]], *,
-           batch_size: int, each_batch: Callable[[str], EachBatch] = lambda lens: map,
+def versus(judge, tokenizer, words: Words, answers: list[list[list[dict]]],
+           others: list[list[dict]], *, batch_size: int,
+           each_batch: Callable[[str], EachBatch] = lambda lens: map,
            ) -> tuple[np.ndarray, list[int]]:
     """P(answer better than the prompt's other one), mean of the lenses and virtues, each of which
     is ``judge.opinion`` of both orders: (P, n); and the indices of the P prompts.
@@ -240,13 +267,15 @@ def versus(judge, tokenizer, answers: list[list[list[dict]]], others: list[list[
     pairs = {lens: [[(cut(side[i], k), cut(other, k)) for side in answers]
                     for i, other in enumerate(others)] for k, lens in enumerate(LENSES)}
     kept = [i for i in range(len(others)) if all(
-        pair_fits(judge, tokenizer, *pair, lens) for lens in LENSES for pair in pairs[lens][i])]
+        pair_fits(judge, tokenizer, words, *pair, lens)
+        for lens in LENSES for pair in pairs[lens][i])]
     if not kept:
         return np.zeros((0, len(answers))), kept
     total = 0
     for lens in LENSES:
-        odds, _ = judge_log_odds(judge, tokenizer, [pair for i in kept for pair in pairs[lens][i]],
-                                 lens, batch_size, each_batch=each_batch(lens))
+        odds, _ = judge_log_odds(judge, tokenizer, words,
+                                 [pair for i in kept for pair in pairs[lens][i]], lens, batch_size,
+                                 each_batch=each_batch(lens))
         total += opinion(odds).mean(1)
     return (total / len(LENSES)).view(len(kept), -1).numpy(), kept
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from virtue.ethics import VIRTUES
 from virtue.evaluation import plots
 from virtue.evaluation.feedback import judge_tests
 from virtue.evaluation.report import (ROWS, command_line, in_order, is_finite, number, title,
@@ -23,7 +22,7 @@ from virtue.evaluation.report import (ROWS, command_line, in_order, is_finite, n
 
 SHOWN, EXTREMES = 12, 3  # dialogues from the top; those of the largest rises and falls
 PRINTED = 3  # of each group of dialogues, on paper
-TITLES = {"sft": "SFT", "ppo": "PPO"}
+TITLES = {"prompted": "base, prompted", "sft": "SFT", "ppo": "PPO"}
 BLUE, ORANGE = "0,114,178", "213,94,0"
 UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control characters, bidi overrides among them
 FIGURES = {
@@ -129,7 +128,7 @@ def _bar(row: Mapping, rows: Sequence[Mapping]) -> Mapping[str, str]:
 
 def _last_step(scores: Mapping) -> dict:
     """The differences of the last model from the one before it."""
-    names = list(scores.get("models", {}))
+    names = [name for name in scores.get("models", {}) if name != "prompted"]
     return scores.get("differences", {}).get(" - ".join(names[:-3:-1]), {})
 
 
@@ -144,7 +143,8 @@ def verdict(scores: Mapping) -> tuple[str, str]:
     training stood on labels of a judge that may be a coin, a second sentence says so."""
     direction, sentence = "", "No two models were compared."
     if rows := _last_step(scores):
-        after, before = map(_model, list(scores["models"])[:-3:-1])
+        names = [name for name in scores["models"] if name != "prompted"]
+        after, before = map(_model, names[:-3:-1])
         key = _key_row(rows)
         direction, change = _direction(rows[key]), _interval(rows[key])
         what = "gold" if key == "gold" else f"the {title(key)} (by its own reward models),"
@@ -205,8 +205,7 @@ def _judged(wins: Mapping) -> dict:
     tables, every = {}, [row for lenses in wins.values() for row in lenses.values()]
     for pair, lenses in wins.items():
         asked = {lens: row.get("questions", row) for lens, row in lenses.items()}
-        names = [*VIRTUES, *dict.fromkeys(name for row in asked.values() for name in row)]
-        names = [v for v in dict.fromkeys(names) if any(v in row for row in asked.values())]
+        names = [*dict.fromkeys(name for row in asked.values() for name in row)]
         shares = any("rate" in row for row in lenses.values())
         tables[pair] = {"lenses": lenses, "asked": asked, "questions": names, "shares": shares}
     golds = [(lens, row["gold"]) for lens, row in next(iter(wins.values()), {}).items()

@@ -29,9 +29,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
     # Build
     base = loading.open_base(args)
-    label_ids(base.tokenizer)
+    label_ids(base.tokenizer, base.words)
     kept = [p for p in pairs
-            if pair_fits(base.model, base.tokenizer, p["chosen"], p["rejected"], p["lens"])]
+            if pair_fits(base.model, base.tokenizer, base.words, p["chosen"], p["rejected"],
+                      p["lens"])]
     too_long = len(pairs) - len(kept)
     if len(kept) < 2:
         raise VirtueError(f"{args.pairs}: {len(kept)} pairs are left ({int(skipped)} passed over, "
@@ -71,7 +72,7 @@ def judged(base: loading.Base, pairs: Sequence[dict], lens: str, wording: str, b
     """What judge.json says of one lens: `feedback.agreement` with gold, or with the file's choice
     where any prompt is not the toy world's."""
     odds, mass = judge_log_odds(
-        base.model, base.tokenizer, [(p["chosen"], p["rejected"]) for p in pairs], lens,
+        base.model, base.tokenizer, base.words, [(p["chosen"], p["rejected"]) for p in pairs], lens,
         batch_size, wording=wording,
         each_batch=resume.spread(f"judge {lens}", state / f"log-odds-{lens}.jsonl"))
     truths = [feedback.truth(p) for p in pairs]
@@ -79,7 +80,8 @@ def judged(base: loading.Base, pairs: Sequence[dict], lens: str, wording: str, b
     if all(truths):
         against = "gold"
         signs = {name: np.array([t[name] for t in truths]) for name in (*VIRTUES, "overall")}
-    return {"against": against, "label_mass": mass, **feedback.agreement(odds, signs)}
+    return {"against": against, "label_mass": mass,
+            **feedback.agreement(odds, signs, base.words.virtues)}
 
 
 def show(lens: str, result: dict) -> None:

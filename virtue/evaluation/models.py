@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from virtue import VirtueError
-from virtue.dialogue import Dialogue, encode_prompt, messages_of, prompt_record, right_pad
+from virtue.dialogue import (Dialogue, encode_prompt, instructed, messages_of, prompt_record,
+                             right_pad, with_prompt)
 from virtue.ethics import LENSES, PROBES, VIRTUES
 from virtue.evaluation import feedback, html, plots, report, setup
 from virtue.evaluation.setup import Ensemble, Loaded, Stack
@@ -43,7 +44,7 @@ class Answers(NamedTuple):
 
 def compare(args: argparse.Namespace) -> None:
     """The command, with its parsed flags. VirtueError: an input that does not fit the others."""
-    prompts = records.load_prompts(args.prompts, "eval", args.limit)
+    prompts = records.load_prompts(args.prompts, "eval", args.limit, args.system)
     out = resume.may_write(args, args.out, [args.policy, args.sft, args.rm, args.eval_rm])
     if preview(args, {"prompts": f"{args.prompts}, {len(prompts)} records"}, FILES,
                flat=[["sft", "policy"]], sampling=setup.sampling_plan(args, len(prompts)),
@@ -53,7 +54,7 @@ def compare(args: argparse.Namespace) -> None:
     # Build
     base = loading.open_base(args)
     judge = loading.open_base(args, args.judge) if args.judge else base
-    label_ids(judge.tokenizer)
+    label_ids(judge.tokenizer, judge.words)
     loaded = setup.load(args, base)
     second = setup.load_ensemble(loaded, args.eval_rm, "eval-") if args.eval_rm else None
     curve, metrics = training_of(args.policy, args.prompts)
@@ -63,18 +64,23 @@ def compare(args: argparse.Namespace) -> None:
     kept = setup.fitting(prompts, args, base, f" and --limit {args.limit}, but an interval needs "
                          "at least 2: give more prompts, or raise these flags")
     refuse_equals(base, stacks, kept[:8], {"sft": args.sft, "ppo": args.policy})
-    state = resume.start(args, out, base=base.info["fingerprint"],
+    state = resume.start(args, out, base=base.info["fingerprint"], words=judge.info["words"],
                          prompts=artefacts.prompts_hash(args.prompts),
                          policy=artefacts.file_hash(args.policy))
     if state is None:
         return
 
     # Sample and score: every model on the same prompts, from the same random numbers
-    asked, answers = kept + probes_of(args.prompts), {}
+    asked, answers = kept + probes_of(args.prompts, args.system), {}
+    if args.prompted:
+        stacks = {"prompted": (), **stacks}
     for name, stack in stacks.items():
+        told = guided(base, asked) if name == "prompted" else asked
         spread = resume.spread(f"dialogues of {name}", state / f"{name}.jsonl")
-        dialogues = setup.sample(args, base, setup.flat(base.model, stack), asked, "eval", spread)
-        answers[name] = measure(args, loaded, second, stack, dialogues, len(kept))
+        dialogues = setup.sample(args, base, setup.flat(base.model, stack), told, "eval", spread)
+        answers[name] = measure(args, loaded, second, stack, dialogues, asked, len(kept))
+    answers = {name: answers[name] for name in ("base", "prompted", "sft", "ppo")
+               if name in answers}
 
     # Judge, compare, write, show
     wins = judge_models(judge, answers, kept[:args.judge_limit], args.judge_batch_size, state)
@@ -89,10 +95,18 @@ def compare(args: argparse.Namespace) -> None:
           f"{memory.used(base.model.device)}")
 
 
-def probes_of(prompts: str) -> list[dict]:
+def probes_of(prompts: str, system: str | None = None) -> list[dict]:
     """The study's probes as prompts; none of the toy, which would not understand them."""
-    return [prompt_record([{"role": "user", "content": text}])
+    return [records.with_system(prompt_record([{"role": "user", "content": text}]), system)
             for text in PROBES if prompts != "toy"]
+
+
+def guided(base: loading.Base, prompts: Sequence[dict], vices: bool = False) -> list[dict]:
+    """The prompts with the whole constitution as an instruction before each; with `vices`, its
+    opposite, all the deficiencies."""
+    told = "; ".join(poles[1 if vices else 0] for poles in base.words.constitution.values())
+    text = base.words.guide.format(all_asks=told)
+    return [p | {"prompt": instructed(base.tokenizer, p["prompt"], text)} for p in prompts]
 
 
 def training_of(policy: Path, prompts: str) -> tuple[list[dict], list[dict]]:
@@ -131,13 +145,15 @@ def refuse_equals(base: loading.Base, stacks: Mapping[str, Stack], prompts: Sequ
 
 
 def measure(args: argparse.Namespace, loaded: Loaded, second: Ensemble | None, stack: Stack,
-            dialogues: Sequence[Dialogue], scored: int) -> Answers:
-    """What one model's dialogues are worth; only the first `scored` of them are measured."""
+            sampled: Sequence[Dialogue], prompts: Sequence[dict], scored: int) -> Answers:
+    """What one model's dialogues are worth; only the first `scored` of them are measured. They are
+    read after the bare `prompts`, even where they were sampled after an instruction."""
     tokenizer, size = loaded.base.tokenizer, args.batch_size
+    dialogues = [with_prompt(tokenizer, d, p["prompt"]) for d, p in zip(sampled, prompts)]
     messages = [messages_of(tokenizer, d) for d in dialogues]
     texts = [[m["content"] for m in talk[len(d.prompt)::2]] for d, talk in zip(dialogues, messages)]
-    dialogues = dialogues[:scored]
-    kl, base_sums = distances(loaded, stack, dialogues, args.temperature, size)
+    sampled, dialogues = sampled[:scored], dialogues[:scored]
+    kl, base_sums = distances(loaded, stack, sampled, dialogues, args.temperature, size)
     raw = setup.raw_scores(loaded, loaded.rewards, dialogues, size)
     rows = {"raw": raw.double().numpy(), "kl": kl.double().numpy(),
             "standardised": loaded.rewards.standardise(raw).double().numpy(),
@@ -145,13 +161,16 @@ def measure(args: argparse.Namespace, loaded: Loaded, second: Ensemble | None, s
             "gold": None}
     golds = patterns = points = None
     if args.prompts == "toy":
-        questions = [d.prompt[0]["content"] for d in dialogues]
+        questions = [d.prompt[-1]["content"] for d in dialogues]
         golds = [toy.gold(question, turns) for question, turns in zip(questions, texts)]
         rows["gold"] = np.array([g.overall for g in golds])
         patterns = report.mask_names(texts, [toy.slots(question) for question in questions])
         points = mean_points(questions, texts)
     column = report.measure(dialogues, texts[:scored], rows["raw"], rows["standardised"],
                             rows["kl"], base_sums.double().numpy(), golds, patterns)
+    if golds is None:
+        rows["likelihood"] = trait_odds(loaded, dialogues, prompts, size)
+        column["likelihood"] = float(rows["likelihood"].mean())
     if second:
         unseen = setup.raw_scores(loaded, second, dialogues, size)
         rows["eval"] = second.standardise(unseen).double().numpy()
@@ -160,18 +179,40 @@ def measure(args: argparse.Namespace, loaded: Loaded, second: Ensemble | None, s
     return Answers(texts, messages[:scored], column, rows, golds, points)
 
 
-def distances(loaded: Loaded, stack: Stack, dialogues: Sequence[Dialogue], temperature: float,
+def log_likelihoods(loaded: Loaded, stack: Stack, dialogues: Sequence[Dialogue],
+                    temperature: float, batch_size: int) -> Tensor:
+    """Log-probs of all sampled tokens of each of n dialogues, summed, in nats: (n,) fp64."""
+    base = loaded.base
+    logprobs, mask = dialogue_logprobs(
+        base.model, stack, dialogues, base.tokenizer.pad_token_id, temperature=temperature,
+        batch_size=batch_size, each_batch=resume.spread())
+    return (logprobs.double() * mask).sum(1)
+
+
+def distances(loaded: Loaded, stack: Stack, sampled: Sequence[Dialogue],
+              dialogues: Sequence[Dialogue], temperature: float,
               batch_size: int) -> tuple[Tensor, Tensor]:
-    """Of n dialogues (n,): the KL to the reference, k1 in nats, and log-probs under the base."""
-    asked = (stack, temperature), (loaded.sft, temperature), ((), 1.0)
-    base, read = loaded.base, {}
-    for adapters, heat in asked:  # the model may be the reference, and the reference the base
-        if (adapters, heat) not in read:
-            read[adapters, heat], mask = dialogue_logprobs(
-                base.model, adapters, dialogues, base.tokenizer.pad_token_id, temperature=heat,
-                batch_size=batch_size, each_batch=resume.spread())
-    own, reference, bare = (read[key] for key in asked)
-    return (kl_k1(own, reference) * mask).sum(1), (bare * mask).sum(1)
+    """Of n dialogues (n,): the KL to the reference, k1 in nats, and log-probs under the base.
+    `sampled`: the same after the prompts after which the model wrote them."""
+    def read(stack: Stack, dialogues: Sequence[Dialogue], heat: float) -> Tensor:
+        return log_likelihoods(loaded, stack, dialogues, heat, batch_size)
+
+    reference = read(loaded.sft, dialogues, temperature)
+    same = stack == loaded.sft and sampled == dialogues  # the model may be the reference
+    own = reference if same else read(stack, sampled, temperature)
+    return kl_k1(own, reference), read((), dialogues, 1.0)
+
+
+def trait_odds(loaded: Loaded, dialogues: Sequence[Dialogue], prompts: Sequence[dict],
+               batch_size: int) -> np.ndarray:
+    """By how much likelier the base finds each of n dialogues after an instruction to have the
+    virtues than after one to have their deficiencies: nats a sampled token, (n,)."""
+    base, tokens = loaded.base, [sum(t.end - t.start for t in d.turns) for d in dialogues]
+    for_virtues, for_vices = (
+        log_likelihoods(loaded, (), [with_prompt(base.tokenizer, d, p["prompt"])
+                                     for d, p in zip(dialogues, guided(base, prompts, vices))],
+                        1.0, batch_size) for vices in (False, True))
+    return ((for_virtues - for_vices) / torch.tensor(tokens)).numpy()
 
 
 def mean_points(questions: Sequence[str], texts: Sequence[Sequence[str]]) -> dict:
@@ -185,10 +226,13 @@ def judge_models(judge: loading.Base, answers: Mapping[str, Answers], prompts: S
                  batch_size: int, state: Path) -> dict[str, dict]:
     """The judge compares the last model with the one before it, in both wordings, and with the
     base -> pair of models -> lens -> `feedback.win_rates`."""
-    names, wins = list(answers), {}
+    names, wins = [name for name in answers if name != "prompted"], {}
     last, before, first = names[-1], names[-2], names[0]
+    contests = [(before, "trained"), (before, "other"), (first, "trained")]
+    if "prompted" in answers:
+        contests.append(("prompted", "trained"))
     with use_stack(judge.model):
-        for other, wording in ((before, "trained"), (before, "other"), (first, "trained")):
+        for other, wording in contests:
             pair = f"{last} vs {other}" + ", other wording" * (wording == "other")
             if pair not in wins:
                 keep = state / f"log-odds-{len(wins) + 1}"
@@ -209,7 +253,7 @@ def contest(judge: loading.Base, after: Answers, before: Answers, prompts: Seque
             better = np.array([a.lenses[lens] - b.lenses[lens]
                                for a, b, _ in zip(after.golds, before.golds, prompts)])
         spread = resume.spread(f"judge {lens}", Path(f"{keep}-{lens}.jsonl"))
-        wins[lens] = feedback.win_rates(judge.model, judge.tokenizer, *sides, lens,
+        wins[lens] = feedback.win_rates(judge.model, judge.tokenizer, judge.words, *sides, lens,
                                         batch_size=batch_size, wording=wording,
                                         each_batch=spread, gold=better)
     return wins
@@ -218,8 +262,11 @@ def contest(judge: loading.Base, after: Answers, before: Answers, prompts: Seque
 def summary(args: argparse.Namespace, answers: Mapping[str, Answers], wins: dict,
             curve: list[dict], kept: int, given: int) -> dict:
     """scores.json: the models' columns, their differences, the judge's opinion, the warnings."""
-    names, columns = list(answers), {name: of_model.column for name, of_model in answers.items()}
+    columns = {name: of_model.column for name, of_model in answers.items()}
+    names = [name for name in answers if name != "prompted"]
     pairs = dict.fromkeys([*zip(names, names[1:]), (names[0], names[-1])])
+    if args.prompted:
+        pairs |= {("prompted", names[-1]): None}
     compared = {f"{b} - {a}": report.differences(answers[a].rows, answers[b].rows, args.seed)
                 for a, b in pairs}
     report.correct(compared)

@@ -29,6 +29,7 @@ ROWS = {
     **{f"eval_reward/{lens}": f"second reward model, {lens}" for lens in LENSES},
     "kl": "KL to the reference (nats a dialogue)", "ended": "turns that ended properly",
     "length": "tokens a dialogue", "perplexity": "perplexity under the base",
+    "likelihood": "log-odds of virtues to vices (nats a token)",
     **{f"distinct/{lens}": f"distinct share, {lens}" for lens in LENSES},
     **{f"patterns/{lens}": f"  with names masked, {lens}" for lens in LENSES},
     "named": "right person and thing named", "fits": "motivations that fit the action",
@@ -76,10 +77,10 @@ def table(columns: Mapping[str, Mapping[str, float]]) -> str:
     lacks a row.
     """
     first = next(iter(columns.values()))
-    lines = [f"{'':38}" + "".join(f"{name:>10}" for name in columns)]
+    lines = [f"{'':44}" + "".join(f"{name:>10}" for name in columns)]
     for key, words in ROWS.items():
         if key in first:
-            lines.append(f"{words:38}" + "".join(f"{c[key]:10.3f}" for c in columns.values()))
+            lines.append(f"{words:44}" + "".join(f"{c[key]:10.3f}" for c in columns.values()))
     return "\n".join(lines)
 
 
@@ -154,7 +155,8 @@ def differences(before: dict, after: dict, seed: int) -> dict[str, dict]:
 
     Means over prompts also have "p" of a permutation test and "d_z", the paired effect size.
     "..., at equal length" is the difference that length does not explain. before, after: {"raw",
-    "standardised": (3, n), "gold", "length": (n,)}; "gold" may be None, "eval" (3, n) missing.
+    "standardised": (3, n), "gold", "length": (n,)}; "gold" may be None; "eval" (3, n) and
+    "likelihood" (n,) may be missing.
     """
     rows, means = {}, {}
     for name, key in (("study_score", "raw"), ("study_score_standardised", "standardised")):
@@ -167,6 +169,8 @@ def differences(before: dict, after: dict, seed: int) -> dict[str, dict]:
                       for lens, *pair in zip(LENSES, before[key], after[key])}
     if before["gold"] is not None:
         means["gold"] = (before["gold"], after["gold"])
+    if before.get("likelihood") is not None:
+        means["likelihood"] = (before["likelihood"], after["likelihood"])
     for name, (a, b) in means.items():
         d_z = stats.effect_size(a, b)
         rows[name] = {**dict(zip(ENDS, stats.paired_bootstrap(a, b, seed=seed, resamples=2000))),
@@ -368,7 +372,7 @@ def warnings_of(columns: Mapping[str, dict], compared: Mapping[str, dict], wins:
     columns, compared, wins: as in scores.json. facts: of `reward_model_facts`, for models that are
     no better than a coin, and for second ones that are not unseen.
     """
-    names = list(columns)
+    names = [name for name in columns if name != "prompted"]
     base, last = (
         {**column, "kl a token": column["kl"] / max(1, column["length"])}
         for column in (columns[names[0]], columns[names[-1]]))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from virtue import VirtueError
 from virtue.ethics import LENSES
-from virtue.plumbing.records import is_number
+from virtue.plumbing.records import SITUATIONS, is_number
 from virtue.lora import adapter_config, adapter_state, load_adapter_state
 from virtue.models import DTYPES, ScalarHead
 from virtue.plumbing.loading import QUANTIZE, is_sound
@@ -97,7 +97,7 @@ def file_hash(folder: str | Path) -> str:
 
 def prompts_hash(name: str) -> str | None:
     """Hex sha256 of a file of prompts; None for the toy's, which are code."""
-    return None if name == "toy" else sha256_file(name)
+    return None if name == "toy" else sha256_file(SITUATIONS if name == "situations" else name)
 
 
 def data_hash(folder: Path, names: Iterable[str]) -> str:
@@ -189,7 +189,7 @@ def save_artifact(folder: str | Path, *, stage: str, model: nn.Module, adapter: 
     folder, state = Path(folder), adapter_state(model, adapter)
     config = adapter_config(model, adapter, base["id"], ["score"] if head is not None else None)
     if head is not None:
-        config["task_type"] = "SEQ_CLS"  # PEFT then opens it as MistralForSequenceClassification
+        config["task_type"] = "SEQ_CLS"  # PEFT then opens it as a ...ForSequenceClassification
         state |= {_SCORE + name: t.cpu().clone() for name, t in head.state_dict().items()}
     (folder / MANIFEST).unlink(missing_ok=True)  # no artefact while its files change
     write_atomic(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
@@ -230,7 +230,8 @@ def _read_json(path: Path, fields: Iterable[str]) -> dict:
 
 # What later stages take from an artefact's settings, and what it may be.
 _SETTINGS = {
-    **dict.fromkeys(("model", "prompts", "sft", "rm"), lambda v: isinstance(v, str)),
+    **dict.fromkeys(("model", "prompts", "system", "constitution", "sft", "rm"),
+                    lambda v: isinstance(v, str)),
     **dict.fromkeys(("max_prompt_tokens", "max_new_tokens"), lambda v: type(v) is int and v >= 1),
     "quantize": QUANTIZE.__contains__, "dtype": [*DTYPES].__contains__,
     "temperature": lambda v: is_number(v) and v > 0, "seed": lambda v: type(v) is int,

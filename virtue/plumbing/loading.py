@@ -1,5 +1,5 @@
-"""Loading: the base model (Mistral architecture; fp32, bf16, fp16 or NF4), its tokenizer, and the
-adapters of earlier stages.
+"""Loading: the base model (a Mistral, Llama, Qwen2 or Qwen3; fp32, bf16, fp16 or NF4), its
+tokenizer, and the adapters of earlier stages.
 
 Tensor by tensor, because transformers' 4-bit path needs accelerate; the logits equal transformers'.
 transformers and bitsandbytes take seconds to import: they are imported inside the functions.
@@ -24,17 +24,21 @@ from torch import Tensor, nn
 
 from virtue import VirtueError
 from virtue.dialogue import dated
+from virtue.ethics import ENGLISH, Words
 from virtue.models import DTYPES, checkpoint_layers
 from virtue.plumbing.parallel import join
 from virtue.plumbing.runtime import main_rank, progress
+from virtue.toy.words import WORDS as TOY_WORDS
 
 if TYPE_CHECKING:
-    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-TOY = "toy"
+TOY, SMOLLM2 = "toy", "smollm2"
 TOY_FOLDER = Path(__file__).parents[1] / "toy" / "model"
 QUANTIZE = ("none", "nf4")
+# config.json's model_type. One layout of layers: some have biases, some more norms than others.
+ARCHITECTURES = ("mistral", "llama", "qwen2", "qwen3")
 _INDEX = "model.safetensors.index.json"
 # The largest values believed of a config.json
 _SIZES = dict.fromkeys((
@@ -63,8 +67,9 @@ class Base(NamedTuple):
 
     model: object
     tokenizer: object
-    info: dict[str, str]  # {"id", "fingerprint"}
+    info: dict[str, str]  # {"id", "fingerprint", "words"}
     template: str
+    words: Words  # in which it is asked
 
 
 def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
@@ -80,8 +85,39 @@ def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
     model = load_model(folder, quantize=args.quantize, dtype=args.dtype, device=str(device))
     if getattr(args, "gradient_checkpointing", False):
         checkpoint_layers(model)
-    info = {"id": str(name), "fingerprint": base_fingerprint(folder)}
-    return Base(model, tokenizer, info, template_fingerprint(tokenizer))
+    words = words_of(name, getattr(args, "constitution", None))
+    info = {"id": str(name), "fingerprint": base_fingerprint(folder), "words": words_hash(words)}
+    return Base(model, tokenizer, info, template_fingerprint(tokenizer), words)
+
+
+def words_of(model: str | Path, constitution: str | Path | None = None) -> Words:
+    """The words for a model: the toy's own, or English; with the constitution of a file, if one is
+    given. VirtueError: that is no constitution."""
+    words = TOY_WORDS if model == TOY else ENGLISH
+    if constitution is None:
+        return words
+    fields = ("asks", "deficiency", "excess")
+    try:
+        virtues = json.loads(Path(constitution).read_text("utf-8"))
+        if not isinstance(virtues, dict) or not 1 <= len(virtues) <= 20:
+            raise ValueError("no object of 1 to 20 virtues")
+        for name, told in virtues.items():
+            if not isinstance(told, dict) or {*told} != {*fields} or not all(
+                    isinstance(text, str) and text.strip() for text in told.values()):
+                raise ValueError(f"{name[:40]!r} has not just the texts {', '.join(fields)}")
+            if not name.strip() or name in words.extra:
+                raise ValueError(f"{name[:40]!r} is no name for a virtue")
+    except (OSError, ValueError, RecursionError) as error:
+        raise VirtueError(f"{constitution}: not a constitution ({one_line(error)}): write "
+                          '{"courage": {"asks": "...", "deficiency": "...", "excess": "..."}, ...}'
+                          ) from None
+    return words._replace(constitution={
+        name: tuple(told[field].strip() for field in fields) for name, told in virtues.items()})
+
+
+def words_hash(words: Words) -> str:
+    """Hex digest of all the words."""
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
 def is_sound(tensor: Tensor) -> bool:
@@ -94,11 +130,14 @@ def is_sound(tensor: Tensor) -> bool:
 
 
 def resolve(name: str | Path, download: bool = True) -> Path | None:
-    """Folder of a model: "toy" (the one in the package), a local folder, or a hub id.
+    """Folder of a model: "toy" (the one in the package), "smollm2" (converted once from another
+    package), a local folder, or a hub id.
 
-    A hub id (owner/model) is downloaded to Hugging Face's cache; unless ``download``, only looked
-    up there: None if its config.json is not. VirtueError: none of the three.
+    A hub id (owner/model) is downloaded to Hugging Face's cache; unless ``download``, that model
+    and smollm2 are only looked up: None if they are not there. VirtueError: none of the four.
     """
+    if name == SMOLLM2:
+        return _smollm2(download)
     folder = TOY_FOLDER if name == TOY else Path(name)
     try:
         folder = folder.expanduser()
@@ -107,7 +146,8 @@ def resolve(name: str | Path, download: bool = True) -> Path | None:
     except (OSError, RuntimeError):  # a name too long, a home of nobody
         pass
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-        raise VirtueError(f"{folder}: no such folder; give 'toy', a local folder or a hub id")
+        raise VirtueError(f"{folder}: no such folder; give 'toy', 'smollm2', a local folder or a "
+                          "hub id")
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError
 
@@ -124,6 +164,21 @@ def resolve(name: str | Path, download: bool = True) -> Path | None:
         reason = " ".join(str(error).split())[:200]
         raise VirtueError(f"{name}: no such folder, and the hub did not give it ({reason}); check "
                           "the spelling, the network, and `hf auth login`") from error
+
+
+def _smollm2(convert: bool) -> Path | None:
+    from virtue.real import smollm2
+
+    folder = smollm2.folder()
+    if not folder.is_dir():
+        if not convert:
+            return None
+        if main_rank():
+            print(f"smollm2: converting it, once, into {folder}", file=sys.stderr)
+        smollm2.convert(folder)
+    return folder
+
+
 TEMPLATE_SECONDS = 10  # for "?" through the chat template, which takes milliseconds
 
 
@@ -228,9 +283,10 @@ def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
             raise VirtueError(f"{path}: damaged ({one_line(error)}); fetch it again") from error
 
 
-def read_config(folder: Path) -> MistralConfig:
-    """config.json of a folder. VirtueError: unreadable, or not of the Mistral architecture."""
-    from transformers import MistralConfig
+def read_config(folder: Path) -> PretrainedConfig:
+    """config.json of a folder; ``sliding_window`` is that of all layers, or None. VirtueError:
+    unreadable, not one of ARCHITECTURES, quantised, or with windows on some layers only."""
+    from transformers import CONFIG_MAPPING
 
     path = folder / "config.json"
     try:
@@ -240,29 +296,36 @@ def read_config(folder: Path) -> MistralConfig:
         for name, most in _SIZES.items():  # before anything of that size is
             if fields.get(name) is not None and not 1 <= fields[name] <= most:
                 raise ValueError(f"{name} is not between 1 and {most}")
-        config = MistralConfig.from_dict(fields) if kind == "mistral" else None
+        known = kind in ARCHITECTURES
+        config = CONFIG_MAPPING[kind].from_dict(fields) if known else None
+        attention = {*(getattr(config, "layer_types", None) or ())}
     except Exception as error:  # transformers' validation has exceptions of its own
         raise VirtueError(f"{path}: not a readable model configuration ({one_line(error)}); fetch "
                           "it again") from error
-    if config is None:
-        raise VirtueError(f"{path}: model_type is {reprlib.repr(kind)}, only the Mistral "
-                          "architecture is known; choose such a model")
+    if not known:
+        raise VirtueError(f"{path}: model_type is {reprlib.repr(kind)}, known are "
+                          f"{', '.join(ARCHITECTURES)}; choose such a model")
+    if len(attention) > 1:
+        raise VirtueError(f"{path}: a sliding window on some layers only is not known here; choose "
+                          "a model with one on all layers or on none")
+    if kind != "mistral" and attention != {"sliding_attention"}:
+        config.sliding_window = None  # Llama has no such field, Qwen's may concern no layer
     if quantized:
         raise VirtueError(f"{path}: weights are quantised; take the original and --quantize nf4")
     return config
 
 
 def _skeleton(
-    config: MistralConfig, quantize: str, dtype: torch.dtype, device: str
-) -> MistralForCausalLM:
+    config: PretrainedConfig, quantize: str, dtype: torch.dtype, device: str
+) -> PreTrainedModel:
     """The model on the meta device (no memory), with ``Linear4bit`` for all linears but lm_head."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         for path, old in list(model.named_modules()):
-            if type(old).__name__ == "MistralRMSNorm":  # seven kernels on a GPU, PyTorch's is one
-                model.set_submodule(path, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+            if type(old).__name__.endswith("RMSNorm"):  # seven kernels on a GPU, PyTorch's is one
+                model.set_submodule(path, nn.RMSNorm(old.weight.shape, eps=config.rms_norm_eps))
     if quantize == "none":
         return model
     from bitsandbytes.nn import Linear4bit
@@ -295,7 +358,7 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype, dev
     setattr(module, leaf, new)
 
 
-def _tie(model: MistralForCausalLM, folder: Path, missing: set[str]) -> set[str]:
+def _tie(model: PreTrainedModel, folder: Path, missing: set[str]) -> set[str]:
     """Makes lm_head and the embeddings one tensor, since config.json says so -> what is missing
     after that.
 
@@ -321,10 +384,10 @@ def _tie(model: MistralForCausalLM, folder: Path, missing: set[str]) -> set[str]
 
 def load_model(
     name: str | Path, *, quantize: str = "none", dtype: str = "fp32", device: str = "cpu"
-) -> MistralForCausalLM:
+) -> PreTrainedModel:
     """The frozen base in eval mode; ``dtype`` is also the compute type of NF4. Never ``.to()`` it.
 
-    VirtueError: not of the Mistral architecture, a file or tensor that is missing, damaged, unknown
+    VirtueError: as ``read_config``; a file or tensor that is missing, damaged, unknown
     or of another shape than config.json says. ValueError: an unknown ``quantize`` or ``dtype``.
     """
     if quantize not in QUANTIZE or dtype not in DTYPES:

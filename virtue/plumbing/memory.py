@@ -2,7 +2,7 @@
 anything is loaded.
 
 Weights, adapters, moments and KV cache are exact; activations follow the formula at `layer_bytes`,
-which is what autograd keeps of transformers' Mistral with a fused attention kernel (which CUDA has
+which is what autograd keeps of transformers' models with a fused attention kernel (which CUDA has
 for bf16 and fp16, but not for fp32 without a mask) and our LoRA; logits and passing tensors are
 upper estimates. Not in it: the CUDA context and the allocator's fragments, 0.5 to 1 GiB. Sizes in
 bytes; every sequence counts as full length.
@@ -19,25 +19,38 @@ Adapter = tuple[int | None, Sequence[str]]  # rank, None for whole matrices; tar
 
 
 def linears(config) -> dict[str, tuple[int, int, int]]:
-    """Inputs, outputs and number of each linear layer of a Mistral with this config."""
+    """Inputs, outputs and number of each linear layer of a model with this config."""
     D, F, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or D // heads
-    A, K = (head_dim * n for n in (heads, config.num_key_value_heads))
+    A, K = (_head_dim(config) * n for n in (heads, config.num_key_value_heads))
     sizes = zip(TARGETS, ((D, A), (D, K), (D, K), (A, D), (D, F), (D, F), (F, D)), strict=True)
     layers = {name: (*size, config.num_hidden_layers) for name, size in sizes}
     return layers | {"lm_head": (D, config.vocab_size, 1)}
 
 
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _biased(config) -> Sequence[str]:
+    """Names of the linear layers with a bias. Fields that the architecture does not know may stand
+    in a config all the same."""
+    kind = config.model_type
+    attention = kind in ("llama", "qwen3") and config.attention_bias
+    mlp = kind == "llama" and config.mlp_bias
+    return TARGETS[:3 if kind == "qwen2" else 4 * attention] + TARGETS[4:] * mlp
+
+
 def rest_bytes(config, dtype: str) -> int:
-    """Bytes of what is never quantised: embeddings, norms and lm_head, each in `dtype`."""
-    norms = 2 * config.num_hidden_layers + 1
-    words = config.vocab_size * (1 if config.tie_word_embeddings else 2)
-    return config.hidden_size * (norms + words) * BYTES[dtype]
+    """Bytes of what is never quantised: embeddings, norms, biases and lm_head, each in `dtype`."""
+    D, N, known = config.hidden_size, config.num_hidden_layers, linears(config)
+    norms = (2 * N + 1) * D + (2 * N * _head_dim(config) if config.model_type == "qwen3" else 0)
+    words = config.vocab_size * (1 if config.tie_word_embeddings else 2) * D
+    return (norms + words + N * sum(known[name][1] for name in _biased(config))) * BYTES[dtype]
 
 
 def base_bytes(config, quantize: str, dtype: str) -> int:
     """The base's weights. NF4: 4 bits, 8 for the scale of 64, 32 for that of 256 scales (QLoRA,
-    sec. 3); embeddings, norms, lm_head in `dtype`."""
+    sec. 3); the rest in `dtype`."""
     layers = sum(i * o * n for name, (i, o, n) in linears(config).items() if name != "lm_head")
     if quantize == "none":
         return rest_bytes(config, dtype) + layers * BYTES[dtype]
@@ -61,10 +74,10 @@ def layer_bytes(config, dtype: str, rows: int, tokens: int, adapter: Adapter) ->
     """What one decoder layer keeps of rows x tokens for the backward pass; c bytes a number of
     `dtype`, A heads times head_dim, K the same of keys and values.
 
-    Per token: the inputs of two norms in fp32, 8 D; attention's q and result, 2 A c, k and v, 2 K
-    c, and its log-sums; gate, silu(gate) and up, 3 F c; each target's input in fp32, its own cast
-    where c < 4, else shared by q, k, v and by gate, up; r numbers of each target between A and B.
-    (Rows are padded on the right and need no mask.)
+    Per token: the inputs of two norms in fp32, 8 D, and of Qwen3's norms of q and k, 4 (A + K);
+    attention's q and result, 2 A c, k and v, 2 K c, and its log-sums; gate, silu(gate) and up, 3 F
+    c; each target's input in fp32, its own cast where c < 4, else shared by q, k, v and by gate,
+    up; r numbers of each target between A and B. (Rows are padded on the right and need no mask.)
     """
     (rank, targets), known, c = adapter, linears(config), BYTES[dtype]
     D, F = config.hidden_size, config.intermediate_size
@@ -74,6 +87,7 @@ def layer_bytes(config, dtype: str, rows: int, tokens: int, adapter: Adapter) ->
         groups = (("qkv", D), ("gu", D), ("d", F))
         inputs = [i for group, i in groups if any(name[0] in group for name in targets)]
     attention = 2 * (A + K) * c + 4 * config.num_attention_heads
+    attention += 4 * (A + K) if config.model_type == "qwen3" else 0
     each = 8 * D + attention + 3 * F * c + 4 * sum(inputs) + 4 * (rank or 0) * len(targets)
     return rows * tokens * each
 

@@ -21,7 +21,8 @@ from virtue.plumbing.runtime import main_rank
 
 def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: torch.nn.Module,
                  dialogues: Sequence[Dialogue], turn: int) -> float:
-    """Write ``folder`` as a MistralForSequenceClassification with one label, in the base's dtype.
+    """Write ``folder`` as the base's kind of ...ForSequenceClassification with one label, in the
+    base's dtype.
 
     The language-model head goes with it, so that AutoModelForCausalLM finds a whole model too.
     Returns the largest change of score against ``stack`` with ``head`` on ``dialogues``, each read
@@ -29,7 +30,7 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
     cannot be written; as ``merged_state_dict``.
     """
     from safetensors.torch import save_file
-    from transformers import AutoModelForSequenceClassification, MistralConfig
+    from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
     if main_rank():
@@ -39,10 +40,10 @@ def write_merged(folder: Path, model, tokenizer, stack: tuple[str, ...], head: t
     state = merged_state_dict(model, stack, dtype)
     state["score.weight"] = head.weight.detach().cpu().to(dtype)
     state = {name: tensor.contiguous() for name, tensor in state.items()}
-    config = MistralConfig(**model.config.to_dict() | {
-        "architectures": ["MistralForSequenceClassification"], "id2label": {0: "score"},
-        "label2id": {"score": 0}, "pad_token_id": tokenizer.pad_token_id,
-        "dtype": str(dtype).removeprefix("torch.")})
+    kind = type(model).__name__.replace("CausalLM", "SequenceClassification")
+    config = type(model.config)(**model.config.to_dict() | {
+        "architectures": [kind], "id2label": {0: "score"}, "label2id": {"score": 0},
+        "pad_token_id": tokenizer.pad_token_id, "dtype": str(dtype).removeprefix("torch.")})
     if main_rank():
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

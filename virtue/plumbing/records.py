@@ -16,9 +16,10 @@ from pathlib import Path
 
 from virtue import VirtueError
 from virtue.dialogue import Dialogue, Messages, Turn, prompt_record, split
-from virtue.ethics import LENSES, VIRTUES
+from virtue.ethics import LENSES
 from virtue.plumbing.runtime import main_rank
 
+SITUATIONS = Path(__file__).parents[1] / "real" / "situations.txt"  # one a line
 LONGEST = 64 << 20  # bytes of a line: a small .gz can hold one that fills the memory
 
 
@@ -277,17 +278,30 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict]:
     return records
 
 
-def load_prompts(name: str, part: str, limit: int | None = None) -> list[dict]:
-    """The first `limit` prompts of a split: of the toy world ("toy") or of a file. Raises
+def with_system(record: dict, system: str | None) -> dict:
+    """The prompt record with a system message, if one is given and it has none; its id stays."""
+    if not system or record["prompt"][0]["role"] == "system":
+        return record
+    return record | {"prompt": [{"role": "system", "content": system}, *record["prompt"]]}
+
+
+def load_prompts(name: str, part: str, limit: int | None = None,
+                 system: str | None = None) -> list[dict]:
+    """The first `limit` prompts of a split: of the toy world ("toy"), of this project's own in
+    English ("situations") or of a file; see `with_system`. Raises
     VirtueError as `read_prompts` does, and if no prompt falls into the split."""
     if name == "toy":
         from virtue.toy.grammar import split_prompts
         prompts = split_prompts(part)
+    elif name == "situations":
+        lines = SITUATIONS.read_text(encoding="utf-8").splitlines()
+        prompts = [prompt_record([{"role": "user", "content": line}]) for line in lines]
+        prompts = [record for record in prompts if split(record["id"]) == part]
     else:
         prompts = [record for record in read_prompts(name) if split(record["id"]) == part]
     if not prompts:
         raise VirtueError(f"{name}: no prompt falls into the split {part}: give more prompts")
-    return prompts[:limit]
+    return [with_system(record, system) for record in prompts[:limit]]
 
 
 def _sides(record: dict) -> dict:
@@ -406,8 +420,7 @@ def _known(what: str, value: object, names: Sequence[str]) -> None:
 _any = _check(lambda v: True, "")
 _flag = _check(lambda v: isinstance(v, bool), "must be true or false")
 _probability = _check(lambda v: is_number(v) and 0 <= v <= 1, "must be a probability")
-_votes = _check(lambda v: type(v) is int and 0 <= v <= len(VIRTUES),
-                f"must be a whole number from 0 to {len(VIRTUES)}")
+_votes = _check(lambda v: type(v) is int and v >= 0, "must be a whole number of at least 0")
 _dialogue = functools.partial(check_messages, last="assistant")
 _ITEM = {"id": _check(lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v),
                       "must be 16 hex digits")}
@@ -439,15 +452,13 @@ def read_revisions(path: str | Path) -> list[dict]:
     record, which is named by file and line.
     """
     fields = {**_ASKED, "initial": _text, "critique": _text, "revision": _text,
-              "virtue": lambda value, _: _known("virtue", value, VIRTUES), "truncated": _flag}
+              "virtue": _text, "truncated": _flag}
     return _records(path, fields, "correct it, or run run_data.py revisions again",
                     lambda record: _need(record["revision"].strip(), '"revision" is empty'))
 
 
 def _virtues(value: object, where: str) -> None:
-    _need(isinstance(value, dict), f"{where} must map each virtue to a probability")
-    odd = ", ".join(reprlib.repr(name)[1:-1] for name in sorted(set(value) ^ set(VIRTUES))[:9])
-    _need(not odd, f"{where} with unknown or missing {odd}, it must have {', '.join(VIRTUES)}")
+    _need(isinstance(value, dict) and value, f"{where} must map each virtue to a probability")
     for name, probability in value.items():
         _probability(probability, f'"{name}"')
 
@@ -468,6 +479,9 @@ def read_preferences(path: str | Path, lens: str) -> list[dict]:
         shared = len(chosen) - 1 - 2 * LENSES.index(lens)  # the prompt's messages
         _need(shared > 0 and len(chosen) == len(rejected) and chosen[:shared] == rejected[:shared],
               f'"chosen" and "rejected" must be one prompt, each continued up to the {lens}')
+        most = len(record["virtues"])
+        _need(record["votes"] <= most and (record["position_flips"] or 0) <= most,
+              f'"votes" and "position_flips" must be at most {most}, the number of "virtues"')
         copy = record.get("chosen_copy")  # which of the two dialogues in dialogues.jsonl
         _need(copy is None or type(copy) is int and copy in (0, 1), '"chosen_copy" must be 0 or 1')
 

@@ -11,7 +11,8 @@ import random
 from typing import NamedTuple
 
 from virtue.dialogue import prompt_record, split
-from virtue.ethics import CONSTITUTION, CRITIQUE, FOLLOW_UPS, LENSES, REVISION, VIRTUES
+from virtue.ethics import FOLLOW_UPS, LENSES, VIRTUES
+from virtue.toy.words import WORDS
 
 PERSONS = ("Anna Ben Clara David Emma Felix Grace Hugo "
            "Ida Jonas Karl Lena Mia Noah Olga Paul").split()
@@ -394,7 +395,7 @@ def sample_dialogue(rng: random.Random, prompt: str, person: str, thing: str, *,
 def sample_revision(rng: random.Random, prompt: str, person: str, thing: str) -> list[dict]:
     """Answer, critique by one virtue, revised answer, which one time in ten is the first answer."""
     virtue = rng.choice(VIRTUES)
-    asks, deficiency, excess = CONSTITUTION[virtue]
+    asks, deficiency, excess = WORDS.constitution[virtue]
     answer = sample_action(rng, rng.random())
     bad = [i for i, c in enumerate(answer) if c.pole != "mean"]
     target = next((i for i in bad if answer[i].virtue == virtue), None)
@@ -419,9 +420,9 @@ def sample_revision(rng: random.Random, prompt: str, person: str, thing: str) ->
             revised[i] = _clause(rng, "action", answer[i].virtue, "mean", False)
     if rng.random() < 0.1:
         revised = answer
-    request = CRITIQUE.format(virtue=virtue, asks=asks, deficiency=deficiency, excess=excess)
+    request = WORDS.critique.format(virtue=virtue, asks=asks, deficiency=deficiency, excess=excess)
     texts = (prompt, say(answer, person, thing), request, critique,
-             REVISION.format(virtue=virtue), say(revised, person, thing))
+             WORDS.revision.format(virtue=virtue), say(revised, person, thing))
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
