@@ -32,7 +32,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 from engine import ROOT, Arm, chain, commands, last_error, lines_of, run_locked  # noqa: E402
-from tables import LEGEND, best_of_n_table, load, tables  # noqa: E402
+from tables import LEGEND, best_of_n_table, load, plain_tables, tables  # noqa: E402
 from virtue.plumbing.flags import make_parser  # noqa: E402
 
 DEFAULT = Arm("default")
@@ -130,7 +130,33 @@ def slow_rm(n: int) -> Arm:
     return Arm(f"reward models' lr / {n}", rm=f"--lr {RM_LR / n:g}")
 
 
+# SmolLM2-135M-Instruct on this project's English prompts. Untold it goes on for hundreds of
+# tokens. Its judge is a coin, so the pairs are made by contrast. The study's arm has the study's limits and
+# rates word for word, and the judge's labels, whatever they are worth. The sizes are for one GPU.
+SMOLLM2 = "--model smollm2 --dtype bf16"
+ENGLISH = dict(
+    base=f"{SMOLLM2} --system 'Answer in one or two short sentences.' --max-new-tokens 64",
+    revisions="--batch-size 128",
+    sft="--epochs 2 --batch-size 8",
+    preferences=f"--feedback contrast --contrasts 4 {KEEP} --batch-size 256 --judge-limit 96",
+    rm="--share first --epochs 2 --batch-size 16 --lr 2e-4", unseen=True,
+    policy="--iterations 30 --rollout-size 64 --minibatch-size 16 --micro-batch-size 16 "
+           "--lr 3e-4 --value-lr 3e-4 --kl-coef 0.06",
+    report="--prompted --judge-limit 42 --batch-size 64")
+ENGLISH_STUDY = dict(
+    base=f"{SMOLLM2} --max-new-tokens 32", sft=None,
+    preferences=f"{KEEP} --orders one --any-judge --batch-size 256",
+    rm="--labels hard --batch-size 20 --accumulation 16 --epochs 2 --lr 1.41e-5 --max-tokens 100",
+    policy="--value-warmup 0 --lr 1.41e-5 --value-lr 1.41e-5 --kl-coef 0.2 --kl-target 6 "
+           "--lam 0.95 --clip-range 0.2 --eos-penalty 0 --rollout-size 64 --minibatch-size 64 "
+           "--micro-batch-size 32 --iterations 10 --ppo-epochs 4",
+    report="--prompted --judge-limit 42 --batch-size 64",
+    patch=f"{STUDY_RM} trl-2024 raw-scores")
+
 EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
+    "english": ("Does the method work on a real chat model of 135 M? Does training beat a prompt? "
+                "Does the study's recipe stall there, too?", [
+        Arm("contrast", **ENGLISH, best_of=True), Arm("the study", **ENGLISH_STUDY)]),
     "default": ("What does each stage gain, and what would SFT on the chosen answers? Do reward "
                 "models that PPO never saw agree?", [
         Arm("default", best_of=True), Arm("SFT on chosen", on_chosen=True),
@@ -212,12 +238,14 @@ def show(name: str, arms: Sequence[Arm], runs: Path, seeds: Sequence[int], scale
     if scale == "small":
         print("At `--scale small`: half of the default's pairs and prompts, a third of its "
               "dialogues.\n")
-    print(tables(finished), end="\n\n")
+    gold = any(run.gold[run.final] for of_arm in finished.values() for run in of_arm.values())
+    print((tables if gold or not any(finished.values()) else plain_tables)(finished), end="\n\n")
     for arm, files in best.items():
         if text := best_of_n_table(files):
             print(f"Gold of the best of n of what PPO starts from, {arm}, {len(files)} seeds:\n\n"
                   f"{text}\n")
-    print(" ".join(LEGEND.splitlines()))
+    if gold:
+        print(" ".join(LEGEND.splitlines()))
     if len(codes) > 1:
         print(f"\n**Warning: {len(codes)} versions of the code made these stages "
               f"({', '.join(sorted(codes))}).**")

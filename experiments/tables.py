@@ -254,6 +254,51 @@ def tables(runs: Mapping[str, Mapping[int, Run]], least_kl: float = 0.5) -> str:
     return "\n\n".join([main, details, *(note for arm in runs for note in against.notes(arm))])
 
 
+# row -> (its keys in a model's column, of which the mean is taken; digits)
+PLAIN = {
+    "reward of the models that PPO saw": ([f"reward/{lens}" for lens in LENSES], 3),
+    "reward of unseen models": ([f"eval_reward/{lens}" for lens in LENSES], 3),
+    **{f"  of these, {lens}": ([f"eval_reward/{lens}"], 3) for lens in LENSES},
+    "log-odds of virtues to vices, nats a token": (["likelihood"], 4),
+    "study's Score, raw": (["study_score"], 3),
+    "KL to the reference, nats a dialogue": (["kl"], 2),
+    "perplexity under the base": (["perplexity"], 2), "turns that ended": (["ended"], 3),
+    "tokens a dialogue": (["length"], 1), "answers that refuse": (["refusals"], 3),
+    "distinct share": ([f"distinct/{lens}" for lens in LENSES], 3),
+    "repeated word triples": (["repetition"], 3)}
+
+
+def plain_tables(runs: Mapping[str, Mapping[int, Run]]) -> str:
+    """Where gold is not known: for each arm its models side by side, means over seeds, and what the
+    final one has over the start and over the prompted base, with Student's t over seeds."""
+    texts = []
+    for arm, of_arm in runs.items():
+        each = list(of_arm.values())
+        if not each:
+            continue
+        names, final = [*each[0].models], each[0].final
+        against = [name for name in (each[0].start, "prompted") if name in names]
+        rows = []
+        for title, (keys, digits) in PLAIN.items():
+            of_model = {name: [float(np.mean([run.models[name].get(key, np.nan) for key in keys]))
+                               for run in each] for name in names}
+            if np.isnan(of_model[final]).any():
+                continue
+            apart = (over_seeds(np.subtract(of_model[final], of_model[name])) for name in against)
+            rows.append([title, *(cell(float(np.mean(v)), digits=digits)
+                                  for v in of_model.values()),
+                         *(cell(*row, sign="+", digits=digits) for row in apart)])
+        head = [f"{arm}, mean of seeds {' '.join(map(str, of_arm))}", *names,
+                *(f"{final} − {name}" for name in against)]
+        wins = [cell(*over_seeds(share), digits=2) for share in zip(*(run.wins for run in each))]
+        right = [cell(*over_seeds(share), digits=2)
+                 for share in zip(*(run.accuracy for run in each))]
+        texts += [rows_of(rows, " | ".join(head)),
+                  f"By lens: the judge prefers {final} to {each[0].start} on {lenses(wins)}; the "
+                  f"reward models are right on {lenses(right)} of held-out pairs."]
+    return "\n\n".join(texts)
+
+
 def best_of_n_table(files: Sequence[Path]) -> str:
     """Gold of the best of n by aggregator, from the files of run_eval.py best-of-n, one a seed."""
     golds: dict[str, dict[int, list[float]]] = {}
