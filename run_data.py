@@ -7,8 +7,8 @@
 
 revisions: the model answers each prompt, criticises its answer by one virtue of the constitution
 (virtue/ethics.py, or --constitution), and rewrites it (Bai et al. 2022, arXiv 2212.08073, section
-3.1, with virtues in the place of principles). Empty, unchanged and truncated revisions are counted
-and dropped.
+3.1, with virtues in the place of principles). Revisions that are empty, unchanged or truncated, or
+repeat a sentence of the critique, are counted and dropped.
 
 preferences: the model writes two independent dialogues for each prompt (answer, motivation,
 consequence). For each lens, the judge then compares them on five virtues, in both orders. The
@@ -36,6 +36,9 @@ from virtue.plumbing import flags
 from virtue.plumbing.runtime import run_main
 
 FAULTS = ("truncated", "empty", "identical", "echoed", "too_long", "tied")  # why a pair is dropped
+# Words in a row: a revision that repeats so many of its critique is no answer, and a dialogue that
+# repeats so many of its instruction shows that it was told to have a trait, not that it has it.
+ECHO_OF_CRITIQUE, ECHO_OF_TRAIT = 8, 3
 
 
 def parse(argv):
@@ -104,6 +107,14 @@ def sample(args, base, stack, prompts, **settings):
 # ---- revisions
 
 
+def echoes(text, told, run):
+    """Whether a text says `run` words of another one in the same order, or nothing but such."""
+    said, heard = ([*re.findall(r"[^\W_]+", t.lower())] for t in (text, told))
+    run = max(1, min(run, len(said)))
+    runs = {tuple(heard[i:i + run]) for i in range(len(heard) - run + 1)}
+    return any(tuple(said[i:i + run]) in runs for i in range(len(said) - run + 1))
+
+
 def revise(args, base, stack, prompts, state):
     """Answer, critique and revision of each prompt, as one dialogue whose follow-up questions are
     those of the virtue drawn for it -> (records of what was really revised, counts).
@@ -122,13 +133,16 @@ def revise(args, base, stack, prompts, state):
         questions[prompt_id] = words.critique.format(**told), words.revision.format(**told)
     dialogues = sample(args, base, stack, prompts, questions=questions,
                        each_batch=spread("revise", state / "dialogues.jsonl"))
-    records, counts = [], dict.fromkeys(("truncated", "empty", "unchanged", "revisions"), 0)
+    records, counts = [], dict.fromkeys(
+        ("truncated", "empty", "unchanged", "echoed", "revisions"), 0)
     for d in dialogues:
         messages = messages_of(base.tokenizer, d, questions=questions[d.id])
         initial, critique, revision = (m["content"] for m in messages[len(d.prompt)::2])
         fault = ("truncated" if d.turns[2].truncated and args.truncated == "drop"
                  else "empty" if not revision
-                 else "unchanged" if revision == initial else None)
+                 else "unchanged" if revision == initial
+                 else "echoed" if echoes(revision, critique, ECHO_OF_CRITIQUE)
+                 else None)
         counts[fault or "revisions"] += 1
         if fault is None:
             records.append({"id": d.id, "prompt": d.prompt, "initial": initial,
@@ -141,14 +155,6 @@ def revise(args, base, stack, prompts, state):
 
 
 # ---- preferences
-
-
-def echoes(text, trait, run=3):
-    """Whether a text says `run` words of an instruction in the same order: it then shows that it
-    was told to have the trait, not that it has it."""
-    said, told = ([*re.findall(r"[^\W_]+", t.lower())] for t in (text, trait))
-    runs = {tuple(told[i:i + run]) for i in range(len(told) - run + 1)}
-    return any(tuple(said[i:i + run]) in runs for i in range(len(said) - run + 1))
 
 
 def pairs_of(args, tokenizer, judge, first, second, lens, traits=None):
@@ -166,7 +172,8 @@ def pairs_of(args, tokenizer, judge, first, second, lens, traits=None):
                  else "empty" if any(not m["content"] for text in texts for m in text)
                  else "identical" if texts[0] == texts[1]
                  else "echoed" if traits and any(
-                     echoes(m["content"], trait) for text, trait in zip(texts, traits[i])
+                     echoes(m["content"], trait, ECHO_OF_TRAIT)
+                     for text, trait in zip(texts, traits[i])
                      for m in text[len(sides[0].prompt)::2])
                  else "too_long" if not pair_fits(judge.model, judge.tokenizer, judge.words,
                                                   *texts, lens)
