@@ -131,25 +131,25 @@ def slow_rm(n: int) -> Arm:
 
 
 # SmolLM2-135M-Instruct on this project's English prompts. Untold it goes on for hundreds of
-# tokens. Its judge is a coin, so the pairs are made by contrast. The study's arm has the study's limits and
-# rates word for word, and the judge's labels, whatever they are worth. The sizes are for one GPU.
-SMOLLM2 = "--model smollm2 --dtype bf16"
+# tokens. Its judge is a coin, so the pairs are made by contrast. The study's arm has the study's
+# limits and rates word for word, and the judge's labels, whatever they are worth. The sizes are for
+# one GPU, where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 helps; bf16 is too coarse for this model.
 ENGLISH = dict(
-    base=f"{SMOLLM2} --system 'Answer in one or two short sentences.' --max-new-tokens 64",
+    base="--model smollm2 --system 'Answer in one or two short sentences.' --max-new-tokens 96",
     revisions="--batch-size 128",
-    sft="--epochs 2 --batch-size 8",
-    preferences=f"--feedback contrast --contrasts 4 {KEEP} --batch-size 256 --judge-limit 96",
-    rm="--share first --epochs 2 --batch-size 16 --lr 2e-4", unseen=True,
-    policy="--iterations 30 --rollout-size 64 --minibatch-size 16 --micro-batch-size 16 "
+    sft="--epochs 3 --batch-size 4 --lr 5e-4",
+    preferences=f"--feedback contrast --contrasts 4 {KEEP} --batch-size 128 --judge-limit 96",
+    rm="--share first --epochs 2 --batch-size 8 --lr 5e-4", unseen=True,
+    policy="--iterations 30 --rollout-size 64 --minibatch-size 16 --micro-batch-size 8 "
            "--lr 3e-4 --value-lr 3e-4 --kl-coef 0.06",
     report="--prompted --judge-limit 42 --batch-size 64")
 ENGLISH_STUDY = dict(
-    base=f"{SMOLLM2} --max-new-tokens 32", sft=None,
-    preferences=f"{KEEP} --orders one --any-judge --batch-size 256",
+    base="--model smollm2 --max-new-tokens 32", sft=None,
+    preferences=f"{KEEP} --orders one --any-judge --batch-size 128",
     rm="--labels hard --batch-size 20 --accumulation 16 --epochs 2 --lr 1.41e-5 --max-tokens 100",
     policy="--value-warmup 0 --lr 1.41e-5 --value-lr 1.41e-5 --kl-coef 0.2 --kl-target 6 "
            "--lam 0.95 --clip-range 0.2 --eos-penalty 0 --rollout-size 64 --minibatch-size 64 "
-           "--micro-batch-size 32 --iterations 10 --ppo-epochs 4",
+           "--micro-batch-size 16 --iterations 10 --ppo-epochs 4",
     report="--prompted --judge-limit 42 --batch-size 64",
     patch=f"{STUDY_RM} trl-2024 raw-scores")
 
