@@ -8,7 +8,8 @@
 revisions: the model answers each prompt, criticises its answer by one virtue of the constitution
 (virtue/ethics.py, or --constitution), and rewrites it (Bai et al. 2022, arXiv 2212.08073, section
 3.1, with virtues in the place of principles). Revisions that are empty, unchanged or truncated, or
-repeat a sentence of the critique, are counted and dropped.
+repeat the critique, are counted and dropped. With --feedback contrast the revision is the answer
+that the model gives under an instruction to have the virtue.
 
 preferences: the model writes two independent dialogues for each prompt (answer, motivation,
 consequence). For each lens, the judge then compares them on five virtues, in both orders. The
@@ -64,11 +65,12 @@ def parse(argv):
                  "did")
         add("--sft", type=Path,
             help="SFT adapter that answers (default: the bare base, as in the study)")
+        add("--feedback", choices=("judge", "contrast"), default="judge",
+            help="judge: the model judges or revises its own text; contrast: for models too weak "
+                 "for that, see above")
+        add("--contrasts", type=flags.positive_int, default=1, metavar="N",
+            help="contrast: pairs or answers for each prompt, each of another virtue")
     add = preferences.add_argument_group("feedback").add_argument
-    add("--feedback", choices=("judge", "contrast"), default="judge",
-        help="judge: two dialogues, of which the judge chooses; contrast: see above")
-    add("--contrasts", type=flags.positive_int, default=1, metavar="N",
-        help="contrast: pairs for each prompt, each of another virtue")
     add("--judge-limit", type=flags.nonnegative_int, default=48,
         help="contrast: ask the judge about this many pairs a lens; nothing is learned from it")
     add("--judge", help="another model as the judge: toy, folder or hub id (default: the base, "
@@ -88,7 +90,7 @@ def parse(argv):
              "probability; this affects training only with run_rm.py --labels hard, since soft "
              "labels carry the mean either way")
     common = ("out", "prompts", "limit", "sft", "model", "quantize", "dtype", "max-new-tokens")
-    flags.most_used(revisions, *common, "batch-size", "seed", "resume")
+    flags.most_used(revisions, *common, "feedback", "batch-size", "seed", "resume")
     flags.most_used(preferences, *common, "feedback", "judge", "any-judge", "seed", "resume")
     return flags.parse_with_parent(parser, argv, "sft", "sft", commands=commands)
 
@@ -117,8 +119,8 @@ def echoes(text, told, run):
 
 def revise(args, base, stack, prompts, state):
     """Answer, critique and revision of each prompt, as one dialogue whose follow-up questions are
-    those of the virtue drawn for it -> (records of what was really revised, counts).
-    VirtueError: no record is left."""
+    those of the virtue drawn for it -> for each, (dialogue, virtue, answer, critique, revision,
+    whether the revision was cut)."""
     from virtue.dialogue import messages_of
     from virtue.plumbing.resume import spread
     from virtue.randomness import stream
@@ -131,26 +133,51 @@ def revise(args, base, stack, prompts, state):
         asks, deficiency, excess = words.constitution[virtue]
         told = dict(virtue=virtue, asks=asks, deficiency=deficiency, excess=excess)
         questions[prompt_id] = words.critique.format(**told), words.revision.format(**told)
-    dialogues = sample(args, base, stack, prompts, questions=questions,
-                       each_batch=spread("revise", state / "dialogues.jsonl"))
+    found = []
+    for d in sample(args, base, stack, prompts, questions=questions,
+                    each_batch=spread("revise", state / "dialogues.jsonl")):
+        messages = messages_of(base.tokenizer, d, questions=questions[d.id])
+        texts = [m["content"] for m in messages[len(d.prompt)::2]]
+        found.append((d, drawn[d.id], *texts, d.turns[2].truncated))
+    return found
+
+
+def instruct(args, base, stack, prompts, state):
+    """As `revise`, where the revision is the answer under an instruction to have a virtue, and the
+    critique is that instruction (context distillation, Askell et al. 2021, arXiv 2112.00861)."""
+    from virtue.dialogue import messages_of
+    from virtue.plumbing.resume import spread
+
+    plain = sample(args, base, stack, prompts, turns=1,
+                   each_batch=spread("answers", state / "answers.jsonl"))
+    first, _, traits = sample_contrasts(args, base, stack, prompts, state, turns=1, sides=1)
+    answers = {d.id: messages_of(base.tokenizer, d, turns=1)[-1]["content"] for d in plain}
+    return [(d, virtue, answers[d.id], base.words.trait.format(trait=asks),
+             messages_of(base.tokenizer, d, turns=1)[-1]["content"], d.turns[0].truncated)
+            for d, (virtue, _, asks, _) in zip(first, traits)]
+
+
+def revisions_of(args, base, stack, prompts, state):
+    """The records of what was really revised, and counts. VirtueError: no record is left."""
+    make, run = ((instruct, ECHO_OF_TRAIT) if args.feedback == "contrast"
+                 else (revise, ECHO_OF_CRITIQUE))
     records, counts = [], dict.fromkeys(
         ("truncated", "empty", "unchanged", "echoed", "revisions"), 0)
-    for d in dialogues:
-        messages = messages_of(base.tokenizer, d, questions=questions[d.id])
-        initial, critique, revision = (m["content"] for m in messages[len(d.prompt)::2])
-        fault = ("truncated" if d.turns[2].truncated and args.truncated == "drop"
+    for d, virtue, initial, critique, revision, cut in make(args, base, stack, prompts, state):
+        fault = ("truncated" if cut and args.truncated == "drop"
                  else "empty" if not revision
                  else "unchanged" if revision == initial
-                 else "echoed" if echoes(revision, critique, ECHO_OF_CRITIQUE)
+                 else "echoed" if echoes(revision, critique, run)
                  else None)
         counts[fault or "revisions"] += 1
         if fault is None:
             records.append({"id": d.id, "prompt": d.prompt, "initial": initial,
-                            "critique": critique, "revision": revision, "virtue": drawn[d.id],
+                            "critique": critique, "revision": revision, "virtue": virtue,
                             "truncated": any(turn.truncated for turn in d.turns)})
     if not records:
         raise VirtueError(f"no revision is left of {len(prompts)} prompts ({counts}): the model "
-                          "may be too weak, or --max-new-tokens too small")
+                          "may be too weak: give --feedback contrast, or a larger "
+                          "--max-new-tokens")
     return sorted(records, key=lambda r: r["id"]), counts
 
 
@@ -276,28 +303,30 @@ def traits_of(args, words, prompt_id):
     return found
 
 
-def sample_contrasts(args, base, stack, prompts, state):
+def sample_contrasts(args, base, stack, prompts, state, turns=3, sides=2):
     """Pairs of dialogues, the first of which was told to have a virtue and the second to have a
     vice -> (first, second, traits: for each pair as in `traits_of`). Both sides draw the same
-    random numbers, and carry the prompt as it was, without the instruction."""
+    random numbers, and carry the prompt as it was, without the instruction. sides=1: the first
+    ones only."""
     from virtue.dialogue import instructed, with_prompt
     from virtue.plumbing.resume import spread
 
     told = [traits_of(args, base.words, p["id"]) for p in prompts]
-    sides, traits = ([], []), []
+    found, traits = ([], []), []
     for copy in range(min(args.contrasts, len(base.words.virtues))):
         traits += (of_prompt[copy] for of_prompt in told)
         asked = []
-        for side in (2, 3):
+        for side in (2, 3)[:sides]:
             for p, of_prompt in zip(prompts, told):
                 text = base.words.trait.format(trait=of_prompt[copy][side])
                 asked.append(p | {"prompt": instructed(base.tokenizer, p["prompt"], text)})
-        found = sample(args, base, stack, asked, copy=1 + copy, each_batch=spread(
-            f"contrast {copy + 1} of {args.contrasts}", state / f"contrast-{copy + 1}.jsonl"))
-        for i, d in enumerate(found):
+        dialogues = sample(
+            args, base, stack, asked, copy=1 + copy, turns=turns, each_batch=spread(
+                f"contrast {copy + 1} of {args.contrasts}", state / f"contrast-{copy + 1}.jsonl"))
+        for i, d in enumerate(dialogues):
             prompt = prompts[i % len(prompts)]["prompt"]
-            sides[i // len(prompts)].append(with_prompt(base.tokenizer, d, prompt))
-    return *sides, traits
+            found[i // len(prompts)].append(with_prompt(base.tokenizer, d, prompt))
+    return *found, traits
 
 
 def contrast(args, base, judge, stack, prompts, out, state):
@@ -389,7 +418,7 @@ def main(argv=None):
 
     # 3. Data: sampled, and judged
     if revisions:
-        rows, numbers = revise(args, base, stack, kept, state)
+        rows, numbers = revisions_of(args, base, stack, kept, state)
         data, extra = {"revisions": rows}, {}
     else:
         make = contrast if args.feedback == "contrast" else prefer

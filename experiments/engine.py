@@ -169,7 +169,8 @@ def chain(arm: Arm, seed: int, scale: str = "full",
     stage("preferences", "run_data.py preferences", f"{base} {arm.preferences}", sft="sft")
     stage("rm", "run_rm.py", arm.rm, data="preferences", sft="sft")
     if arm.unseen:
-        stage("unseen", "run_rm.py", f"{arm.rm} --share second", seed + 1000, data="preferences", sft="sft")
+        stage("unseen", "run_rm.py", f"{arm.rm} --share second", seed + 1000, data="preferences",
+              sft="sft")
     if arm.best_of:
         stage("best", "run_eval.py best-of-n", "", sft="sft", rm="rm")
     if arm.on_chosen:

@@ -136,11 +136,11 @@ def slow_rm(n: int) -> Arm:
 # one GPU, where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 helps; bf16 is too coarse for this model.
 ENGLISH = dict(
     base="--model smollm2 --system 'Answer in one or two short sentences.' --max-new-tokens 96",
-    revisions="--batch-size 128",
-    sft="--epochs 3 --batch-size 4 --lr 5e-4",
-    preferences=f"--feedback contrast --contrasts 4 {KEEP} --batch-size 128 --judge-limit 96",
+    revisions="--feedback contrast --contrasts 2 --batch-size 128",
+    sft="--epochs 2 --batch-size 8 --lr 5e-4",
+    preferences=f"--feedback contrast --contrasts 3 {KEEP} --batch-size 128 --judge-limit 96",
     rm="--share first --epochs 2 --batch-size 8 --lr 5e-4", unseen=True,
-    policy="--iterations 30 --rollout-size 64 --minibatch-size 16 --micro-batch-size 8 "
+    policy="--iterations 20 --rollout-size 64 --minibatch-size 16 --micro-batch-size 16 "
            "--lr 3e-4 --value-lr 3e-4 --kl-coef 0.06",
     report="--prompted --judge-limit 42 --batch-size 64")
 ENGLISH_STUDY = dict(
@@ -156,7 +156,7 @@ ENGLISH_STUDY = dict(
 EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
     "english": ("Does the method work on a real chat model of 135 M? Does training beat a prompt? "
                 "Does the study's recipe stall there, too?", [
-        Arm("contrast", **ENGLISH, best_of=True), Arm("the study", **ENGLISH_STUDY)]),
+        Arm("contrast", **ENGLISH), Arm("the study", **ENGLISH_STUDY)]),
     "default": ("What does each stage gain, and what would SFT on the chosen answers? Do reward "
                 "models that PPO never saw agree?", [
         Arm("default", best_of=True), Arm("SFT on chosen", on_chosen=True),
