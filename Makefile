@@ -27,16 +27,16 @@ EDGES      = $(patsubst %,tests/test_%.py,artefacts chat dialogue generate html 
              tests/interop/test_transformers.py tests/test_scripts.py::test_chain_on_nf4
 # make real: what fits into an hour and a half of two slow cores, or into ten minutes of a GPU.
 ifeq ($(DEVICE),cpu)
-REAL_REVISIONS   = --limit 64 --batch-size 16
+REAL_REVISIONS   = --limit 48 --batch-size 12
 REAL_SFT         = --epochs 2 --batch-size 4
-REAL_PREFERENCES = --limit 96 --batch-size 24 --judge-limit 8 --judge-batch-size 4
+REAL_PREFERENCES = --limit 96 --batch-size 24 --judge-limit 6 --judge-batch-size 3
 REAL_RM          = --epochs 1 --batch-size 4
 REAL_PPO         = --iterations 10 --value-warmup 1 --rollout-size 16 --minibatch-size 8 --micro-batch-size 4 --batch-size 8
-REAL_EVAL        = --limit 16 --judge-limit 6 --judge-batch-size 2 --batch-size 8
+REAL_EVAL        = --limit 16 --judge-limit 4 --judge-batch-size 4 --batch-size 8
 else
-REAL_REVISIONS   = --dtype bf16 --batch-size 128
+REAL_REVISIONS   = --contrasts 2 --batch-size 128
 REAL_SFT         = --epochs 2 --batch-size 8
-REAL_PREFERENCES = --contrasts 4 --batch-size 256
+REAL_PREFERENCES = --contrasts 3 --batch-size 128
 REAL_RM          = --epochs 2 --batch-size 16
 REAL_PPO         = --iterations 30 --rollout-size 64 --minibatch-size 16 --micro-batch-size 16
 REAL_EVAL        = --judge-limit 42 --batch-size 64
@@ -67,10 +67,10 @@ demo: .venv/installed
 # --resume goes on after a kill: a stage that is finished is passed over.
 REAL = --seed $(SEED) --device $(DEVICE) --resume
 real: .venv/installed .venv/real
-	$(STAGE) run_data.py revisions   $(REAL) --model smollm2 --system "Answer in one or two short sentences." --max-new-tokens 64 $(REAL_REVISIONS) --out $(OUT)/revisions
+	$(STAGE) run_data.py revisions   $(REAL) --model smollm2 --system "Answer in one or two short sentences." --max-new-tokens 64 --feedback contrast $(REAL_REVISIONS) --out $(OUT)/revisions
 	$(STAGE) run_sft.py              $(REAL) --data $(OUT)/revisions $(REAL_SFT) --out $(OUT)/sft
 	$(STAGE) run_data.py preferences $(REAL) --sft $(OUT)/sft --feedback contrast --truncated keep $(REAL_PREFERENCES) --out $(OUT)/preferences
-	$(STAGE) run_rm.py               $(REAL) --data $(OUT)/preferences --lr 2e-4 $(REAL_RM) --out $(OUT)/rm
+	$(STAGE) run_rm.py               $(REAL) --data $(OUT)/preferences --lr 5e-4 $(REAL_RM) --out $(OUT)/rm
 	$(STAGE) run_ppo.py              $(REAL) --rm $(OUT)/rm --lr 3e-4 --value-lr 3e-4 $(REAL_PPO) --out $(OUT)/policy
 	$(STAGE) run_eval.py models      $(REAL) --policy $(OUT)/policy --prompted $(REAL_EVAL) --out $(OUT)/report
 

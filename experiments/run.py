@@ -137,7 +137,7 @@ def slow_rm(n: int) -> Arm:
 ENGLISH = dict(
     base="--model smollm2 --system 'Answer in one or two short sentences.' --max-new-tokens 96",
     revisions="--feedback contrast --contrasts 2 --batch-size 128",
-    sft="--epochs 2 --batch-size 8 --lr 5e-4",
+    sft="--epochs 2 --batch-size 8",
     preferences=f"--feedback contrast --contrasts 3 {KEEP} --batch-size 128 --judge-limit 96",
     rm="--share first --epochs 2 --batch-size 8 --lr 5e-4", unseen=True,
     policy="--iterations 20 --rollout-size 64 --minibatch-size 16 --micro-batch-size 16 "

@@ -125,8 +125,9 @@ class LoRALinear(nn.Module):
         pair = self.lora_A, self.lora_B
         halves = [half[n] if n in half else None for n in names for half in pair]
         scales = [self.scaling[n] for n in names]
-        # PyTorch counts a tensor's changes in place. The tensors are kept beside the key, so that
-        # no other one can come to stand at the same address.
+        # PyTorch counts a tensor's changes in place, but not those by its fused optimisers, which
+        # must not be used. The tensors are kept beside the key, so that no other one can come to
+        # stand at the same address.
         tensors = [self.base.weight, *(half for half in halves if half is not None)]
         key = [(t.data_ptr(), t._version) for t in tensors], scales
         if key != self._fold[0]:
