@@ -22,6 +22,7 @@ Around it, in folders of which the method imports nothing:
                  training, resume, processes, the memory plan, export and upload
     evaluation/  what is measured of models, judge and reward models, and how it is shown
     toy/         the embedded world, in which true virtue is known
+    real/        a real chat model that needs no hub, and prompts in English
 """
 
 from importlib import import_module, util

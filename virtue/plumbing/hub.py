@@ -218,7 +218,7 @@ def card(name: str, kind: str, manifest: dict, measured: dict, licence: str | No
     return template.render(
         name=name, kind=kind, manifest=manifest, measured=measured, metadata=metadata, toy=toy,
         base=base if on_hub else f"path/to/{base}", doubts=doubts(manifest["extra"]),
-        virtues=VIRTUES, dumps=json.dumps)
+        virtues=manifest["base"].get("virtues", ", ".join(VIRTUES)), dumps=json.dumps)
 
 
 def upload(name: str, files: Mapping[str, bytes | Path], repo_type: str, private: bool) -> str:

@@ -67,7 +67,7 @@ class Base(NamedTuple):
 
     model: object
     tokenizer: object
-    info: dict[str, str]  # {"id", "fingerprint", "words"}
+    info: dict[str, str]  # {"id", "fingerprint", "words", "virtues"}
     template: str
     words: Words  # in which it is asked
 
@@ -86,7 +86,8 @@ def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
     if getattr(args, "gradient_checkpointing", False):
         checkpoint_layers(model)
     words = words_of(name, getattr(args, "constitution", None))
-    info = {"id": str(name), "fingerprint": base_fingerprint(folder), "words": words_hash(words)}
+    info = {"id": str(name), "fingerprint": base_fingerprint(folder), "words": words_hash(words),
+            "virtues": ", ".join(words.virtues)}
     return Base(model, tokenizer, info, template_fingerprint(tokenizer), words)
 
 
