@@ -160,7 +160,7 @@ def build_optimizer(roles, args):
     import torch
     policy, value = trained(roles)
     groups = [{"params": policy, "lr": args.lr}, {"params": value, "lr": args.value_lr}]
-    optimizer = torch.optim.Adam(groups, eps=1e-5)  # not fused: see virtue/lora.py
+    optimizer = torch.optim.Adam(groups, eps=1e-5)
     steps = max(1, args.iterations - 1)
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
 

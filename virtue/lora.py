@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from virtue import TARGETS, VirtueError
 
@@ -57,6 +58,14 @@ class _Folded(torch.autograd.Function):
             grads.append((dy @ B).T @ x * s if needed[2 * i] else None)
             grads.append(dy.T @ (x if A is None else x @ A.T) * s if needed[2 * i + 1] else None)
         return dx, None, None, None, *grads
+
+
+_steps = [0]  # of all optimisers
+
+
+@register_optimizer_step_post_hook
+def _count_step(*_) -> None:
+    _steps[0] += 1
 
 
 class LoRALinear(nn.Module):
@@ -125,11 +134,11 @@ class LoRALinear(nn.Module):
         pair = self.lora_A, self.lora_B
         halves = [half[n] if n in half else None for n in names for half in pair]
         scales = [self.scaling[n] for n in names]
-        # PyTorch counts a tensor's changes in place, but not those by its fused optimisers, which
-        # must not be used. The tensors are kept beside the key, so that no other one can come to
+        # PyTorch counts a tensor's changes in place, but not those by its fused optimisers: steps
+        # are counted, too. The tensors are kept beside the key, so that no other one can come to
         # stand at the same address.
         tensors = [self.base.weight, *(half for half in halves if half is not None)]
-        key = [(t.data_ptr(), t._version) for t in tensors], scales
+        key = [(t.data_ptr(), t._version) for t in tensors], scales, *_steps
         if key != self._fold[0]:
             with torch.no_grad():
                 folded = self.base.weight + sum(self.change(n) for n in names)

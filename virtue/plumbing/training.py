@@ -36,7 +36,7 @@ def train(args: argparse.Namespace, folder: Path, state: Path, parameters: list[
     """
     size = args.batch_size * args.accumulation
     steps = args.epochs * -(-len(examples) // size)
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)  # not fused: see lora
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, LAST_LR, max(1, steps - 1))
     log = runtime.MetricsLog(folder / "metrics.jsonl")
     saved = resume.load_checkpoint(state, parameters, optimizer, schedule, [log.path], ["before"])
