@@ -339,6 +339,7 @@ def same(b: Bench) -> None:
     from virtue.plumbing.records import load_prompts
     from virtue.generate import sample_dialogues
     from virtue.judge import judge_pairs
+    from virtue.toy.words import WORDS
     from virtue.lora import LoRALinear, adapter_parameters, add_adapter, use_stack
     from virtue.models import logprobs_at
     from virtue.plumbing.loading import load_model, load_tokenizer
@@ -367,7 +368,7 @@ def same(b: Bench) -> None:
                 plain = logprobs_at(model, ids, attention, attention[:, 1:].bool())
         texts = [messages_of(tokenizer, d) for d in dialogues[0]]
         with use_stack(model):
-            judged, _ = judge_pairs(model, tokenizer, list(zip(texts[::2], texts[1::2])),
+            judged, _ = judge_pairs(model, tokenizer, WORDS, list(zip(texts[::2], texts[1::2])),
                                     "consequence")
         found.append({"log-probs after three optimiser steps, nats": folded.cpu(),
                       "the same by the plain path": plain.cpu(),

@@ -28,6 +28,7 @@ def main() -> None:
     from virtue.plumbing.records import load_prompts
     from virtue.ethics import VIRTUES
     from virtue.generate import sample_dialogues
+    from virtue.toy.words import WORDS
     from virtue.judge import encode_questions, judge_pairs, label_ids, questions
     from virtue.models import hidden_states
     from virtue.plumbing.loading import load_model, load_tokenizer
@@ -41,11 +42,11 @@ def main() -> None:
     pairs = list(zip(*said))
     both = [pair if order == 0 else pair[::-1] for pair in pairs for order in (0, 1)]
     separate = sorted((encode_prompt(tokenizer, [{"role": "user", "content": q}]) for pair in both
-                       for q in questions(*pair, "consequence")), key=len)
-    prefixes = [encode_questions(tokenizer, *pair, "consequence") for pair in both]
+                       for q in questions(WORDS, *pair, "consequence")), key=len)
+    prefixes = [encode_questions(tokenizer, WORDS, *pair, "consequence") for pair in both]
     tokens = sum(map(len, separate)), sum(len(prefix) + sum(map(len, endings))
                                           for prefix, endings in prefixes)
-    labels, found = torch.tensor(label_ids(tokenizer)), {}
+    labels, found = torch.tensor(label_ids(tokenizer, WORDS)), {}
 
     @torch.no_grad()
     def ten_prompts():
@@ -59,7 +60,7 @@ def main() -> None:
         found["separate"] = sum(probs) / len(probs)
 
     def shared():
-        probs = judge_pairs(model, tokenizer, pairs, "consequence")[0]
+        probs = judge_pairs(model, tokenizer, WORDS, pairs, "consequence")[0]
         found["shared"] = torch.stack([probs[:, 0], 1 - probs[:, 1]]).mean().item()
 
     times = [(cpu_seconds(ten_prompts, 1)[0], cpu_seconds(shared, 1)[0])

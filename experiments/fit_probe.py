@@ -29,6 +29,7 @@ from virtue.plumbing.loading import (base_fingerprint, load_model, load_tokenize
 from virtue.plumbing.artefacts import load_reward_models, load_sft
 from virtue.plumbing.flags import make_parser
 from virtue.toy import grammar
+from virtue.toy.words import WORDS
 
 KINDS = ("fit", "unfit", "one", "repeat", "same virtue")
 PAIRS = (("fit", "unfit"), ("fit", "one"), ("one", "unfit"), ("one", "repeat"),
@@ -79,7 +80,7 @@ def main() -> None:
         for lens in LENSES[1:]:
             for a, b in PAIRS:
                 pairs = [(d[a], d[b]) for d in drawn[lens]]
-                p = opinion(judge_log_odds(model, tokenizer, pairs, lens)[0]).mean(1)
+                p = opinion(judge_log_odds(model, tokenizer, WORDS, pairs, lens)[0]).mean(1)
                 print(f"| {lens} | {a}, {b} | {p.mean():.3f} | {(p > 0.5).float().mean():.2f} |")
         return
     known = dict(base={"id": args.model, "fingerprint": base_fingerprint(resolve(args.model))},

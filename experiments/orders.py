@@ -24,6 +24,7 @@ from virtue.judge import choose, judge_log_odds, opinion  # noqa: E402
 from virtue.plumbing.loading import load_model, load_tokenizer  # noqa: E402
 from virtue.plumbing.records import read_preferences  # noqa: E402
 from virtue.plumbing.flags import make_parser  # noqa: E402
+from virtue.toy.words import WORDS  # noqa: E402
 
 
 def in_probabilities(odds: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def on_the_toy(data: Path, model: str) -> list[str]:
     for lens in LENSES:
         records = read_preferences(data / f"{lens}.jsonl", lens)
         pairs = [(r["chosen"], r["rejected"]) for r in records]
-        odds, _ = judge_log_odds(judge, tokenizer, pairs, lens)
+        odds, _ = judge_log_odds(judge, tokenizer, WORDS, pairs, lens)
         truths = [truth(r) for r in records]
         signs = {name: np.array([t[name] for t in truths]) for name in (*VIRTUES, "overall")}
         cells = []

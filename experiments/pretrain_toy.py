@@ -43,12 +43,12 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from virtue.dialogue import encode_conversation, right_pad
-from virtue.ethics import (CONSTITUTION, CRITIQUE, EXTRA_QUESTIONS, JUDGE_ABOUT,
-                           JUDGE_LABELS, JUDGE_PAIRS, JUDGE_QUESTIONS, LENSES, REVISION, VIRTUES)
+from virtue.ethics import JUDGE_LABELS, LENSES, VIRTUES
 from virtue.judge import (encode_questions, judge_log_odds, label_ids, opinion, pack,
                           pair_text, questions)
 from virtue.plumbing.flags import make_parser
 from virtue.toy import grammar
+from virtue.toy.words import WORDS
 
 SPECIAL = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]"]
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
@@ -58,9 +58,9 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
 
 def _borrowed() -> list[str]:
     """Every word of the judge's questions, of the constitution and of the seen wordings."""
-    asked = [*JUDGE_PAIRS.values(), *JUDGE_ABOUT.values(), *JUDGE_QUESTIONS.values(),
-             *EXTRA_QUESTIONS.values(), CRITIQUE, REVISION]
-    ethics = [*VIRTUES, *(text for texts in CONSTITUTION.values() for text in texts)]
+    asked = [*WORDS.pairs.values(), *WORDS.about.values(), *WORDS.questions.values(),
+             *WORDS.extra.values(), WORDS.critique, WORDS.revision]
+    ethics = [*VIRTUES, *(text for texts in WORDS.constitution.values() for text in texts)]
     seen = [wording
             for lens, virtues in grammar.WORDINGS.items()
             for poles in virtues.values()
@@ -142,7 +142,7 @@ def encode_findings(tokenizer, first, second, lens: str, wording: str = "trained
     It begins with the prefix that ``encode_questions`` makes. With ``fit`` and a lens that can fit,
     it is asked what of the two is true to the action.
     """
-    pair = pair_text(first[0], second[0], lens, wording)
+    pair = pair_text(WORDS, first[0], second[0], lens, wording)
     latents = first[1], second[1]
     if fit and lens != "action":
         user = pair + " Which is true to the action?"
@@ -169,7 +169,7 @@ def make_tokenizer(seed: int, vocab_size: int):
     texts = [" " + m["content"] for _ in range(6000) for m in draw_text(rng)]
     for i in range(200):
         (first, _), (second, _) = draw_pair(rng, LENSES[i % 3])
-        texts += questions(first, second, LENSES[i % 3])
+        texts += questions(WORDS, first, second, LENSES[i % 3])
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -225,7 +225,7 @@ class Samples(torch.utils.data.IterableDataset):
                 asked = (*VIRTUES, rng.choice((own, "rules")))
                 wording = rng.choice(("trained", "trained", "other"))
             prefix, endings = encode_questions(
-                self.tokenizer, first[0], second[0], lens, asked, wording)
+                self.tokenizer, WORDS, first[0], second[0], lens, asked, wording)
             findings, length = encode_findings(
                 self.tokenizer, first, second, lens, wording, self.fit and rng.random() < 0.7)
             assert findings[:len(prefix)] == prefix
@@ -246,7 +246,7 @@ def judge_accuracy(model, tokenizer, seed: int, unseen: bool,
     rng, result = random.Random(seed), {}
     for lens in LENSES:
         drawn = [draw_pair(rng, lens, unseen) for _ in range(n)]
-        odds, _ = judge_log_odds(model, tokenizer, [(a[0], b[0]) for a, b in drawn], lens)
+        odds, _ = judge_log_odds(model, tokenizer, WORDS, [(a[0], b[0]) for a, b in drawn], lens)
         truth = torch.tensor([[margin(lens, v, a[1], b[1]) for v in VIRTUES] for a, b in drawn]) / 2
         clear = truth.abs() > 1.4
         hits = [((x > 0) == (truth > 0))[clear].float().mean().item()
@@ -296,7 +296,7 @@ def train(model, tokenizer, args, steps: int, fit: bool) -> None:
                   torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98),
                                     fused=True)]
     peak = 0.5 if fit else 1.0
-    labels = label_ids(tokenizer)
+    labels = label_ids(tokenizer, WORDS)
     started, tokens, average = time.time(), 0, None
     loader = torch.utils.data.DataLoader(Samples(tokenizer, args, steps, fit), batch_size=None,
                                          num_workers=1, prefetch_factor=16)

@@ -22,16 +22,7 @@ from torch.func import functional_call
 
 from virtue import TARGETS
 from virtue.dialogue import buckets
-from virtue.ethics import (
-    CONSTITUTION,
-    EXTRA_QUESTIONS,
-    FOLLOW_UPS,
-    JUDGE_ABOUT,
-    JUDGE_PAIRS,
-    JUDGE_QUESTIONS,
-    LENSES,
-    VIRTUES,
-)
+from virtue.ethics import ENGLISH, FOLLOW_UPS, LENSES, VIRTUES
 from virtue.randomness import stream
 
 FOLLOWING = tuple(FOLLOW_UPS.values())
@@ -169,24 +160,26 @@ class Plain:
         """P(first is better) and the mass on both labels, (orders, questions): a prompt for each;
         None where one does not fit into the context."""
         probs, mass = torch.zeros(2, orders, len(asked), dtype=torch.float64)
-        A, B = (self.tokenizer.encode(f" {label}") for label in "AB")
+        begun = self.tokenizer.encode(f" {ENGLISH.reply}")  # of the reply
+        A, B = (self.tokenizer.encode(f" {ENGLISH.reply} {label}")[-1:] for label in "AB")
         for order in range(orders):
             shown = (first, second) if order == 0 else (second, first)
-            text = JUDGE_PAIRS[wording].format(
+            text = ENGLISH.pairs[wording].format(
                 first_label="A",
                 second_label="B",
-                about=JUDGE_ABOUT[lens],
+                about=ENGLISH.about[lens],
                 first=transcript(shown[0]),
                 second=transcript(shown[1]),
             )
             for q, name in enumerate(asked):
-                question = EXTRA_QUESTIONS.get(name, JUDGE_QUESTIONS[wording]).format(
+                question = ENGLISH.extra.get(name, ENGLISH.questions[wording]).format(
                     virtue=name,
-                    asks=CONSTITUTION.get(name, ("",))[0],
+                    asks=ENGLISH.constitution.get(name, ("",))[0],
                     first_label="A",
                     second_label="B",
                 )
                 ids = self.encode([{"role": "user", "content": text + question}], reply=True)
+                ids = ids + begun
                 if len(ids) >= self.model.config.max_position_embeddings:
                     return None
                 a, b = self.read(weights, ids)[1][-1].softmax(-1)[[*A, *B]]

@@ -23,6 +23,7 @@ from virtue.judge import (
 )
 from virtue.plumbing.loading import load_model, load_tokenizer
 from virtue.evaluation.stats import wilson
+from virtue.toy.words import WORDS
 
 
 def pair(a: str, b: str, turns: int = 1) -> tuple[list[dict], list[dict]]:
@@ -49,13 +50,13 @@ def test_packed_questions_equal_ten_separate_prompts(tiny, folder):
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."),
              pair("x", "yes yes", turns=2)]
-    labels = list(label_ids(tokenizer))
+    labels = list(label_ids(tokenizer, WORDS))
     for lens in ("action", "motivation"):
-        odds, mass = judge_log_odds(model, tokenizer, pairs, lens, batch_size=3)
+        odds, mass = judge_log_odds(model, tokenizer, WORDS, pairs, lens, batch_size=3)
         masses = []
         for i, (first, second) in enumerate(pairs):
             for order, shown in enumerate([(first, second), (second, first)]):
-                for v, text in enumerate(questions(*shown, lens)):
+                for v, text in enumerate(questions(WORDS, *shown, lens)):
                     prompt = [{"role": "user", "content": text}]
                     ids = torch.tensor([encode_prompt(tokenizer, prompt)])
                     with torch.no_grad():
@@ -72,16 +73,17 @@ def test_a_sliding_window_is_that_of_transformers_question_by_question(tmp_path)
 
     folder = make_tiny_model(tmp_path, max_position_embeddings=4096, sliding_window=32)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    plain, labels = AutoModelForCausalLM.from_pretrained(folder).eval(), list(label_ids(tokenizer))
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    labels = list(label_ids(tokenizer, WORDS))
     pairs = [pair("I give it back.", "I keep the letter, and I say nothing of it."),
              pair("x", "yes yes", turns=2)]
-    prefix, endings = encode_questions(tokenizer, *pairs[0], "action")
+    prefix, endings = encode_questions(tokenizer, WORDS, *pairs[0], "action")
     # the window reaches into the prefix
     assert 32 < len(prefix) and min(map(len, endings)) < 32 < sum(map(len, endings))
-    probs, _ = judge_pairs(model, tokenizer, pairs, "action", batch_size=3)
+    probs, _ = judge_pairs(model, tokenizer, WORDS, pairs, "action", batch_size=3)
     for i, (first, second) in enumerate(pairs):
         for order, shown in enumerate([(first, second), (second, first)]):
-            for v, text in enumerate(questions(*shown, "action")):
+            for v, text in enumerate(questions(WORDS, *shown, "action")):
                 with torch.no_grad():
                     ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
                     logits = plain(torch.tensor([ids])).logits[0, -1, labels]
@@ -93,11 +95,11 @@ def test_log_odds_keep_what_probabilities_round_away(tiny):
     """Log-odds of about 200 are p = 1 in fp32; the two orders' difference must survive."""
     model, tokenizer = tiny
     pairs = [pair("I give it back.", "I keep it.")]
-    before, _ = judge_log_odds(model, tokenizer, pairs, "action")
-    a, _ = label_ids(tokenizer)
+    before, _ = judge_log_odds(model, tokenizer, WORDS, pairs, "action")
+    a, _ = label_ids(tokenizer, WORDS)
     handle = model.lm_head.register_forward_hook(
         lambda module, given, logits: logits + 200 * (torch.arange(logits.shape[-1]) == a))
-    after, mass = judge_log_odds(model, tokenizer, pairs, "action")
+    after, mass = judge_log_odds(model, tokenizer, WORDS, pairs, "action")
     handle.remove()
     assert mass == pytest.approx(1) and (after[:, 0] > 150).all() and (after[:, 1] < -150).all()
     assert torch.allclose(after.mean(1), before.mean(1), atol=1e-4)  # what adds to a place cancels
@@ -114,14 +116,13 @@ def test_each_batch_computes_the_batches_in_any_place_and_order(tiny):
     def backwards(compute, batches):
         return [compute(batch) for batch in list(batches)[::-1]][::-1]
 
-    assert torch.equal(
-        *(judge_log_odds(*tiny, pairs, "action", 2, each_batch=run)[0] for run in (map, backwards))
-    )
+    assert torch.equal(*(judge_log_odds(*tiny, WORDS, pairs, "action", 2, each_batch=run)[0]
+                         for run in (map, backwards)))
 
 
 def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):
     first, second = pair("good", "bad")
-    prefix, endings = encode_questions(tiny[1], first, second, "action")
+    prefix, endings = encode_questions(tiny[1], WORDS, first, second, "action")
     text = tiny[1].decode(prefix)
     assert transcript(first) in text and transcript(second) in text
     assert not any(v in text for v in VIRTUES)
@@ -131,28 +132,29 @@ def test_questions_share_their_prefix_and_name_the_virtue_last(tiny):
 def test_other_questions_wordings_and_orders(tiny):
     model, tokenizer = tiny
     pairs = [pair("I give it back.", "I keep it."), pair("I ask.", "I wait for the answer.")]
-    everything, _ = judge_log_odds(model, tokenizer, pairs, "action",
+    everything, _ = judge_log_odds(model, tokenizer, WORDS, pairs, "action",
                                    asked=(*VIRTUES, "helpfulness"))
-    alone, _ = judge_log_odds(model, tokenizer, pairs, "action", asked=("helpfulness",), orders=1)
-    five, _ = judge_log_odds(model, tokenizer, pairs, "action")
-    other, _ = judge_log_odds(model, tokenizer, pairs, "action", wording="other")
+    alone, _ = judge_log_odds(model, tokenizer, WORDS, pairs, "action", asked=("helpfulness",),
+                              orders=1)
+    five, _ = judge_log_odds(model, tokenizer, WORDS, pairs, "action")
+    other, _ = judge_log_odds(model, tokenizer, WORDS, pairs, "action", wording="other")
     assert everything.shape == (2, 2, 6) and alone.shape == (2, 1, 1)
     assert torch.allclose(everything[:, :1, 5:], alone, atol=1e-5)
     assert torch.allclose(everything[..., :5], five, atol=1e-5)
     assert (other - five).abs().max() > 1e-3
-    texts = questions(*pairs[0], "action", ("honesty", "rules"), "other")
+    texts = questions(WORDS, *pairs[0], "action", ("honesty", "rules"), "other")
     assert "is honesty" in texts[0] and "fewer rules" in texts[1]
 
 
 def test_win_rates_of_equal_models_are_ties(tiny):
     talks = [pair("I give it back.", "x")[0], pair("I ask.", "x")[0]]
-    found = win_rates(*tiny, talks, talks, "action", batch_size=4)
+    found = win_rates(*tiny, WORDS, talks, talks, "action", batch_size=4)
     assert [found[key] for key in ("rate", "low", "high", "pairs")] == pytest.approx(
         [0.5, *wilson(1, 2)[1:], 2])
     assert all(p == pytest.approx(0.5, abs=1e-6) for p in found["questions"].values())
     assert "sincerity" not in found["questions"]
-    forth = win_rates(*tiny, talks, talks[::-1], "action", batch_size=4)
-    back = win_rates(*tiny, talks[::-1], talks, "action", batch_size=4)
+    forth = win_rates(*tiny, WORDS, talks, talks[::-1], "action", batch_size=4)
+    back = win_rates(*tiny, WORDS, talks[::-1], talks, "action", batch_size=4)
     honest, other = (found["questions"]["honesty"] for found in (forth, back))
     assert honest == pytest.approx(1 - other, abs=1e-5)
 
@@ -164,21 +166,21 @@ def test_answers_versus_another_are_judged_pair_by_pair_up_to_each_lens(tiny, mo
     answers = [[talk("I ask.", "Care.", "Trust."), talk("I lie.", "Gain.", "None.")],
                [talk("I give it back.", "Care.", "None."), talk("I wait.", "Fear.", "Doubt.")]]
     others = [talk("I keep it.", "Greed.", "Loss."), talk("I go.", "Peace.", "Rest.")]
-    found, which = versus(*tiny, answers, others, batch_size=3)
+    found, which = versus(*tiny, WORDS, answers, others, batch_size=3)
     assert found.shape == (2, 2) and which == [0, 1]  # prompts, answers
     for i in range(2):
         for c in range(2):
-            by_lens = [judge_log_odds(*tiny, [(answers[c][i][:2 * k + 2], others[i][:2 * k + 2])],
-                                      lens)[0][0].mean(0).sigmoid().mean()
-                       for k, lens in enumerate(LENSES)]
+            sides = [(answers[c][i][:2 * k + 2], others[i][:2 * k + 2]) for k in range(3)]
+            by_lens = [judge_log_odds(*tiny, WORDS, [pair], lens)[0][0].mean(0).sigmoid().mean()
+                       for lens, pair in zip(LENSES, sides)]
             assert found[i, c] == pytest.approx(float(sum(by_lens)) / 3, abs=1e-5)
     monkeypatch.setattr(
         "virtue.evaluation.feedback.pair_fits",
-        lambda model, tokenizer, first, second, lens: "I lie" not in first[1]["content"])
+        lambda model, tokenizer, words, first, second, lens: "I lie" not in first[1]["content"])
     # a prompt whose pairs do not all fit is left out
-    assert versus(*tiny, answers, others, batch_size=3)[1] == [0]
+    assert versus(*tiny, WORDS, answers, others, batch_size=3)[1] == [0]
     monkeypatch.setattr("virtue.evaluation.feedback.pair_fits", lambda *_: False)
-    none, which = versus(*tiny, answers, others, batch_size=3)
+    none, which = versus(*tiny, WORDS, answers, others, batch_size=3)
     assert none.shape == (0, 2) and which == []
 
 
@@ -193,7 +195,7 @@ def test_an_ending_sees_the_prefix_and_itself_only():
 def test_labels_must_be_single_tokens(tiny, monkeypatch):
     monkeypatch.setattr("virtue.judge.JUDGE_LABELS", ("First", "Second"))
     with pytest.raises(VirtueError, match="JUDGE_LABELS"):
-        label_ids(tiny[1])
+        label_ids(tiny[1], WORDS)
 
 
 def logit(p) -> torch.Tensor:

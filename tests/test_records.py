@@ -128,7 +128,7 @@ def preference(lens: str, **changes) -> dict:
 def bad_revisions():
     for name in REVISION:
         yield {k: v for k, v in REVISION.items() if k != name}, f"lacks {name}"
-    for change, words in (({"virtue": "courage"}, "unknown virtue 'courage'"),
+    for change, words in (({"virtue": 1}, "text"),
                           ({"revision": " "}, "empty"), ({"initial": 1}, "text"),
                           ({"id": 7}, "id"), ({"id": "0x"}, "id"),
                           ({"truncated": 0}, "truncated"), ({"prompt": CHAT}, "of the user")):
@@ -140,9 +140,8 @@ def bad_preferences():
     for name in good:
         yield {k: v for k, v in good.items() if k != name}, f"lacks {name}"
     yield preference("action"), "lens 'action' where 'motivation'"
-    seven = dict.fromkeys([*VIRTUES, "courage"], 0.5)
     for change, words in (
-        ({"virtues": seven}, "courage"), ({"virtues": {"honesty": 1.0}}, "missing"),
+        ({"virtues": {}}, "virtues"), ({"virtues": {"courage": 1.0}}, "at most 1"),
         ({"virtues": dict.fromkeys(VIRTUES, 1.5)}, "probability"), ({"virtues": [1]}, "virtues"),
         ({"label": float("nan")}, "probability"), ({"label": True}, "probability"),
         ({"votes": 6}, "votes"), ({"votes": 2.5}, "votes"), ({"position_flips": -1}, "flips"),

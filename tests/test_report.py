@@ -12,7 +12,7 @@ from virtue import VirtueError
 from virtue.evaluation import feedback
 from virtue.dialogue import Dialogue, Turn
 from virtue.plumbing.records import read_dialogues
-from virtue.ethics import LENSES, VIRTUES
+from virtue.ethics import ENGLISH, LENSES, VIRTUES
 from virtue.evaluation.feedback import (
     agreement,
     coin_test,
@@ -235,8 +235,9 @@ def test_reward_models_and_every_run_behind_a_policy_are_found(tmp_path):
 
 def judged(monkeypatch, odds):
     """The judge says `odds` (N,) in both orders to every question."""
-    monkeypatch.setattr(feedback, "pair_fits", lambda judge, tokenizer, a, b, lens: a != "long")
-    def judge_log_odds(judge, tokenizer, pairs, lens, size, asked, *a, **k):
+    monkeypatch.setattr(
+        feedback, "pair_fits", lambda judge, tokenizer, words, a, b, lens: a != "long")
+    def judge_log_odds(judge, tokenizer, words, pairs, lens, size, asked, *a, **k):
         return odds[:, None, None].expand(-1, 2, len(asked)), 1.0
     monkeypatch.setattr(feedback, "judge_log_odds", judge_log_odds)
 
@@ -244,12 +245,12 @@ def judged(monkeypatch, odds):
 def test_judge_against_gold_on_the_pairs_that_it_compared(monkeypatch):
     judged(monkeypatch, torch.tensor([0.9, 0.2, 0.8, 0.6]).logit())
     after = ["w", "long", "x", "y", "z"]
-    found = win_rates(None, None, after, list(after), "action", batch_size=4,
+    found = win_rates(None, None, ENGLISH, after, list(after), "action", batch_size=4,
                       gold=np.array([0.5, 9.0, 0.5, 0.25, 0.0]))
     assert found["label_mass"] == 1.0 and found["questions"]["honesty"] == pytest.approx(2.5 / 4)
     assert found["gold"]["n"] == 3 and found["gold"]["share"] == pytest.approx(2 / 3)
     assert found["pairs"] == 4  # right, wrong, right; no difference in the last
-    assert "gold" not in win_rates(None, None, after, list(after), "action", batch_size=4)
+    assert "gold" not in win_rates(None, None, ENGLISH, after, list(after), "action", batch_size=4)
 
 
 @pytest.mark.parametrize("way", [1, -1])
@@ -260,11 +261,11 @@ def test_a_judge_without_opinion_is_half_right_in_either_order_of_the_file(monke
     assert all(found[key]["share"] == 0.5 and found[key]["n"] == 10
                for key in ("majority", "mean", "one_order", "honesty", "respect"))
     judged(monkeypatch, torch.zeros(4))
-    found = win_rates(None, None, list("wxyz"), list("wxyz"), "action", batch_size=4,
+    found = win_rates(None, None, ENGLISH, list("wxyz"), list("wxyz"), "action", batch_size=4,
                       gold=np.full(4, way))
     assert found["gold"]["share"] == found["rate"] == 0.5
     judged(monkeypatch, torch.tensor([0.0, 3.0, 0.0, 3.0]))
-    found = win_rates(None, None, list("wxyz"), list("wxyz"), "action", batch_size=4,
+    found = win_rates(None, None, ENGLISH, list("wxyz"), list("wxyz"), "action", batch_size=4,
                       gold=np.full(4, way))
     assert found["gold"]["share"] == (0.75 if way == 1 else 0.25) and found["rate"] == 0.75
 
@@ -494,7 +495,7 @@ def test_later_stages_inherit_what_is_not_given(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     said = " ".join(capsys.readouterr().out.split())
-    assert "toy, a local folder, or a Hugging Face hub id (default: as in --data)" in said
+    assert "of a Mistral, Llama, Qwen2 or Qwen3 (default: as in --data)" in said
 
 
 def test_summary_of_seeds_prints_what_it_reads(tmp_path):

@@ -21,7 +21,7 @@ from virtue.dialogue import (
     pair_rows,
     sanitize,
 )
-from virtue.ethics import FOLLOW_UPS, LENSES
+from virtue.ethics import ENGLISH, FOLLOW_UPS, LENSES
 from virtue.judge import label_ids, transcript
 from virtue.plumbing.loading import template_fingerprint
 
@@ -145,7 +145,7 @@ def test_texts_are_encoded_turn_by_turn_as_a_dialogue_is_sampled(tokenizer):
         assert [tokenizer.decode(answer).strip() for answer in answers] == list(texts)
         again = [m | {"content": f" {m['content']}\n"} for m in messages]
         assert encode_conversation(tokenizer, again) == (ids, spans)  # one normal form
-    assert len(set(label_ids(tokenizer))) == 2
+    assert len(set(label_ids(tokenizer, ENGLISH))) == 2
 
 
 def test_an_answer_does_not_begin_in_the_middle_of_a_word():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from plain import ANY_JUDGE, Plain, call, combine, lines, make_adapter, make_world, up_to
 
-from virtue.ethics import CONSTITUTION, CRITIQUE, LENSES, REVISION, VIRTUES
+from virtue.ethics import ENGLISH, LENSES, VIRTUES
 from virtue.dialogue import split
 from virtue.plumbing.records import read_prompts
 from virtue.randomness import stream
@@ -244,10 +244,10 @@ def revised(world, weights, kept):
     """Each prompt's virtue and its answer, critique and revision, as the oracle draws them."""
     for p in kept:
         virtue = VIRTUES[stream(SEED, "virtue", p["id"]).integers(len(VIRTUES))]
-        asks, deficiency, excess = CONSTITUTION[virtue]
+        asks, deficiency, excess = ENGLISH.constitution[virtue]
         questions = (
-            CRITIQUE.format(virtue=virtue, asks=asks, deficiency=deficiency, excess=excess),
-            REVISION.format(virtue=virtue),
+            ENGLISH.critique.format(virtue=virtue, asks=asks, deficiency=deficiency, excess=excess),
+            ENGLISH.revision.format(virtue=virtue),
         )
         yield (
             virtue,
