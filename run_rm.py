@@ -53,7 +53,7 @@ def parse(argv):
         help="prompts to train on; first and second are disjoint halves: train an evaluation model "
              "on the half that PPO's reward models did not use")
     add("--merge", action="store_true",
-        help="also write the merged model, as MistralForSequenceClassification")
+        help="also write the merged model, as a sequence classifier of one label")
     flags.add_lora_flags(parser, rank=16)
     study = {"lr": "1.41e-5", "epochs": "2", "batch-size": "20", "accumulation": "16"}
     flags.add_training_flags(parser, lr=2e-3, epochs=5, batch_size=8, study=study)

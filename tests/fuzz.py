@@ -204,16 +204,17 @@ def prompts(kit: Kit, path: Path) -> None:
 def revisions(kit: Kit, path: Path) -> None:
     for r in records.read_revisions(path):
         sound([*r["prompt"], {"role": "assistant", "content": r["revision"]}], "assistant")
-        assert r["virtue"] in VIRTUES and r["truncated"] in (True, False)
+        assert r["virtue"].encode() is not None and r["truncated"] in (True, False)
         assert r["critique"].encode() is not None and int(r["id"], 16) >= 0
 
 
 def preferences(kit: Kit, path: Path) -> None:
     for r in records.read_preferences(path, path.stem):
         sound(r["chosen"], "assistant"), sound(r["rejected"], "assistant")
-        assert r["virtues"].keys() == set(VIRTUES)
         assert all(0.0 <= float(p) <= 1.0 for p in (r["label"], *r["virtues"].values()))
-        assert r["votes"] in range(6) and r["position_flips"] in (None, *range(6))
+        most = len(r["virtues"])
+        assert most and r["votes"] in range(most + 1)
+        assert r["position_flips"] in (None, *range(most + 1))
         assert r["lens"] == path.stem and int(r["id"], 16) >= 0
 
 

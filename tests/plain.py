@@ -28,7 +28,7 @@ from virtue.randomness import stream
 FOLLOWING = tuple(FOLLOW_UPS.values())
 FINAL_RATE = 0.1  # of the linear schedule
 ANY_JUDGE = ["--any-judge"]  # flags by which run_data.py takes labels of a judge that knows nothing
-CONTEXT = 530  # of the judge that is another model: some pairs are too long for it
+CONTEXT = 665  # of the judge that is another model: some pairs are too long for it
 
 
 def call(script: str, *flags) -> None:

@@ -117,7 +117,7 @@ def test_fractions_of_learning_rates_are_of_the_scripts_defaults(capsys):
         text = " ".join(capsys.readouterr().out.split()).split("most used:")[1]
         for flag, value in wanted.items():
             told = text.split(f"--{flag} {flag.upper().replace('-', '_')} ")[1].split(" --")[0]
-            assert f"(default: {value})" in told
+            assert f"(default: {value} on the toy" in told
 
 
 @pytest.mark.parametrize("scale", ["full", "small"])

@@ -286,6 +286,7 @@ def test_revisions(world, tmp_path, truncated, part, sft):
         "truncated": 0,
         "empty": 0,
         "unchanged": 0,
+        "echoed": 0,
     }
     for virtue, d in revised(world, weights, kept):
         initial, critique, revision = d["texts"]
@@ -297,6 +298,8 @@ def test_revisions(world, tmp_path, truncated, part, sft):
             if not revision
             else "unchanged"
             if revision == initial
+            else "echoed"
+            if revision and f" {revision} " in f" {critique} "
             else None
         )
         if why:
