@@ -8,8 +8,8 @@
 revisions: the model answers each prompt, criticises its answer by one virtue of the constitution
 (virtue/ethics.py, or --constitution), and rewrites it (Bai et al. 2022, arXiv 2212.08073, section
 3.1, with virtues in the place of principles). Revisions that are empty, unchanged or truncated, or
-repeat the critique, are counted and dropped. With --feedback contrast the revision is the answer
-that the model gives under an instruction to have the virtue.
+say nothing that the critique does not say, are counted and dropped. With --feedback contrast the
+revision is the answer that the model gives under an instruction to have the virtue.
 
 preferences: the model writes two independent dialogues for each prompt (answer, motivation,
 consequence). For each lens, the judge then compares them on five virtues, in both orders. The
@@ -27,6 +27,7 @@ it agrees; dialogues.jsonl holds a third dialogue, without an instruction.
 """
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -37,9 +38,9 @@ from virtue.plumbing import flags
 from virtue.plumbing.runtime import run_main
 
 FAULTS = ("truncated", "empty", "identical", "echoed", "too_long", "tied")  # why a pair is dropped
-# Words in a row: a revision that repeats so many of its critique is no answer, and a dialogue that
-# repeats so many of its instruction shows that it was told to have a trait, not that it has it.
-ECHO_OF_CRITIQUE, ECHO_OF_TRAIT = 8, 3
+# A dialogue that says so many words of its instruction in a row shows that it was told to have a
+# trait, not that it has it.
+ECHO_OF_TRAIT = 3
 
 
 def parse(argv):
@@ -91,7 +92,7 @@ def parse(argv):
              "labels carry the mean either way")
     common = ("out", "prompts", "limit", "sft", "model", "quantize", "dtype", "max-new-tokens")
     flags.most_used(revisions, *common, "feedback", "batch-size", "seed", "resume")
-    flags.most_used(preferences, *common, "feedback", "judge", "any-judge", "seed", "resume")
+    flags.most_used(preferences, *common, "feedback", "judge", "seed", "resume")
     return flags.parse_with_parent(parser, argv, "sft", "sft", commands=commands)
 
 
@@ -110,7 +111,7 @@ def sample(args, base, stack, prompts, **settings):
 
 
 def echoes(text, told, run):
-    """Whether a text says `run` words of another one in the same order, or nothing but such."""
+    """Whether a text says `run` words of another one in a row, or nothing else."""
     said, heard = ([*re.findall(r"[^\W_]+", t.lower())] for t in (text, told))
     run = max(1, min(run, len(said)))
     runs = {tuple(heard[i:i + run]) for i in range(len(heard) - run + 1)}
@@ -160,7 +161,7 @@ def instruct(args, base, stack, prompts, state):
 def revisions_of(args, base, stack, prompts, state):
     """The records of what was really revised, and counts. VirtueError: no record is left."""
     make, run = ((instruct, ECHO_OF_TRAIT) if args.feedback == "contrast"
-                 else (revise, ECHO_OF_CRITIQUE))
+                 else (revise, math.inf))  # all of the revision lies in the critique
     records, counts = [], dict.fromkeys(
         ("truncated", "empty", "unchanged", "echoed", "revisions"), 0)
     for d, virtue, initial, critique, revision, cut in make(args, base, stack, prompts, state):

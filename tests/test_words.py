@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,8 +159,6 @@ def test_preferences_by_a_constitution_of_two_virtues(base, tmp_path):
 
 def whole(folder: Path):
     """Transformers in float64, a whole prompt at a time, with the reply's beginning in English."""
-    from types import SimpleNamespace
-
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()

@@ -85,7 +85,7 @@ def open_base(args: argparse.Namespace, name: str | None = None) -> Base:
     model = load_model(folder, quantize=args.quantize, dtype=args.dtype, device=str(device))
     if getattr(args, "gradient_checkpointing", False):
         checkpoint_layers(model)
-    words = words_of(name, getattr(args, "constitution", None))
+    words = words_of(name, args.constitution if "constitution" in args else None)
     info = {"id": str(name), "fingerprint": base_fingerprint(folder), "words": words_hash(words),
             "virtues": ", ".join(words.virtues)}
     return Base(model, tokenizer, info, template_fingerprint(tokenizer), words)
