@@ -372,11 +372,17 @@ def open_models(args, prompts):
     """The base with its stack of adapters, the judge, and the prompts that are short enough ->
     (base, stack, the parents that the artefact records, judge, prompts)."""
     from virtue import generate, judge
+    from virtue.dialogue import instructed
     from virtue.plumbing import artefacts, loading
 
     most = args.max_prompt_tokens
     base = judge_base = loading.open_base(args)
-    kept = [p for p in prompts if generate.fits(base.tokenizer, p["prompt"], most)]
+    told = [p["prompt"] for p in prompts]
+    if args.feedback == "contrast":  # with the longest instruction
+        trait = max((text for poles in base.words.constitution.values() for text in poles), key=len)
+        text = base.words.trait.format(trait=trait)
+        told = [instructed(base.tokenizer, prompt, text) for prompt in told]
+    kept = [p for p, asked in zip(prompts, told) if generate.fits(base.tokenizer, asked, most)]
     if not kept:
         raise VirtueError(f"{args.prompts}: all {len(prompts)} prompts exceed --max-prompt-tokens "
                           f"{most}: raise it")

@@ -151,8 +151,8 @@ def split(args, base, data, dialogues):
                               "another judge")
     if not args.pairs and (anew := sum(of_lens.anew for of_lens in pairs.values())):
         total = sum(len(p.train) + len(p.held_out) + p.over_long for p in pairs.values())
-        print(f"{args.data}: {anew} of {total} pairs do not say which dialogues they are, or have "
-              "other texts than these: they are encoded anew from their texts")
+        print(f"{args.data}: {anew} of {total} pairs are encoded from their texts: they were made "
+              "by contrast, do not say which dialogues they are, or have other texts than these")
     return pairs, scored
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -130,6 +131,8 @@ def test_with_prompt_keeps_the_answers_tokens(placed):
     ("bravery", "be brave and stay", 8, False),
     ("be brave and stay", "be brave and stay", 8, True),
     ("be brave and stay here", "be brave and stay", 8, False),  # five words of which four are there
+    ("brave and", "be brave and stay", math.inf, True),  # of a critique: nothing but its words
+    ("brave and so", "be brave and stay", math.inf, False),
     ("be brave and", "be brave", 3, False),
     ("Être bon, c'est ça", "ÊTRE BON C EST", 4, True),
     ("", "be brave", 3, False), ("?! ...", "be brave", 3, False), ("be brave", "", 3, False),

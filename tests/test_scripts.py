@@ -580,14 +580,14 @@ def test_reward_models_learn_from_the_tokens_that_were_sampled(fp32, tmp_path, c
     assert {json.loads(line)["chosen_copy"] for line in text.splitlines()} == {0, 1}
     call("run_rm", "--data", data, "--lens", "action", "--out", tmp_path / "a",
          "--epochs", 1, *SMALL)
-    assert "encoded anew" not in capsys.readouterr().out
+    assert "encoded from their texts" not in capsys.readouterr().out
     (data / "action.jsonl").write_text(text.replace('"chosen_copy"', '"old"'))
     made = read(data / "virtue.json")
     (data / "virtue.json").write_text(json.dumps(made | {"sha256": data_hash(data, names)}))
     call("run_rm", "--data", data, "--lens", "action", "--out", tmp_path / "b",
          "--epochs", 1, *SMALL)
     n = len(text.splitlines())
-    assert f"{n} of {n} pairs do not say which dialogues they are" in capsys.readouterr().out
+    assert f"{n} of {n} pairs are encoded from their texts" in capsys.readouterr().out
 
 
 def test_a_reward_model_of_other_people_s_preferences(fp32, tmp_path, capsys):

@@ -118,7 +118,6 @@ def test_what_is_no_constitution(tmp_path, content):
     assert len(str(error.value)) < 400 + len(str(path))
 
 
-@pytest.mark.xfail(strict=True, reason="words_of lets it pass; the tokenizer's TypeError follows")
 @pytest.mark.parametrize("content", [changed(asks="be \ud800"), {"\ud800": COURAGE["courage"]}])
 def test_half_of_a_surrogate_pair_is_no_text(tmp_path, content):
     with pytest.raises(VirtueError, match="not a constitution"):
@@ -323,7 +322,6 @@ def test_help_shows_both_learning_rates(capsys, script, said):
     assert said in helped(capsys, script)
 
 
-@pytest.mark.xfail(strict=True, reason="_say_inherited names the toy's default alone")
 @pytest.mark.parametrize("command", ["revisions", "preferences"])
 def test_help_shows_both_values_beside_what_is_inherited(capsys, command):
     text = helped(capsys, "run_data", command)

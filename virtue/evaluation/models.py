@@ -61,8 +61,10 @@ def compare(args: argparse.Namespace) -> None:
     setup.load_policy(loaded, args.policy, args.rm)
     sft = {"sft": loaded.sft} if loaded.sft else {}
     stacks = {"base": (), **sft, "ppo": (*loaded.sft, "policy")}
-    kept = setup.fitting(prompts, args, base, f" and --limit {args.limit}, but an interval needs "
+    told = guided(base, prompts) if args.prompted else prompts
+    kept = setup.fitting(told, args, base, f" and --limit {args.limit}, but an interval needs "
                          "at least 2: give more prompts, or raise these flags")
+    kept = [p for p in prompts if p["id"] in {record["id"] for record in kept}]
     refuse_equals(base, stacks, kept[:8], {"sft": args.sft, "ppo": args.policy})
     state = resume.start(args, out, base=base.info["fingerprint"], words=judge.info["words"],
                          prompts=artefacts.prompts_hash(args.prompts),

@@ -251,7 +251,10 @@ def _say_inherited(owner: argparse.ArgumentParser, flag: str | None, commands: b
     for action in owner._actions:
         if action.dest in CARRIED and flag not in (None, action.dest):
             optional = commands and action.default is not None and not required
-            action.inherited = f"as in --{flag}" + (f", or {action.default}" if optional else "")
+            own = f"{action.default}"
+            if hasattr(action, "real"):
+                own += f" on the toy, else {action.real}"
+            action.inherited = f"as in --{flag}" + (f", or {own}" if optional else "")
 
 
 def _find_adapters(settings: dict, args: argparse.Namespace, folder: Path, inside: str) -> None:

@@ -106,6 +106,8 @@ def words_of(model: str | Path, constitution: str | Path | None = None) -> Words
             if not isinstance(told, dict) or {*told} != {*fields} or not all(
                     isinstance(text, str) and text.strip() for text in told.values()):
                 raise ValueError(f"{name[:40]!r} has not just the texts {', '.join(fields)}")
+            if re.search("[\ud800-\udfff]", name + "".join(told.values())):
+                raise ValueError(f"{name[:40]!r} has half of a surrogate pair")
             if not name.strip() or name in words.extra:
                 raise ValueError(f"{name[:40]!r} is no name for a virtue")
     except (OSError, ValueError, RecursionError) as error:
