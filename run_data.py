@@ -28,7 +28,6 @@ it agrees; dialogues.jsonl holds a third dialogue, without an instruction.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -38,9 +37,7 @@ from virtue.plumbing import flags
 from virtue.plumbing.runtime import run_main
 
 FAULTS = ("truncated", "empty", "identical", "echoed", "too_long", "tied")  # why a pair is dropped
-# A dialogue that says so many words of its instruction in a row shows that it was told to have a
-# trait, not that it has it.
-ECHO_OF_TRAIT = 3
+ECHO = 3  # words of its instruction that a dialogue may not say in a row
 
 
 def parse(argv):
@@ -110,14 +107,6 @@ def sample(args, base, stack, prompts, **settings):
 # ---- revisions
 
 
-def echoes(text, told, run):
-    """Whether a text says `run` words of another one in a row, or nothing else."""
-    said, heard = ([*re.findall(r"[^\W_]+", t.lower())] for t in (text, told))
-    run = max(1, min(run, len(said)))
-    runs = {tuple(heard[i:i + run]) for i in range(len(heard) - run + 1)}
-    return any(tuple(said[i:i + run]) in runs for i in range(len(said) - run + 1))
-
-
 def revise(args, base, stack, prompts, state):
     """Answer, critique and revision of each prompt, as one dialogue whose follow-up questions are
     those of the virtue drawn for it -> for each, (dialogue, virtue, answer, critique, revision,
@@ -151,16 +140,18 @@ def instruct(args, base, stack, prompts, state):
 
     plain = sample(args, base, stack, prompts, turns=1,
                    each_batch=spread("answers", state / "answers.jsonl"))
-    first, _, traits = sample_contrasts(args, base, stack, prompts, state, turns=1, sides=1)
+    first, _, contrasts = sample_contrasts(args, base, stack, prompts, state, turns=1, sides=1)
     answers = {d.id: messages_of(base.tokenizer, d, turns=1)[-1]["content"] for d in plain}
-    return [(d, virtue, answers[d.id], base.words.trait.format(trait=asks),
+    return [(d, of_pair.virtue, answers[d.id], base.words.trait.format(trait=of_pair.asks),
              messages_of(base.tokenizer, d, turns=1)[-1]["content"], d.turns[0].truncated)
-            for d, (virtue, _, asks, _) in zip(first, traits)]
+            for d, of_pair in zip(first, contrasts)]
 
 
 def revisions_of(args, base, stack, prompts, state):
     """The records of what was really revised, and counts. VirtueError: no record is left."""
-    make, run = ((instruct, ECHO_OF_TRAIT) if args.feedback == "contrast"
+    from virtue.contrast import echoes
+
+    make, run = ((instruct, ECHO) if args.feedback == "contrast"
                  else (revise, math.inf))  # all of the revision lies in the critique
     records, counts = [], dict.fromkeys(
         ("truncated", "empty", "unchanged", "echoed", "revisions"), 0)
@@ -189,6 +180,7 @@ def pairs_of(args, tokenizer, judge, first, second, lens, traits=None):
     """The pairs of dialogues that can be compared, each as (its index, both dialogues as messages
     up to the lens's turn, whether a turn was cut), and a Counter of the reasons why the others are
     dropped. `traits`: for each pair, what either side was told to be."""
+    from virtue.contrast import echoes
     from virtue.dialogue import messages_of
     from virtue.judge import pair_fits
 
@@ -200,7 +192,7 @@ def pairs_of(args, tokenizer, judge, first, second, lens, traits=None):
                  else "empty" if any(not m["content"] for text in texts for m in text)
                  else "identical" if texts[0] == texts[1]
                  else "echoed" if traits and any(
-                     echoes(m["content"], trait, ECHO_OF_TRAIT)
+                     echoes(m["content"], trait, ECHO)
                      for text, trait in zip(texts, traits[i])
                      for m in text[len(sides[0].prompt)::2])
                  else "too_long" if not pair_fits(judge.model, judge.tokenizer, judge.words,
@@ -291,43 +283,28 @@ def prefer(args, base, judge, stack, prompts, out, state):
     return records, numbers, tests
 
 
-def traits_of(args, words, prompt_id):
-    """For one prompt and each of its contrasts: (virtue, which vice, what the virtuous side is told
-    to be, what the other one)."""
-    from virtue.randomness import stream
-
-    draw, found = stream(args.seed, "contrast", prompt_id), []
-    for virtue in draw.permutation(words.virtues)[:args.contrasts].tolist():
-        vice = ("deficiency", "excess")[draw.integers(2)]
-        asks, *vices = words.constitution[virtue]
-        found.append((virtue, vice, asks, vices[vice == "excess"]))
-    return found
-
-
 def sample_contrasts(args, base, stack, prompts, state, turns=3, sides=2):
     """Pairs of dialogues, the first of which was told to have a virtue and the second to have a
-    vice -> (first, second, traits: for each pair as in `traits_of`). Both sides draw the same
-    random numbers, and carry the prompt as it was, without the instruction. sides=1: the first
-    ones only."""
-    from virtue.dialogue import instructed, with_prompt
+    vice -> (first, second, the `Contrast` of each pair). Both sides draw the same random numbers,
+    and carry the prompt as it was, without the instruction. sides=1: the first ones only."""
+    from virtue.contrast import contrasts_of, told
+    from virtue.dialogue import with_prompt
     from virtue.plumbing.resume import spread
 
-    told = [traits_of(args, base.words, p["id"]) for p in prompts]
-    found, traits = ([], []), []
+    each = [contrasts_of(base.words, args.seed, p["id"], args.contrasts) for p in prompts]
+    found, contrasts = ([], []), []
     for copy in range(min(args.contrasts, len(base.words.virtues))):
-        traits += (of_prompt[copy] for of_prompt in told)
-        asked = []
-        for side in (2, 3)[:sides]:
-            for p, of_prompt in zip(prompts, told):
-                text = base.words.trait.format(trait=of_prompt[copy][side])
-                asked.append(p | {"prompt": instructed(base.tokenizer, p["prompt"], text)})
+        now = [of_prompt[copy] for of_prompt in each]
+        contrasts += now
+        asked = [told(base.tokenizer, base.words, p, getattr(of_pair, side))
+                 for side in ("asks", "fails")[:sides] for p, of_pair in zip(prompts, now)]
         dialogues = sample(
             args, base, stack, asked, copy=1 + copy, turns=turns, each_batch=spread(
                 f"contrast {copy + 1} of {args.contrasts}", state / f"contrast-{copy + 1}.jsonl"))
         for i, d in enumerate(dialogues):
             prompt = prompts[i % len(prompts)]["prompt"]
             found[i // len(prompts)].append(with_prompt(base.tokenizer, d, prompt))
-    return *found, traits
+    return *found, contrasts
 
 
 def contrast(args, base, judge, stack, prompts, out, state):
@@ -340,23 +317,23 @@ def contrast(args, base, judge, stack, prompts, out, state):
     plain = sample(args, base, stack, prompts,
                    each_batch=resume.spread("dialogues", state / "dialogues.jsonl"))
     artefacts.write_jsonl(out / "dialogues.jsonl", map(row_of, plain))
-    first, second, traits = sample_contrasts(args, base, stack, prompts, state)
+    first, second, contrasts = sample_contrasts(args, base, stack, prompts, state)
     records, numbers = {}, {}
     for lens in LENSES:
         pairs, dropped = pairs_of(args, base.tokenizer, judge, first, second, lens,
-                                  [told for _, _, *told in traits])
+                                  [(of_pair.asks, of_pair.fails) for of_pair in contrasts])
         check_left(pairs, lens, prompts, dropped)
         records[lens] = [{
             "id": first[i].id, "lens": lens, "chosen": texts[0], "rejected": texts[1],
-            "virtues": {traits[i][0]: 1.0}, "label": 1.0, "votes": 1, "position_flips": None,
-            "truncated": cut, "vice": traits[i][1]} for i, texts, cut in pairs]
+            "virtues": {contrasts[i].virtue: 1.0}, "label": 1.0, "votes": 1, "position_flips": None,
+            "truncated": cut, "vice": contrasts[i].vice} for i, texts, cut in pairs]
         asked = pairs[:args.judge_limit]
         with lora.use_stack(judge.model):
             odds, label_mass = judge_log_odds(
                 judge.model, judge.tokenizer, judge.words, [texts for _, texts, _ in asked], lens,
                 args.judge_batch_size,
                 each_batch=resume.spread(f"judge {lens}", state / f"log-odds-{lens}.jsonl"))
-        column = [judge.words.virtues.index(traits[i][0]) for i, *_ in asked]
+        column = [judge.words.virtues.index(contrasts[i].virtue) for i, *_ in asked]
         numbers[lens] = {
             "pairs": len(pairs), **{f"dropped_{fault}": dropped[fault] for fault in FAULTS},
             "judge_agrees": feedback.agrees(odds, column), "label_mass": label_mass,
@@ -372,17 +349,17 @@ def open_models(args, prompts):
     """The base with its stack of adapters, the judge, and the prompts that are short enough ->
     (base, stack, the parents that the artefact records, judge, prompts)."""
     from virtue import generate, judge
-    from virtue.dialogue import instructed
+    from virtue.contrast import told
     from virtue.plumbing import artefacts, loading
 
     most = args.max_prompt_tokens
     base = judge_base = loading.open_base(args)
-    told = [p["prompt"] for p in prompts]
+    asked = prompts
     if args.feedback == "contrast":  # with the longest instruction
         trait = max((text for poles in base.words.constitution.values() for text in poles), key=len)
-        text = base.words.trait.format(trait=trait)
-        told = [instructed(base.tokenizer, prompt, text) for prompt in told]
-    kept = [p for p, asked in zip(prompts, told) if generate.fits(base.tokenizer, asked, most)]
+        asked = [told(base.tokenizer, base.words, p, trait) for p in prompts]
+    kept = [p for p, record in zip(prompts, asked)
+            if generate.fits(base.tokenizer, record["prompt"], most)]
     if not kept:
         raise VirtueError(f"{args.prompts}: all {len(prompts)} prompts exceed --max-prompt-tokens "
                           f"{most}: raise it")

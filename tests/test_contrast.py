@@ -14,8 +14,7 @@ import pytest
 import torch
 from tiny import CHAT_TEMPLATE, SYSTEM_TEMPLATE, make_tiny_model, make_tiny_tokenizer
 
-import run_data
-from virtue import generate, lora
+from virtue import contrast, generate, lora
 from virtue.dialogue import Dialogue, Turn, instructed, with_prompt
 from virtue.ethics import ENGLISH, FOLLOW_UPS, LENSES, VIRTUES
 from virtue.evaluation.models import distances, guided, trait_odds
@@ -138,7 +137,7 @@ def test_with_prompt_keeps_the_answers_tokens(placed):
     ("", "be brave", 3, False), ("?! ...", "be brave", 3, False), ("be brave", "", 3, False),
 ])
 def test_what_echoes(text, told, run, found):
-    assert run_data.echoes(text, told, run) is found
+    assert contrast.echoes(text, told, run) is found
 
 
 # ---- revisions
@@ -355,12 +354,16 @@ def test_reward_models_train_on_contrasts(contrasted, tmp_path, monkeypatch):
 # ---- which virtue, which vice
 
 
+def contrasts(args, name):
+    return contrast.contrasts_of(ENGLISH, args.seed, name, args.contrasts)
+
+
 def test_virtue_and_vice_are_drawn_for_each_prompt():
     args = SimpleNamespace(seed=SEED, contrasts=2)
     names, drawn = [f"{i:016x}" for i in range(400)], Counter()
     for name in names:
-        first, second = found = run_data.traits_of(args, ENGLISH, name)
-        assert first[0] != second[0] and found == run_data.traits_of(args, ENGLISH, name)
+        first, second = found = contrasts(args, name)
+        assert first[0] != second[0] and found == contrasts(args, name)
         for virtue, vice, asked, other in found:
             asks, deficiency, excess = ENGLISH.constitution[virtue]
             assert asked == asks
@@ -369,12 +372,12 @@ def test_virtue_and_vice_are_drawn_for_each_prompt():
     # 2 places, 5 virtues, 2 vices: 40 each, with a standard deviation of 6
     assert len(drawn) == 20 and 15 <= min(drawn.values()) and max(drawn.values()) <= 65
     alone = SimpleNamespace(seed=SEED, contrasts=1)
-    assert all(run_data.traits_of(alone, ENGLISH, name) == run_data.traits_of(
-        args, ENGLISH, name)[:1] for name in names[:20])
+    assert all(contrasts(alone, name) == contrasts(
+        args, name)[:1] for name in names[:20])
     more = SimpleNamespace(seed=SEED, contrasts=9)  # than there are virtues
-    assert {t[0] for t in run_data.traits_of(more, ENGLISH, names[0])} == {*VIRTUES}
+    assert {t[0] for t in contrasts(more, names[0])} == {*VIRTUES}
     other = SimpleNamespace(seed=SEED + 1, contrasts=2)
-    assert any(run_data.traits_of(other, ENGLISH, name) != run_data.traits_of(args, ENGLISH, name)
+    assert any(contrasts(other, name) != contrasts(args, name)
                for name in names[:20])
 
 

@@ -11,6 +11,7 @@ The method, in the order in which it is best read:
     randomness.py  random numbers that belong to a name
     generate.py    sampling with a KV cache
     judge.py       AI feedback: which of two dialogues shows more virtue
+    contrast.py    the same without a judge: one side is told to have a virtue, one a vice
     preference.py  the pairwise loss of the reward models, and their calibration
     ensemble.py    how three scores become one
     rollout.py     from sampled dialogues to rewards

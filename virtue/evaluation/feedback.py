@@ -181,7 +181,8 @@ def agrees(odds: Tensor, column: Sequence[int]) -> dict:
 def of_contrast(numbers: Mapping) -> str:
     """One line on pairs made by contrast."""
     lines = [f"{numbers['pairs']} pairs"]
-    if judge := numbers["judge_agrees"]:
+    judge = numbers["judge_agrees"]
+    if judge and judge["n"] > 1:
         lines.append(f"the judge prefers the virtuous side by its virtue on {judge['share']:.0%} "
                      f"[{judge['low']:.0%}, {judge['high']:.0%}] of {judge['n']}, with "
                      f"{numbers['label_mass']:.2f} of the probability on its labels")
