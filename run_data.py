@@ -134,7 +134,8 @@ def revise(args, base, stack, prompts, state):
 
 def instruct(args, base, stack, prompts, state):
     """As `revise`, where the revision is the answer under an instruction to have a virtue, and the
-    critique is that instruction (context distillation, Askell et al. 2021, arXiv 2112.00861)."""
+    critique is what that virtue asks (context distillation, Askell et al. 2021,
+    arXiv 2112.00861)."""
     from virtue.dialogue import messages_of
     from virtue.plumbing.resume import spread
 
@@ -142,9 +143,12 @@ def instruct(args, base, stack, prompts, state):
                    each_batch=spread("answers", state / "answers.jsonl"))
     first, _, contrasts = sample_contrasts(args, base, stack, prompts, state, turns=1, sides=1)
     answers = {d.id: messages_of(base.tokenizer, d, turns=1)[-1]["content"] for d in plain}
-    return [(d, of_pair.virtue, answers[d.id], base.words.trait.format(trait=of_pair.asks),
-             messages_of(base.tokenizer, d, turns=1)[-1]["content"], d.turns[0].truncated)
-            for d, of_pair in zip(first, contrasts)]
+    found = []
+    for d, of_pair in zip(first, contrasts):
+        revision = messages_of(base.tokenizer, d, turns=1)[-1]["content"]
+        found.append((d, of_pair.virtue, answers[d.id], of_pair.asks, revision,
+                      d.turns[0].truncated))
+    return found
 
 
 def revisions_of(args, base, stack, prompts, state):
