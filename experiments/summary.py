@@ -66,7 +66,8 @@ def main() -> None:
         print(f"| {row} | {' | '.join(cells)} |")
 
     print(f"\n| {key} | seed by seed | all seeds, hierarchical | all seeds, t |\n|---|---|---|---|")
-    for a, b in zip(names, names[1:]):
+    trained = [name for name in names if name != "prompted"]
+    for a, b in zip(trained, trained[1:]):
         found = [s["differences"][f"{b} - {a}"][key] for s in scores]
         each = ", ".join("{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**f) for f in found)
         means = [s["models"][b][key] - s["models"][a][key] for s in scores]
@@ -84,7 +85,7 @@ def main() -> None:
 
     # without SFT PPO starts from the base
     base, sft, ppo = ([s["models"][name] for s in scores]
-                      for name in (names[0], names[-2], names[-1]))
+                      for name in (trained[0], trained[-2], trained[-1]))
     checks = {"share of the distance from SFT to the oracle that PPO closes (>= 0.5)":
               [(p["gold"] - s["gold"]) / (1 - s["gold"]) for s, p in zip(sft, ppo) if golden],
               "perplexity over the base's (0.5 to 1.5)":

@@ -50,7 +50,7 @@ def load(report: Path) -> Run:
     samples = [json.loads(line) for line in lines]
     gold = {name: {s["id"]: s[name]["gold"]["overall"] for s in samples if "gold" in s[name]}
             for name in scores["models"]}
-    *_, start, final = scores["models"]
+    *_, start, final = (name for name in scores["models"] if name != "prompted")
     questions = {}
     for sample in samples:
         if "gold" in sample[final]:

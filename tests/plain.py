@@ -189,9 +189,8 @@ class Plain:
 
 
 def transcript(messages: list[dict]) -> str:
-    return "\n".join(
-        f"{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}" for m in messages
-    )
+    names = {"system": "System", "user": "Human", "assistant": "Assistant"}
+    return "\n".join(f"{names[m['role']]}: {m['content']}" for m in messages)
 
 
 def up_to(dialogue: dict, k: int, questions=FOLLOWING) -> list[dict]:

@@ -153,6 +153,28 @@ def test_new_forgets(talk, said):
     assert said.rows[0] == said.rows[1] == said.rows[2] == said.rows[3] and not said
 
 
+def test_a_system_message_begins_every_conversation(chain, talk, said):
+    tokenizer = chain[1].tokenizer
+    said += ["a.", "b.", "c.", "d.", "e.", "f."]
+    talk("One?", "Two?", "/new", "Three?", "/quit", system="Be kind.")
+    begun = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "One?"}],
+        add_generation_prompt=True, return_dict=False)
+    assert said.rows[0] == said.rows[1] == begun
+    told = [tokenizer.decode(row).count("Be kind.") for row in said.rows]
+    assert told == [1] * 6  # once, at the beginning; after /new again
+    said += ["a.", "b."]
+    talk("One?", "/quit")
+    assert "Be kind." not in tokenizer.decode(said.rows[6])
+
+
+def test_the_system_message_counts_among_the_prompts_tokens(chain, talk, said):
+    said += ["a.", "b."]
+    told = "longer than --max-prompt-tokens 100"
+    assert told not in talk("word " * 60, "/quit")
+    assert told in talk("word " * 60, "/quit", system="word " * 60)
+
+
 def test_ctrl_c_ends_an_answer_and_then_the_program(talk, said):
     said += ["a.", "b.", "c.", KeyboardInterrupt, "e.", "f."]
     out = talk("One?", "Two?", "Two?", KeyboardInterrupt)

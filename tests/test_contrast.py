@@ -17,6 +17,7 @@ from tiny import CHAT_TEMPLATE, SYSTEM_TEMPLATE, make_tiny_model, make_tiny_toke
 from virtue import contrast, generate, lora
 from virtue.dialogue import Dialogue, Turn, instructed, with_prompt
 from virtue.ethics import ENGLISH, FOLLOW_UPS, LENSES, VIRTUES
+from virtue.evaluation import models
 from virtue.evaluation.models import distances, guided, trait_odds
 from virtue.evaluation.setup import Loaded
 from virtue.judge import judge_log_odds
@@ -351,6 +352,62 @@ def test_reward_models_train_on_contrasts(contrasted, tmp_path, monkeypatch):
     assert len(steps) == 1
 
 
+# ---- echoes of the instruction
+
+
+SAID = {"talk": dict(asks="to e a o i", deficiency="t s r n l", excess="c b d f g")}  # by chance
+
+
+def echoing(bare, prompts, tmp_path, monkeypatch, command: str) -> tuple[Path, Path]:
+    """The command under a constitution whose words the tiny model says by chance: with no answer
+    taken for an echo, and with every one that says any word of its instruction."""
+    (tmp_path / "constitution.json").write_text(json.dumps(SAID))
+    flags = [*sampling(bare, prompts, tmp_path / "all"), "--constitution",
+             tmp_path / "constitution.json", "--limit", 24]
+    if command == "preferences":
+        flags += ["--judge-limit", 0]
+    with monkeypatch.context() as patched:
+        patched.setattr(contrast, "echoes", lambda *told: False)
+        call("run_data", command, *flags)
+    monkeypatch.setattr("run_data.ECHO", 1)
+    call("run_data", command, *flags, "--out", tmp_path / "some")
+    return tmp_path / "all", tmp_path / "some"
+
+
+def words_in(text: str) -> set[str]:
+    return {*"".join(c if c.isalnum() else " " for c in text.lower()).split()}
+
+
+def test_pairs_of_which_a_side_says_its_instruction_are_dropped(bare, prompts, tmp_path,
+                                                                monkeypatch):
+    every, some = echoing(bare, prompts, tmp_path, monkeypatch, "preferences")
+    numbers, sides = json.loads((some / "summary.json").read_text()), Counter()
+    for k, lens in enumerate(LENSES):
+        kept = []
+        for record in (records := lines(every / f"{lens}.jsonl")):
+            traits = {"chosen": "to e a o i", "rejected": SAID["talk"][record["vice"]]}
+            echo = [side for side, trait in traits.items() for m in record[side][1::2]
+                    if words_in(trait) & words_in(m["content"])]
+            assert len(record["chosen"][1::2]) == k + 1  # every turn up to the lens's
+            sides.update(echo)
+            if not echo:
+                kept.append(record)
+        assert lines(some / f"{lens}.jsonl") == kept and kept
+        assert numbers[lens]["dropped_echoed"] == len(records) - len(kept) > 0
+        assert numbers[lens]["pairs"] == len(kept)
+    assert min(sides["chosen"], sides["rejected"]) > 1  # either side has its own instruction
+    assert lines(every / "dialogues.jsonl") == lines(some / "dialogues.jsonl")  # of all prompts
+
+
+def test_revisions_that_say_their_instruction_are_dropped(bare, prompts, tmp_path, monkeypatch):
+    every, some = echoing(bare, prompts, tmp_path, monkeypatch, "revisions")
+    told = words_in("to e a o i")
+    kept = [r for r in lines(every / "revisions.jsonl") if not told & words_in(r["revision"])]
+    assert lines(some / "revisions.jsonl") == kept and kept
+    numbers = json.loads((some / "summary.json").read_text())
+    assert numbers["echoed"] == len(lines(every / "revisions.jsonl")) - len(kept) > 0
+
+
 # ---- which virtue, which vice
 
 
@@ -485,6 +542,22 @@ def test_log_odds_of_virtues_to_vices(placed, prompted):
         assert abs(odds) > 1e-3
     again = trait_odds(prompted.loaded, prompted.sampled, prompted.asked, 5)
     assert again == pytest.approx(found, abs=1e-5)  # the prompt they had before does not count
+
+
+@pytest.mark.parametrize("started", ["base", "sft"])
+def test_whom_the_judge_compares(placed, monkeypatch, started):
+    """The last model with what training began with, in both wordings, the base and the prompted
+    base, which training never began with."""
+    monkeypatch.setattr(models, "contest", lambda judge, after, before, prompts, wording, size,
+                        keep: (after, before, wording, keep.name))
+    names = ("base", "prompted", *(["sft"] if started == "sft" else []), "ppo")
+    wins = models.judge_models(placed.base, {name: name for name in names}, [], 1, Path("x"))
+    pairs = [(started, "trained"), (started, "other"), ("base", "trained"),
+             ("prompted", "trained")]
+    assert [*wins.values()] == [("ppo", other, wording, f"log-odds-{i}") for i, (other, wording)
+                                in enumerate(dict.fromkeys(pairs), 1)]
+    assert [*wins] == [f"ppo vs {other}" + ", other wording" * (wording == "other")
+                       for other, wording in dict.fromkeys(pairs)]
 
 
 # ---- tables

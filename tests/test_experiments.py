@@ -6,6 +6,7 @@ Stages are fakes of a line or two of Python; tables are read from hand-made repo
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import runpy
@@ -396,6 +397,46 @@ def test_tables_of_what_is_finished_and_why_the_rest_is_not(tmp_path, capsys, mo
     assert "- pool, seed 0: rm failed: error: too few pairs" in out
     assert "- later, seed 0: not finished" in out
     assert "Warning: 2 versions of the code" in out
+
+
+def without_gold(folder: Path, models: tuple[str, ...]) -> Path:
+    """A report of run_eval.py models --prompted on prompts in English, whose gold is not known."""
+    report(folder, {name: [0.0, 0.0] for name in models}, likelihood=0.25)
+    scores = json.loads((folder / "scores.json").read_text())
+    for column in scores["models"].values():
+        del column["gold"]
+    other = {lens: {"rate": 0.1} for lens in LENSES}
+    scores["wins"] = {f"ppo vs {models[-2]}": other, "ppo vs prompted": other} | {
+        f"ppo vs {name}": {lens: {"rate": rate} for lens, rate in zip(LENSES, (0.75, 0.5, 0.25))}
+        for name in models[:-1] if name != "prompted"}
+    scores["differences"] = {}
+    (folder / "scores.json").write_text(json.dumps(scores))
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for row, name in itertools.product(rows, models):
+        row[name].pop("gold", None)
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("start", ["base", "sft"])
+def test_what_training_began_with_is_never_the_prompted_base(tmp_path, start):
+    models = ("base", "prompted", *(["sft"] if start == "sft" else []), "ppo")
+    found = tables.load(without_gold(tmp_path / "r", models))
+    assert (found.start, found.final) == (start, "ppo")
+    assert found.wins == [0.75, 0.5, 0.25]
+
+
+def test_tables_of_an_experiment_without_gold(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(run.EXPERIMENTS, "mine", ("Why?", [run.DEFAULT]))
+    stage = engine.chain(run.DEFAULT, 0)["report"]
+    folder = without_gold(tmp_path / stage.folder, ("base", "prompted", "sft", "ppo"))
+    (folder / "virtue.json").write_text("{}")
+    (folder / "run.json").write_text(json.dumps({"code": "version", "seconds": 1}))
+    assert run.main(["mine", "--table", "--seeds", "0", "--runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "| log-odds of virtues to vices, nats a token | 0.2500 | 0.2500 | 0.2500 |" in out
+    assert "the judge prefers ppo to sft on 0.75 / 0.50 / 0.25" in out
+    assert "Gold" not in out and "nan" not in out
 
 
 # ---- compare

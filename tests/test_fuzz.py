@@ -49,6 +49,8 @@ FOUND = [
     (fuzz.manifest, "sft/virtue.json", "settings/quantize", "evil"),
     (fuzz.manifest, "preferences/virtue.json", "parents", {"sft": "x"}),
     (fuzz.manifest, "preferences/virtue.json", "settings/max_new_tokens", [1]),
+    (fuzz.manifest, "preferences/virtue.json", "settings/system", [1]),
+    (fuzz.manifest, "preferences/virtue.json", "settings/constitution", {"courage": 1}),
     (fuzz.adapter, "rm/action/virtue.json", "extra/score_std", float("nan")),
     (fuzz.adapter, "rm/action/virtue.json", "extra/score_mean", None),
     (fuzz.adapter, "sft/adapter_config.json", "r", 10 ** 9),

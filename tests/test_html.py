@@ -44,6 +44,9 @@ class Page(HTMLParser):
         self.text += data
 
 
+TITLES = {"base": "base", "sft": "SFT"}
+
+
 def column(shift: float) -> dict:
     return {"gold": 0.5 + shift, "study_score_standardised": shift, "reward/action": shift,
             "ended": 1.0, "perplexity": 1.4, "brand new": 2.5}
@@ -164,6 +167,23 @@ def test_verdict(without_figures, found, direction, sentence):
     assert sentence in text
     assert ("What its reward models say, as the study's Score, standardised: +1.200 "
             "[+1.000, +1.400]." in text)
+
+
+@pytest.mark.parametrize("before", ["sft", "base"])
+def test_the_prompted_base_is_a_column_and_not_what_training_began_with(without_figures, before):
+    s, expected = scores(), html.verdict(scores())[1].replace("SFT", TITLES[before])
+    kept = ("base", "prompted", "sft", "ppo") if before == "sft" else ("base", "prompted", "ppo")
+    s["models"] = {name: s["models"].get(name, column(0.7)) for name in kept}
+    found = s["differences"]["ppo - sft"]
+    s["differences"] = {f"ppo - {before}": found, "ppo - prompted": {
+        "gold": found["gold"] | dict(difference=-0.4, low=-0.5, high=-0.3)}}
+    assert html.verdict(s) == ("rose", expected)
+    text = Page(render(s)).text
+    assert expected in text and "base, prompted" in text
+    assert f"PPO − {TITLES[before]} [95 %]" in text
+    assert "− base, prompted [95 %]" not in text
+    closed = (0.8 - s["models"][before]["gold"]) / (1 - s["models"][before]["gold"])
+    assert f"from {TITLES[before]} to the oracle, PPO closes {100 * closed:.0f} %" in text
 
 
 def test_verdict_without_gold_without_pairs_and_with_base_alone(without_figures):

@@ -131,6 +131,8 @@ def test_warnings_name_what_fell():
                          ({"broken": 0.09}, "from 3.0% to 9.0%"), ({"named": 0.96}, "96.0%")):
         text, = warned(change)
         assert text.startswith("reward rose, but") and word in text
+    prompted = {"base": fine, "prompted": fine | {"perplexity": 9.0}, "ppo": fine}
+    assert warnings_of(prompted, {"ppo - base": up}, {}) == []  # not what was trained
     fall = {"low": -0.2, "high": -0.1, "difference": -0.15}
     assert "gold fell by 0.150" in warned(step={"gold": fall})[0]
     judged = {"questions": {"helpfulness": 0.3}, "label_mass": 0.1}
@@ -310,6 +312,52 @@ def test_agreement_by_hand():
     assert found["position_flips"] == pytest.approx(1 / 3) and found["halo"] == pytest.approx(1.0)
     # in order 0 the chosen one is shown first, in order 1 the other
     assert found["first_place"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+
+
+def test_a_judge_of_other_virtues(monkeypatch):
+    """The names of the constitution, any number: what is asked beside them does not count."""
+    two = ENGLISH._replace(constitution={"courage": ("a", "b", "c"), "thrift": ("d", "e", "f")})
+    judged(monkeypatch, None)
+    monkeypatch.setattr(feedback, "judge_log_odds", lambda judge, tokenizer, words, pairs, lens, n,
+                        asked, *a, **k: (torch.tensor([[[1.0, 0.5, -9.0, -9.0][:len(asked)]] * 2]
+                                                      ).expand(len(pairs), -1, -1), 1.0))
+    found = win_rates(None, None, two, list("wxy"), list("wxy"), "motivation", batch_size=4)
+    assert found["rate"] == 1 and [*found["questions"]] == [
+        "courage", "thrift", "helpfulness", "sincerity"]
+    odds = torch.tensor([[[1.0, -1.0]] * 2, [[1.0, 1.0]] * 2])
+    shares = agreement(odds, {"overall": np.ones(2)}, ("courage", "thrift"))["agreement"]
+    assert [*shares] == ["majority", "mean", "one_order", "courage", "thrift"]
+    assert (shares["courage"]["share"], shares["thrift"]["share"]) == (1, 0.5)
+
+
+@pytest.mark.parametrize(("n", "told"), [
+    (5, [5, 4, 3]), (2, [2]), (7, [7, 6, 5, 4]), (1, [1])])
+def test_votes_of_any_number_of_virtues(n, told):
+    """The majorities, largest first; one pair of four has each number of votes from the top."""
+    made = [{"votes": max(0, n - i), "chosen": [{"role": "user", "content": "?"}]}
+            for i in range(4)]
+    found = summarize(made, torch.zeros(4, 2, n), "action")
+    shares = {name: share for name, share in found.items() if name.startswith("votes_")}
+    assert [*shares] == [f"votes_{k}" for k in told]
+    assert [*shares.values()] == [0.25] * len(told)
+
+
+def test_how_often_a_judge_prefers_the_virtuous_side():
+    """By one virtue of each pair, the mean of both orders: wrong, right, a tie, right."""
+    odds = torch.tensor([[[1.0, 9, 9], [-3.0, 9, 9]], [[-9, -9, 2.0], [-9, -9, -1.0]],
+                         [[9, 0.5, 9], [9, -0.5, 9]], [[-9, 3.0, -9], [-9, -1.0, -9]]])
+    found = feedback.agrees(odds, [0, 2, 1, 1])
+    assert found == pytest.approx(dict(zip(("share", "low", "high"), wilson(2.5, 4)), n=4))
+    assert feedback.agrees(odds[:1], [0]) == {"share": None, "low": None, "high": None, "n": 1}
+    assert feedback.agrees(torch.zeros(0, 2, 3), []) is None
+    numbers = {"pairs": 7, "judge_agrees": {"share": 0.625, "low": 0.2, "high": 0.9, "n": 4},
+               "label_mass": 0.25, "gold_agreement": 0.75}
+    assert feedback.of_contrast(numbers) == (
+        "7 pairs, the judge prefers the virtuous side by its virtue on 62% [20%, 90%] of 4, with "
+        "0.25 of the probability on its labels, gold on 75%")
+    for unasked in (None, {"share": None, "low": None, "high": None, "n": 1}):
+        assert feedback.of_contrast(
+            numbers | {"judge_agrees": unasked, "gold_agreement": None}) == "7 pairs"
 
 
 def test_the_mean_of_the_virtues_is_one_of_probabilities():
@@ -547,6 +595,20 @@ def test_summary_of_seeds_prints_what_it_reads(tmp_path):
     assert f"| ppo - sft | {each}, {each} | – | {over} |" in result.stdout, result.stderr
     assert "named" not in result.stdout
     assert "| turns that ended properly (>= 0.97) | 1.000, 1.000 |" in result.stdout
+    for name in ("0", "1"):  # without SFT, and with the prompted base, which PPO never began with
+        path = tmp_path / name / "report/scores.json"
+        scores = json.loads(path.read_text())
+        base, sft, ppo = scores["models"].values()
+        scores["models"] = {"base": base, "prompted": sft | {"perplexity": 9.0}, "ppo": ppo}
+        rows = scores["differences"]["ppo - sft"]
+        scores["differences"] = {"ppo - base": rows, "ppo - prompted": {}}
+        path.write_text(json.dumps(scores))
+        path = path.with_name("samples.jsonl")
+        path.write_text(path.read_text().replace('"sft"', '"prompted"'))
+    result, over = summary("0", "1"), "+0.400 [+0.400, +0.400]"
+    assert "| |base|prompted|ppo|" in result.stdout, result.stderr
+    assert f"| ppo - base | {each}, {each} | – | {over} |" in result.stdout
+    assert "| perplexity over the base's (0.5 to 1.5) | 1.000, 1.000 |" in result.stdout
 
 
 def test_run_away_says_what_and_why():

@@ -603,6 +603,23 @@ def test_mean_without_sft(world, tmp_path, monkeypatch):
     compare(world, tmp_path / "out", *run(world, tmp_path / "out", monkeypatch, flags))
 
 
+def test_a_system_message_before_every_prompt(world, tmp_path, monkeypatch):
+    """It is sampled from, at every step, and the ids, which key the random numbers, stay."""
+    flags = f"""--rm {world.at}/bare --seed 1 --iterations 1 --value-warmup 0 --ppo-epochs 1
+        --reward-turns answer --rollout-size 3 --system Brief. --limit 3"""
+    _, taken = run(world, tmp_path / "out", monkeypatch, flags)
+    texts = {p["id"]: p["prompt"][0]["content"] for p in world.prompts}
+    assert {*taken} == {-1, 1}
+    for d in (*taken[-1], *taken[1]):
+        assert d.prompt == [
+            {"role": "system", "content": "Brief."},
+            {"role": "user", "content": texts[d.id]},
+        ]
+        read = world.tokenizer.decode(d.ids[: d.turns[0].start])
+        assert read == f"<s> Brief.</s>[INST] {texts[d.id]}[/INST]"
+    assert {row["prompt"] for row in lines(tmp_path / "out/rollouts.jsonl")} <= {*texts.values()}
+
+
 def test_answers_alone_standardised_anew(world, tmp_path, monkeypatch):
     flags = f"""--sft {world.at}/sft --rm {world.at}/rm --seed 6 --iterations 2 --value-warmup 0
         --aggregate uwo --reward-turns answer --rollout-size 4"""

@@ -151,6 +151,32 @@ def test_preferences_by_a_constitution_of_two_virtues(base, tmp_path):
     assert manifest["base"]["virtues"] == "courage, thrift"
     assert manifest["base"]["words"] == words_hash(words_of(base, path))
     assert manifest["settings"]["constitution"] == str(path)
+    call("run_eval", "judge", "--model", base, "--constitution", path, "--pairs",
+         out / "motivation.jsonl", "--out", tmp_path / "j")
+    shares = json.loads((tmp_path / "j/judge.json").read_text())["motivation"]["agreement"]
+    records = lines(out / "motivation.jsonl")  # the same judge said how it chose them
+    assert [*shares] == ["majority", "mean", "one_order", "courage", "thrift"]
+    for virtue in COURAGE:
+        right = [record["virtues"][virtue] > 0.5 for record in records]
+        assert shares[virtue]["share"] == pytest.approx(sum(right) / len(right))
+    again = ["--model", base, "--out", out, "--prompts", prompts, "--constitution", path, "--limit",
+             4, "--max-new-tokens", 6, "--truncated", "keep", "--any-judge", "--max-prompt-tokens",
+             64, "--resume"]
+    call("run_data", "preferences", *again)  # it is finished
+    constitution(tmp_path, COURAGE | changed(asks="be braver"))
+    with pytest.raises(VirtueError, match="the file behind words"):
+        call("run_data", "preferences", *again)
+
+
+def test_a_dry_run_reads_the_constitution(tmp_path, capsys):
+    path, out = constitution(tmp_path, COURAGE), tmp_path / "out"
+    dry = ["run_data", "revisions", "--out", out, "--dry-run", "--constitution", path]
+    call(*dry)
+    assert f"reads constitution: {path}, courage, thrift\n" in capsys.readouterr().out
+    constitution(tmp_path, changed(excess=None))
+    with pytest.raises(VirtueError, match="not a constitution"):
+        call(*dry)
+    assert not out.exists()
 
 
 # ---- a judge whose reply has begun
@@ -284,6 +310,26 @@ def test_what_an_earlier_stage_says_wins_over_the_models_defaults(tmp_path):
     on_toy = earlier(tmp_path / "toy", "sft", model="toy")
     args = parse("run_data", "preferences", "--sft", on_toy, "--out", "x")
     assert (args.temperature, args.max_new_tokens, args.prompts) == (1.0, 64, "toy")
+
+
+def test_a_system_message_and_a_constitution_are_inherited(tmp_path):
+    """From stage to stage, by those too that have no such flag of their own; a flag wins."""
+    said = dict(model="toy", system="Be brief.", constitution="virtues.json")
+    for stage in ("revisions", "sft", "preferences", "policy"):
+        earlier(tmp_path / stage, stage, **said, rm=str(tmp_path / "rm"))
+    earlier(tmp_path / "rm/action", "rm", **said)
+    for script, *argv in (
+            ("run_sft", "--data", tmp_path / "revisions"),
+            ("run_data", "preferences", "--sft", tmp_path / "sft"),
+            ("run_rm", "--data", tmp_path / "preferences"), ("run_ppo", "--rm", tmp_path / "rm"),
+            ("run_eval", "models", "--policy", tmp_path / "policy"),
+            ("run_eval", "best-of-n", "--rm", tmp_path / "rm"),
+            ("run_eval", "chat", "--policy", tmp_path / "policy")):
+        out = [] if "chat" in argv else ["--out", "x"]
+        args = parse(script, *argv, *out)
+        assert args.system == "Be brief." and str(args.constitution) == "virtues.json", argv
+        if script in ("run_data", "run_ppo") or argv[0] in ("models", "best-of-n"):
+            assert parse(script, *argv, *out, "--system", "Be kind.").system == "Be kind."
 
 
 def test_parse_with_parent_by_itself(tmp_path):

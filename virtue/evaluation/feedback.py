@@ -283,9 +283,9 @@ def versus(judge, tokenizer, words: Words, answers: list[list[list[dict]]],
 
 def summarize(records: list[dict], odds: Tensor, lens: str) -> dict:
     """Numbers of one preference set: its records as written, and the judge's log-odds (N, orders,
-    5) on all N pairs that it read, those without a verdict too."""
-    n, votes = len(records), Counter(r["votes"] for r in records)
+    Q) on all N pairs that it read, those without a verdict too."""
+    n, votes, most = len(records), Counter(r["votes"] for r in records), odds.shape[-1]
     return {"pairs": n, **reliability(odds),
-            **{f"votes_{k}": votes[k] / max(1, n) for k in (5, 4, 3)},
+            **{f"votes_{k}": votes[k] / max(1, n) for k in range(most, most // 2, -1)},
             "virtue_agreement": virtue_agreement(opinion(odds)),
             "gold_agreement": gold_agreement(records, lens)}

@@ -28,6 +28,9 @@ def preview(args: argparse.Namespace, reads: Mapping[str, object], writes: str, 
     """
     if args.model == "toy" and not args.dry_run:
         return False
+    if getattr(args, "constitution", None):
+        words = loading.words_of(args.model, args.constitution)
+        reads = {**reads, "constitution": f"{args.constitution}, {', '.join(words.virtues)}"}
     names = {"base": args.model, "judge": getattr(args, "judge", None)}
     folders = {role: loading.resolve(name, download=not args.dry_run)
                for role, name in names.items() if name}
