@@ -1,5 +1,5 @@
 # make demo   the whole method on the toy model, into runs/demo/ (7 minutes on 2 cores)
-# make real   the same on a real chat model of 135 M in English, into runs/real/ (an hour on 2 cores; DEVICE=cuda PROCESSES=1: minutes)
+# make real   the same on a real chat model of 135 M in English, into runs/real/ (about an hour on 2 cores, not measured to its end; DEVICE=cuda PROCESSES=1 for a GPU)
 # make test   the test suite (no network, no GPU)
 # make check  ruff, which it installs, and the tests
 # make interop  the tests against PEFT, TRL and datasets, which it installs; make test skips those where they are absent
