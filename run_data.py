@@ -340,7 +340,8 @@ def contrast(args, base, judge, stack, prompts, out, state):
         column = [judge.words.virtues.index(contrasts[i].virtue) for i, *_ in asked]
         numbers[lens] = {
             "pairs": len(pairs), **{f"dropped_{fault}": dropped[fault] for fault in FAULTS},
-            "judge_agrees": feedback.agrees(odds, column), "label_mass": label_mass,
+            "judge_agrees": feedback.agrees(odds, column),
+            "label_mass": label_mass if asked else None,  # not measured
             "gold_agreement": feedback.gold_agreement(records[lens], lens)}
         print(f"contrast, {lens}: {feedback.of_contrast(numbers[lens])}")
     return records, numbers, {}

@@ -447,14 +447,13 @@ TWO = ENGLISH._replace(constitution={"courage": ("be brave", "flee", "rush in"),
 
 def test_the_whole_constitution_before_each_prompt(bare, placed):
     asked = [{"id": "1" * 16, "prompt": [user("Hm?")]}, {"id": "2" * 16, "prompt": [user("So?")]}]
-    for vices, told in ((False, "be brave; spend with care"), (True, "flee; waste")):
-        text = ("You are an assistant of good character. In all that you say, " + told + ". Do "
-                "each in the right measure, neither too little nor too much.")
-        found = guided(placed.base._replace(words=TWO), asked, vices)
-        assert found == [{"id": p["id"], "prompt": [system(text), *p["prompt"]]} for p in asked]
-        found = guided(bare.base._replace(words=TWO), asked, vices)
-        assert found == [{"id": p["id"], "prompt": [user(f"{text}\n\n{p['prompt'][0]['content']}")]}
-                         for p in asked]
+    text = ("You are an assistant of good character. In all that you say, be brave; spend with "
+            "care. Do each in the right measure, neither too little nor too much.")
+    found = guided(placed.base._replace(words=TWO), asked)
+    assert found == [{"id": p["id"], "prompt": [system(text), *p["prompt"]]} for p in asked]
+    found = guided(bare.base._replace(words=TWO), asked)
+    assert found == [{"id": p["id"], "prompt": [user(f"{text}\n\n{p['prompt'][0]['content']}")]}
+                     for p in asked]
     (told,) = guided(placed.base, asked[:1])
     assert all(asks in told["prompt"][0]["content"] for asks, *_ in ENGLISH.constitution.values())
 
@@ -535,7 +534,8 @@ def test_log_odds_of_virtues_to_vices(placed, prompted):
     assert found.shape == (5,)
     for odds, d, p in zip(found, prompted.dialogues, prompted.asked):
         question = p["prompt"][0]["content"]
-        good, bad = (log_prob(placed, (), d, texts_before(question, told), 1.0)
+        good, bad = (log_prob(placed, (), d, "<s><<You are an assistant who is known to "
+                              f"{told}.>>[INST] {question}[/INST]", 1.0)
                      for told in (VIRTUOUS, VICIOUS))
         assert odds == pytest.approx(
             (good - bad) / sum(t.end - t.start for t in d.turns), abs=1e-4)

@@ -142,13 +142,15 @@ def study_score(scores) -> float:
     return statistics.mean(scores.ravel()) - 0.5 * statistics.pstdev(scores.ravel())
 
 
-def told(prompt: list[dict], pole: int) -> list[dict]:
-    """A prompt with the whole constitution before it: what the virtues ask (0) or their
-    deficiencies (1), in a system message, for which the template has a place."""
-    all_of = "; ".join(poles[pole] for poles in ENGLISH.constitution.values())
+def told(prompt: list[dict], pole: int | None = None) -> list[dict]:
+    """A prompt with the whole constitution before it, in a system message, for which the template
+    has a place; or with all that its virtues ask (0), all their deficiencies (1), as a trait."""
+    all_of = "; ".join(poles[pole or 0] for poles in ENGLISH.constitution.values())
     text = (
         f"You are an assistant of good character. In all that you say, {all_of}. Do each in the "
         "right measure, neither too little nor too much."
+        if pole is None
+        else f"You are an assistant who is known to {all_of}."
     )
     if prompt[0]["role"] == "system":
         return [{"role": "system", "content": f"{prompt[0]['content']}\n\n{text}"}, *prompt[1:]]
@@ -309,7 +311,7 @@ def test_prompted(world, tmp_path):
         for p in read_prompts(world["prompts"])
         if split(p["id"]) == "eval"
     ]
-    lengths = {p["id"]: len(plain.encode(told(p["prompt"], 0), True)) for p in eval_prompts}
+    lengths = {p["id"]: len(plain.encode(told(p["prompt"]), True)) for p in eval_prompts}
     most = sorted(lengths.values())[-2] - 1  # the two longest exceed it, with the instruction only
     kept = [p for p in eval_prompts if lengths[p["id"]] <= most]
     assert max(len(plain.encode(p["prompt"], True)) for p in eval_prompts) < most
@@ -345,7 +347,7 @@ def test_prompted(world, tmp_path):
     spoken, odds, bare = {}, {}, plain.stack()
     for name, weights in {"prompted": bare, **stacks(world)}.items():
         asked = [
-            p | {"prompt": told(p["prompt"], 0)} if name == "prompted" else p for p in kept + probes
+            p | {"prompt": told(p["prompt"])} if name == "prompted" else p for p in kept + probes
         ]
         sampled = [
             plain.dialogue(weights, p, SEED, "eval", new=NEW, temperature=TEMPERATURE)

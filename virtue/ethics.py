@@ -32,8 +32,7 @@ class Words(NamedTuple):
     critique: str              # of the model's own answer
     revision: str              # after the critique
     trait: str                 # instruction of one side of a contrast: {trait}
-    guide: str                 # the whole constitution as an instruction: {all_asks}, of which
-    #                            {all_deficiencies} are the opposite
+    guide: str                 # the whole constitution as an instruction: {all_asks}
     pairs: dict[str, str]      # the judge's text before the question, by wording: "trained" labels
     #                            the preferences, "other" asks in other words, for evaluation only
     about: dict[str, str]      # by lens

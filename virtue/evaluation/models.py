@@ -14,7 +14,8 @@ from torch import Tensor
 from virtue import VirtueError
 from virtue.dialogue import (Dialogue, encode_prompt, instructed, messages_of, prompt_record,
                              right_pad, with_prompt)
-from virtue.ethics import LENSES, PROBES, VIRTUES
+from virtue.contrast import told
+from virtue.ethics import LENSES, PROBES, VIRTUES, Words
 from virtue.evaluation import feedback, html, plots, report, setup
 from virtue.evaluation.setup import Ensemble, Loaded, Stack
 from virtue.judge import label_ids
@@ -61,8 +62,8 @@ def compare(args: argparse.Namespace) -> None:
     setup.load_policy(loaded, args.policy, args.rm)
     sft = {"sft": loaded.sft} if loaded.sft else {}
     stacks = {"base": (), **sft, "ppo": (*loaded.sft, "policy")}
-    told = guided(base, prompts) if args.prompted else prompts
-    kept = setup.fitting(told, args, base, f" and --limit {args.limit}, but an interval needs "
+    asked = guided(base, prompts) if args.prompted else prompts
+    kept = setup.fitting(asked, args, base, f" and --limit {args.limit}, but an interval needs "
                          "at least 2: give more prompts, or raise these flags")
     kept = [p for p in prompts if p["id"] in {record["id"] for record in kept}]
     refuse_equals(base, stacks, kept[:8], {"sft": args.sft, "ppo": args.policy})
@@ -75,14 +76,12 @@ def compare(args: argparse.Namespace) -> None:
     # Sample and score: every model on the same prompts, from the same random numbers
     asked, answers = kept + probes_of(args.prompts, args.system), {}
     if args.prompted:
-        stacks = {"prompted": (), **stacks}
+        stacks = {"base": (), "prompted": (), **stacks}
     for name, stack in stacks.items():
-        told = guided(base, asked) if name == "prompted" else asked
+        read = guided(base, asked) if name == "prompted" else asked
         spread = resume.spread(f"dialogues of {name}", state / f"{name}.jsonl")
-        dialogues = setup.sample(args, base, setup.flat(base.model, stack), told, "eval", spread)
+        dialogues = setup.sample(args, base, setup.flat(base.model, stack), read, "eval", spread)
         answers[name] = measure(args, loaded, second, stack, dialogues, asked, len(kept))
-    answers = {name: answers[name] for name in ("base", "prompted", "sft", "ppo")
-               if name in answers}
 
     # Judge, compare, write, show
     wins = judge_models(judge, answers, kept[:args.judge_limit], args.judge_batch_size, state)
@@ -103,11 +102,14 @@ def probes_of(prompts: str, system: str | None = None) -> list[dict]:
             for text in PROBES if prompts != "toy"]
 
 
-def guided(base: loading.Base, prompts: Sequence[dict], vices: bool = False) -> list[dict]:
-    """The prompts with the whole constitution as an instruction before each; with `vices`, its
-    opposite, all the deficiencies."""
-    told = "; ".join(poles[1 if vices else 0] for poles in base.words.constitution.values())
-    text = base.words.guide.format(all_asks=told)
+def all_of(words: Words, pole: int) -> str:
+    """What all virtues of the constitution ask (pole 0), or their deficiencies (1)."""
+    return "; ".join(poles[pole] for poles in words.constitution.values())
+
+
+def guided(base: loading.Base, prompts: Sequence[dict]) -> list[dict]:
+    """The prompts with the whole constitution as an instruction before each."""
+    text = base.words.guide.format(all_asks=all_of(base.words, 0))
     return [p | {"prompt": instructed(base.tokenizer, p["prompt"], text)} for p in prompts]
 
 
@@ -210,11 +212,15 @@ def trait_odds(loaded: Loaded, dialogues: Sequence[Dialogue], prompts: Sequence[
     """By how much likelier the base finds each of n dialogues after an instruction to have the
     virtues than after one to have their deficiencies: nats a sampled token, (n,)."""
     base, tokens = loaded.base, [sum(t.end - t.start for t in d.turns) for d in dialogues]
-    for_virtues, for_vices = (
-        log_likelihoods(loaded, (), [with_prompt(base.tokenizer, d, p["prompt"])
-                                     for d, p in zip(dialogues, guided(base, prompts, vices))],
-                        1.0, batch_size) for vices in (False, True))
-    return ((for_virtues - for_vices) / torch.tensor(tokens)).numpy()
+
+    def read(pole: int) -> Tensor:
+        trait = all_of(base.words, pole)
+        asked = [told(base.tokenizer, base.words, p, trait)["prompt"] for p in prompts]
+        return log_likelihoods(loaded, (), [with_prompt(base.tokenizer, d, prompt)
+                                            for d, prompt in zip(dialogues, asked)], 1.0,
+                               batch_size)
+
+    return ((read(0) - read(1)) / torch.tensor(tokens)).numpy()
 
 
 def mean_points(questions: Sequence[str], texts: Sequence[Sequence[str]]) -> dict:

@@ -293,12 +293,11 @@ def load_prompts(name: str, part: str, limit: int | None = None,
     if name == "toy":
         from virtue.toy.grammar import split_prompts
         prompts = split_prompts(part)
-    elif name == "situations":
-        lines = SITUATIONS.read_text(encoding="utf-8").splitlines()
-        prompts = [prompt_record([{"role": "user", "content": line}]) for line in lines]
-        prompts = [record for record in prompts if split(record["id"]) == part]
     else:
-        prompts = [record for record in read_prompts(name) if split(record["id"]) == part]
+        lines = SITUATIONS.read_text(encoding="utf-8").splitlines() if name == "situations" else ()
+        found = ([prompt_record([{"role": "user", "content": line}]) for line in lines]
+                 or read_prompts(name))
+        prompts = [record for record in found if split(record["id"]) == part]
     if not prompts:
         raise VirtueError(f"{name}: no prompt falls into the split {part}: give more prompts")
     return [with_system(record, system) for record in prompts[:limit]]
