@@ -133,7 +133,8 @@ def slow_rm(n: int) -> Arm:
 # SmolLM2-135M-Instruct on this project's English prompts. Untold it goes on for hundreds of
 # tokens. Its judge has one opinion for all virtues, so the pairs are made by contrast. The study's
 # arm has the study's limits and rates word for word, and the judge's labels, whatever they are
-# worth. The sizes are for one GPU, where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 helps; bf16 is too coarse for this model.
+# worth. The sizes are for one GPU, where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 helps; bf16 is too
+# coarse for this model.
 ENGLISH = dict(
     base="--model smollm2 --system 'Answer in one or two short sentences.' --max-new-tokens 96",
     revisions="--feedback contrast --contrasts 2 --batch-size 128",
