@@ -138,85 +138,120 @@ def steps_of_one_shape(model: nn.Module, cache, column: Tensor, mask: Tensor,
     return step
 
 
-@torch.no_grad()
-def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray, *, eos_id: int,
-           pad_id: int, temperature: float = 1.0,
-           one_shape: bool | None = None) -> list[tuple[list[int], bool]]:
-    """Continues each row of ids up to EOS, or up to ``uniforms.shape[1]`` new tokens.
+def sample(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray,
+           **settings) -> list[tuple[list[int], bool]]:
+    """``sample_turns`` of one turn: ``uniforms (n, max_new_tokens)`` -> for each row its new ids
+    and whether they were truncated."""
+    turns = sample_turns(model, rows, uniforms[:, None], [[] for _ in rows], **settings)
+    return [turn for (turn,) in turns]
 
-    `model` is in eval mode, its stack of adapters set by the caller; `uniforms` are ``(n,
-    max_new_tokens)`` numbers in [0, 1). Returns for each row its new ids, EOS included, and whether
-    they were truncated (no EOS came). ``one_shape`` (the default on a GPU): see
-    ``steps_of_one_shape``. Finished rows then stay in the batch; this costs little, since the
-    weights, which all rows share, are most of what a step reads. ValueError: a negative
-    temperature, or not as many rows of uniforms as rows of ids.
+
+@torch.no_grad()
+def sample_turns(model: nn.Module, rows: list[list[int]], uniforms: np.ndarray,
+                 questions: Sequence[Sequence[list[int]]], *, eos_id: int, pad_id: int,
+                 temperature: float = 1.0, one_shape: bool | None = None
+                 ) -> list[list[tuple[list[int], bool]]]:
+    """Continues each row of ids up to EOS, or up to ``max_new_tokens`` tokens, then reads the row's
+    next question and answers it likewise.
+
+    `model` is in eval mode, its stack of adapters set by the caller; `uniforms` are ``(n, turns,
+    max_new_tokens)`` numbers in [0, 1); `questions` the ids of each row's turns - 1 questions. A
+    row feeds one token a step, drawn or of a question (after an EOS that did not come), so that
+    rows at different turns share a batch and nothing is read twice. Returns for each row and turn
+    the new ids, EOS included, and whether they were truncated (no EOS came). ``one_shape`` (the
+    default on a GPU): see ``steps_of_one_shape``. Finished rows then stay in the batch; this costs
+    little, since the weights, which all rows share, are most of what a step reads. ValueError: a
+    negative temperature, or not as many rows of uniforms, or questions, as rows of ids.
     """
-    if temperature < 0 or len(uniforms) != len(rows):
-        raise ValueError(f"temperature {temperature}, {len(rows)} rows, {len(uniforms)} uniforms")
-    device, steps = next(model.parameters()).device, uniforms.shape[1]
+    n, turns, steps = uniforms.shape
+    if temperature < 0 or not len(rows) == n == len(questions) or any(
+            len(of_row) != turns - 1 for of_row in questions):
+        raise ValueError(f"temperature {temperature}, {len(rows)} rows, uniforms {uniforms.shape}, "
+                         f"{[len(of_row) for of_row in questions]} questions")
+    device = next(model.parameters()).device
+    total = turns * steps + max(sum(len(q) + 1 for q in of_row) for of_row in questions)
     ids, mask = (t.to(device) for t in left_pad(rows, pad_id))
-    mask = torch.cat([mask, mask.new_ones(len(rows), steps)], dim=1).bool()  # (B, L + steps)
-    draws = torch.as_tensor(uniforms, dtype=torch.float64, device=device)
-    width = ids.shape[1]
+    width, mask = ids.shape[1], torch.cat([mask, mask.new_ones(n, total)], dim=1).bool()
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, :width]
     if model.config.sliding_window:  # it is in transformers' own mask only
         one_shape = False
     elif one_shape is None:
         one_shape = device.type == "cuda"
     column = torch.full((1,), width, device=device) if one_shape else None
-    cache = cache_with_room(model.config, steps, column)
+    cache = cache_with_room(model.config, total, column)
     logits = model(input_ids=ids, attention_mask=mask[:, :width], use_cache=True,
                    position_ids=position, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    new = torch.full((len(rows), steps), pad_id, device=device)
-    new[:, 0] = draw(logits, draws[:, 0], temperature)
-    position = position[:, -1:]
-    if one_shape:
-        _continue_in_one_shape(model, cache, column, mask, position, new, draws, temperature,
-                               eos_id)
-    else:
-        _continue_growing(model, cache, width, mask, position, new, draws, temperature, eos_id)
-    results = []
-    for row in new.tolist():  # what a finished row drew before it was dropped comes after its EOS
-        ended = eos_id in row
-        results.append((row[: row.index(eos_id) + 1] if ended else row, not ended))
-    return results
-
-
-def _continue_in_one_shape(model, cache, column, mask, position, new, draws, temperature, eos_id):
-    """Fills ``new`` (B, steps) from its second column on; every row stays to the end."""
-    done, decode = new[:, 0] == eos_id, None
-    for step in range(1, new.shape[1]):
-        if bool(done.all()):
-            return
-        decode = decode or steps_of_one_shape(model, cache, column, mask, position)
-        new[:, step] = draw(decode(new[:, step - 1]), draws[:, step], temperature)
-        done |= new[:, step] == eos_id
-
-
-def _continue_growing(model, cache, width, mask, position, new, draws, temperature, eos_id):
-    """The same with a cache that grows; rows leave it when they have ended."""
-    alive, token = torch.arange(len(new), device=new.device), new[:, 0]  # rows still in the batch
-    done = token == eos_id
-    for step in range(1, new.shape[1]):
+    position, decode = position[:, -1:], None
+    new = torch.full((n, total), pad_id, device=device)
+    follow = _next_token(uniforms, questions, eos_id, temperature, device)
+    alive = torch.arange(n, device=device)  # rows still in the batch
+    turn = place = torch.zeros_like(alive)
+    for step in range(total):
+        token, turn, place = follow(logits, alive, turn, place)
+        new[alive, step] = token
+        done = turn == turns
         finished = int(done.sum())
         if finished == len(done):
-            return
+            break
+        if one_shape:
+            decode = decode or steps_of_one_shape(model, cache, column, mask, position)
+            logits = decode(token)
+            continue
         position = position + 1
         if finished * DROP >= len(done):
             keep = (~done).nonzero().squeeze(1)
             cache.batch_select_indices(keep)
-            token, position, mask, alive, done = (
-                t[keep] for t in (token, position, mask, alive, done))
-        seen = mask[:, :width + step]
+            token, position, mask, alive, turn, place = (
+                t[keep] for t in (token, position, mask, alive, turn, place))
+        seen = mask[:, :width + step + 1]
         if not model.config.sliding_window:
             # transformers takes (B, 1, 1, L) as it is; for (B, L) it would look through the values,
             # and a GPU must wait for that
             seen = seen[:, None, None]
         logits = model(input_ids=token[:, None], attention_mask=seen, use_cache=True,
                        position_ids=position, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        token = draw(logits, draws[alive, step], temperature)
-        new[alive, step] = token
-        done |= token == eos_id
+    return [_turns_of(row, [len(q) for q in of_row], steps, eos_id)
+            for row, of_row in zip(new.tolist(), questions)]
+
+
+def _next_token(uniforms: np.ndarray, questions: Sequence[Sequence[list[int]]], eos_id: int,
+                temperature: float, device) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """``follow(logits (B, V), rows (B,), turn (B,), place (B,)) -> (token, turn, place)``: each
+    row's next token, and where the row then stands. ``place`` counts what a turn has drawn; below
+    zero, what must be read before the first draw. A row is finished in the turn after its last."""
+    n, turns, steps = uniforms.shape
+    draws = torch.as_tensor(uniforms, dtype=torch.float64, device=device)
+    wide = 1 + max((len(q) for of_row in questions for q in of_row), default=0)
+    # Read before turn t + 1, aligned to the right: place -1 is the last token of a question
+    read = torch.full((n, turns, wide), eos_id)
+    length = torch.zeros(n, turns + 1, dtype=torch.long)
+    for i, of_row in enumerate(questions):
+        for t, ids in enumerate(of_row, start=1):
+            length[i, t] = len(ids)
+            read[i, t, wide - len(ids):] = torch.tensor(ids, dtype=torch.long)
+    read, length = read.to(device), length.to(device)
+
+    def follow(logits: Tensor, rows: Tensor, turn: Tensor, place: Tensor):
+        now = turn.clamp(max=turns - 1)  # of finished rows, whose tokens nobody reads
+        drawn = draw(logits, draws[rows, now, place.clamp(0, steps - 1)], temperature)
+        token = torch.where(place < 0, read[rows, now, place.clamp(max=-1)], drawn)
+        ends = (place >= 0) & (turn < turns) & ((token == eos_id) | (place == steps - 1))
+        cut, turn = token != eos_id, turn + ends
+        return token, turn, torch.where(ends, -length[rows, turn] - cut.long(), place + 1)
+    return follow
+
+
+def _turns_of(row: list[int], lengths: list[int], steps: int,
+              eos_id: int) -> list[tuple[list[int], bool]]:
+    """What was drawn in each turn, of all that a row was fed: questions of these lengths come
+    between."""
+    found, start = [], 0
+    for length in (*lengths, 0):
+        ids = row[start:start + steps]
+        truncated = eos_id not in ids
+        found.append((ids if truncated else ids[:ids.index(eos_id) + 1], truncated))
+        start += len(found[-1][0]) + truncated + length
+    return found
 
 
 def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, seed: int, stage: str,
@@ -242,25 +277,25 @@ def sample_dialogues(model: nn.Module, tokenizer, prompts: Sequence[dict], *, se
     batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
     def dialogues_of(batch: list[int]) -> list[tuple[list[int], list[Turn]]]:
-        spans: dict[int, list[Turn]] = {i: [] for i in batch}
-        for turn in range(turns):
-            uniforms = np.stack([
-                stream(seed, stage, step, prompts[i]["id"], copy, turn).random(max_new_tokens)
-                for i in batch])
-            try:
-                sampled = sample(model, [rows[i] for i in batch], uniforms, eos_id=eos_id,
-                                 pad_id=pad_id, temperature=temperature)
-            except VirtueError as error:
-                names = ", ".join(prompts[i]["id"] for i in batch[:4])
-                raise VirtueError(f"sampling for {stage}, step {step}, a batch with records "
-                                  f"{names}: {error}") from None
-            for i, (new, truncated) in zip(batch, sampled, strict=True):
-                start, end = len(rows[i]), len(rows[i]) + len(new)
-                spans[i].append(Turn(start, end, truncated))
-                rows[i] += new + [eos_id] * truncated
-                if turn + 1 < turns:
-                    rows[i] += followup_ids(tokenizer, own[prompts[i]["id"]][turn])
-        return [(rows[i], spans[i]) for i in batch]
+        uniforms = np.stack([[stream(seed, stage, step, prompts[i]["id"], copy, turn).random(
+            max_new_tokens) for turn in range(turns)] for i in batch])
+        asked = [[[*followup_ids(tokenizer, q)] for q in own[prompts[i]["id"]][:turns - 1]]
+                 for i in batch]
+        try:
+            sampled = sample_turns(model, [rows[i] for i in batch], uniforms, asked, eos_id=eos_id,
+                                   pad_id=pad_id, temperature=temperature)
+        except VirtueError as error:
+            names = ", ".join(prompts[i]["id"] for i in batch[:4])
+            raise VirtueError(f"sampling for {stage}, step {step}, a batch with records "
+                              f"{names}: {error}") from None
+        found = []
+        for i, questions_of, answers in zip(batch, asked, sampled, strict=True):
+            ids, spans = [*rows[i]], []
+            for (new, truncated), question in zip(answers, (*questions_of, [])):
+                spans.append(Turn(len(ids), len(ids) + len(new), truncated))
+                ids += new + [eos_id] * truncated + question
+            found.append((ids, spans))
+        return found
 
     done: dict[int, Dialogue] = {}
     for batch, found in zip(batches, each_batch(dialogues_of, batches), strict=True):
