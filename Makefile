@@ -25,19 +25,19 @@ TESTS      = -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 # autograd and processes, numpy's statistics, matplotlib; and the whole method once. What the others test is our own text, files and flags.
 EDGES      = $(patsubst %,tests/test_%.py,artefacts chat dialogue generate html judge logprobs lora memory models parallel ppo rollout stats templates) \
              tests/interop/test_transformers.py tests/test_scripts.py::test_chain_on_nf4
-# make real: sizes meant for two slow cores, and for a GPU; neither has been timed.
+# make real: sizes for two slow cores, and, not yet timed, for a GPU.
 ifeq ($(DEVICE),cpu)
-REAL_REVISIONS   = --limit 48 --batch-size 12
-REAL_SFT         = --epochs 2 --batch-size 4
-REAL_PREFERENCES = --limit 96 --batch-size 24 --judge-limit 6 --judge-batch-size 3
+REAL_REVISIONS   = --limit 96 --batch-size 48
+REAL_SFT         = --epochs 3 --batch-size 4
+REAL_PREFERENCES = --batch-size 72 --judge-limit 8 --judge-batch-size 4
 REAL_RM          = --epochs 1 --batch-size 4
-REAL_PPO         = --iterations 10 --value-warmup 1 --rollout-size 16 --minibatch-size 8 --micro-batch-size 4 --batch-size 8
-REAL_EVAL        = --limit 16 --judge-limit 4 --judge-batch-size 4 --batch-size 8
+REAL_PPO         = --iterations 12 --value-warmup 1 --rollout-size 16 --minibatch-size 8 --micro-batch-size 4
+REAL_EVAL        = --limit 24 --judge-limit 4 --judge-batch-size 4 --batch-size 12
 else
 REAL_REVISIONS   = --contrasts 2 --batch-size 128
 REAL_SFT         = --epochs 2 --batch-size 8
-REAL_PREFERENCES = --contrasts 3 --batch-size 128
-REAL_RM          = --epochs 2 --batch-size 16
+REAL_PREFERENCES = --batch-size 128
+REAL_RM          = --epochs 2 --batch-size 8
 REAL_PPO         = --iterations 30 --rollout-size 64 --minibatch-size 16 --micro-batch-size 16
 REAL_EVAL        = --judge-limit 42 --batch-size 64
 endif
@@ -64,15 +64,18 @@ demo: .venv/installed
 	$(STAGE) run_ppo.py              $(COMMON) --rm $(OUT)/rm --out $(OUT)/policy
 	$(STAGE) run_eval.py models      $(COMMON) --policy $(OUT)/policy --out $(OUT)/report
 
-# --resume goes on after a kill: a stage that is finished is passed over.
+# --resume goes on after a kill: a stage that is finished is passed over. PPO's reward models learn from one half of the prompts;
+# the other half, and another seed, make those that PPO never sees.
 REAL = --seed $(SEED) --device $(DEVICE) --resume
+REAL_SYSTEM = "You are a helpful assistant who always answers in a single short sentence."
 real: .venv/installed .venv/real
-	$(STAGE) run_data.py revisions   $(REAL) --model smollm2 --system "Answer in one or two short sentences." --max-new-tokens 64 --feedback contrast $(REAL_REVISIONS) --out $(OUT)/revisions
-	$(STAGE) run_sft.py              $(REAL) --data $(OUT)/revisions $(REAL_SFT) --out $(OUT)/sft
-	$(STAGE) run_data.py preferences $(REAL) --sft $(OUT)/sft --feedback contrast --truncated keep $(REAL_PREFERENCES) --out $(OUT)/preferences
-	$(STAGE) run_rm.py               $(REAL) --data $(OUT)/preferences --lr 5e-4 $(REAL_RM) --out $(OUT)/rm
+	$(STAGE) run_data.py revisions   $(REAL) --model smollm2 --system $(REAL_SYSTEM) --max-new-tokens 48 --feedback contrast $(REAL_REVISIONS) --out $(OUT)/revisions
+	$(STAGE) run_sft.py              $(REAL) --data $(OUT)/revisions --lr 5e-4 $(REAL_SFT) --out $(OUT)/sft
+	$(STAGE) run_data.py preferences $(REAL) --sft $(OUT)/sft --feedback contrast --contrasts 2 --truncated keep $(REAL_PREFERENCES) --out $(OUT)/preferences
+	$(STAGE) run_rm.py               $(REAL) --data $(OUT)/preferences --share first --lr 5e-4 $(REAL_RM) --out $(OUT)/rm
+	$(STAGE) run_rm.py               $(REAL) --data $(OUT)/preferences --share second --lr 5e-4 $(REAL_RM) --seed $$(($(SEED) + 1000)) --out $(OUT)/unseen
 	$(STAGE) run_ppo.py              $(REAL) --rm $(OUT)/rm --lr 3e-4 --value-lr 3e-4 $(REAL_PPO) --out $(OUT)/policy
-	$(STAGE) run_eval.py models      $(REAL) --policy $(OUT)/policy --prompted $(REAL_EVAL) --out $(OUT)/report
+	$(STAGE) run_eval.py models      $(REAL) --policy $(OUT)/policy --eval-rm $(OUT)/unseen --prompted $(REAL_EVAL) --out $(OUT)/report
 
 .venv/real: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-real.txt

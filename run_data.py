@@ -390,7 +390,8 @@ def main(argv=None):
     names = ["revisions"] if revisions else [*LENSES, "dialogues"]
     files = [f"{name}.jsonl" for name in names]
     length = generate.longest(args.max_prompt_tokens, args.max_new_tokens)
-    sampling = dict(rows=min(args.batch_size, len(prompts)), tokens=length, new=args.max_new_tokens)
+    sampling = dict(rows=min(args.batch_size, len(prompts)), tokens=length,
+                    prompt=args.max_prompt_tokens)
     judging = None if revisions else dict(
         rows=args.judge_batch_size, tokens=2 * length + 600)  # 600: the questions
     if preview.preview(args, {"prompts": f"{args.prompts}, {len(prompts)} records"},

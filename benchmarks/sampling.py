@@ -1,11 +1,12 @@
 """Our sampling against transformers' `generate`: same model, prompts, temperature, no filters.
 Processor seconds.
 
-    python benchmarks/sampling.py             # 5 repeats, one thread, about a minute
+    python benchmarks/sampling.py                  # 5 repeats, one thread, about a minute
+    python benchmarks/sampling.py --model smollm2  # a real model's dialogues, about 8 minutes
 
 Equal: no row ends before its 48th token. Unequal: each row ends with probability 1/24 at each
-token, as answers do. The last line: a dialogue's second and third turn read again what the cache of
-the turn before held; what part of sampling that is.
+token, as answers do. Dialogues: three turns of up to 48 tokens, with a question of 12 between them.
+`generate` is called anew for each turn and reads the dialogue again.
 """
 from __future__ import annotations
 
@@ -16,69 +17,82 @@ import sys
 
 from workload import NEW_TOKENS, PROMPTS, ROOT, cpu_seconds, make_model, prompts, ratio, scratch
 
-PROMPT, FOLLOW_UP = 24, 12  # tokens of a prompt, and of a follow-up question
+QUESTION = [5] * 12
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--model", help="compare dialogues of this model only, by its name or "
+                                        "folder, as they end by themselves at temperature 0.6")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     import numpy as np
     import torch
     from virtue.dialogue import left_pad
-    from virtue.generate import sample
-    from virtue.plumbing.loading import load_model
+    from virtue.generate import sample, sample_turns
+    from virtue.plumbing.loading import load_model, resolve
 
     torch.set_num_threads(1)
+
+    def generated(model, rows, temperature=1.0):
+        """The new tokens of each row, by generate."""
+        ids, mask = left_pad(rows, 0)
+        with torch.no_grad():
+            found = model.generate(input_ids=ids, attention_mask=mask.long(), do_sample=True,
+                                   top_k=0, top_p=1.0, temperature=temperature,
+                                   max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=2)
+        return found[:, ids.shape[1]:].tolist()
+
+    def compare(theirs, ours) -> str:
+        torch.manual_seed(0)
+        a, b = zip(*((cpu_seconds(theirs, 1)[0], cpu_seconds(ours, 1)[0])
+                     for _ in range(args.repeats)))
+        return f"{statistics.median(a):.2f} | {statistics.median(b):.2f} | {ratio(a, b)} |"
+
+    def dialogues(model, rows, temperature=1.0) -> str:
+        """Three turns, by both."""
+        uniforms = np.random.default_rng(0).random((len(rows), 3, NEW_TOKENS))
+
+        def theirs():
+            so_far = rows
+            for turn in range(3):
+                new = generated(model, so_far, temperature)
+                so_far = [row + (ids[:ids.index(2)] if 2 in ids else ids) + [2] + QUESTION
+                          for row, ids in zip(so_far, new)]
+
+        return compare(theirs, lambda: sample_turns(
+            model, rows, uniforms, [[QUESTION] * 2] * len(rows), eos_id=2, pad_id=0,
+            temperature=temperature))
+
     print("| vocabulary | rows end | generate, s | ours, s | generate / ours "
           "|\n|---:|---|---:|---:|---:|")
+    if args.model:
+        from transformers import AutoTokenizer
+        from virtue.dialogue import encode_prompt
+        from virtue.plumbing.records import load_prompts
+
+        folder = resolve(args.model)
+        model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(folder)
+        rows = [encode_prompt(tokenizer, record["prompt"])
+                for record in load_prompts("situations", "ppo", PROMPTS)]
+        print(f"| {model.config.vocab_size:,} | dialogues | {dialogues(model, rows, 0.6)}")
+        return
     for vocab_size in (1024, 32000):
         model = load_model(make_model(scratch() / f"v{vocab_size}", vocab_size))
         # the head's bias decides when rows end
         head = torch.nn.Linear(model.config.hidden_size, vocab_size).requires_grad_(False)
         head.weight, model.lm_head = model.lm_head.weight, head
         rows = prompts(PROMPTS, vocab_size)
-        ids, mask = left_pad(rows, 0)
+        uniforms = np.random.default_rng(0).random((PROMPTS, NEW_TOKENS))
         # otherwise the distribution is nearly uniform
         for name, end in (("together", -1e9), ("apart", math.log(vocab_size / 23))):
             head.bias.zero_()[2] = end
-
-            def theirs(model=model, ids=ids, mask=mask):
-                with torch.no_grad():
-                    model.generate(input_ids=ids, attention_mask=mask.long(), do_sample=True,
-                                   top_k=0, top_p=1.0, temperature=1.0,
-                                   max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=2)
-
-            def ours(model=model, rows=rows):
-                sample(model, rows, np.random.default_rng(0).random((PROMPTS, NEW_TOKENS)),
-                       eos_id=2, pad_id=0)
-
-            torch.manual_seed(0)
-            times = [(cpu_seconds(theirs, 1)[0], cpu_seconds(ours, 1)[0])
-                     for _ in range(args.repeats)]
-            a, b = zip(*times)
-            print(f"| {vocab_size:,} | {name} | {sorted(a)[len(a) // 2]:.2f} | "
-                  f"{sorted(b)[len(b) // 2]:.2f} | {ratio(a, b)} |", flush=True)
-
-    def seconds(length: int, new: int) -> float:
-        """Of sampling `new` tokens after `length`; one token: reading, but for a draw.
-        The head is the last one, vocabulary 32,000, where no row ends early."""
-        turn, uniforms = [[5] * length] * PROMPTS, np.random.default_rng(0).random((PROMPTS, new))
-        return cpu_seconds(lambda: sample(model, turn, uniforms, eos_id=2, pad_id=0), 1)[0]
-
-    head.bias.zero_()[2] = -1e9
-    starts = [PROMPT + turn * (NEW_TOKENS + FOLLOW_UP) for turn in range(3)]
-    shares = []
-    for _ in range(args.repeats):
-        whole = sum(seconds(start, NEW_TOKENS) for start in starts)
-        # a turn that goes on from a cache reads its question and the last token
-        shares.append((sum(seconds(start, 1) for start in starts[1:])
-                       - 2 * seconds(FOLLOW_UP + 1, 1)) / whole)
-    print(f"a dialogue of three turns of {NEW_TOKENS} tokens: at most "
-          f"{statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}) of sampling "
-          "reads again what a cache held")
+            row = compare(lambda: generated(model, rows),
+                          lambda: sample(model, rows, uniforms, eos_id=2, pad_id=0))
+            print(f"| {vocab_size:,} | {name} | {row}", flush=True)
+        print(f"| {vocab_size:,} | dialogues, apart | {dialogues(model, rows)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -225,6 +225,61 @@ def test_wrong_arguments(model, rows, uniforms):
         sample(model, rows, uniforms, -1.0)
     with pytest.raises(ValueError, match="rows"):
         sample(model, rows, uniforms[:3])
+    two = uniforms[:1, None].repeat(2, axis=1)
+    for questions in ([], [[]], [[[5], [6]]], [[[5]], [[5]]]):  # one of one row is what fits
+        with pytest.raises(ValueError, match="questions"):
+            generate.sample_turns(model, rows[:1], two, questions, eos_id=EOS, pad_id=PAD)
+
+
+# ---- several turns ------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def questions(rows):
+    """For each row two, of its own lengths, one of them empty."""
+    rng = np.random.default_rng(3)
+    return [[rng.integers(5, 300, (i + 2 * t) % 6).tolist() for t in range(2)]
+            for i in range(len(rows))]
+
+
+def turn_by_turn(model, row, uniforms, questions, temperature=1.0):
+    """`plainly`, called anew for each turn on all that came before."""
+    ids, found = list(row), []
+    for u, question in zip(uniforms, [*questions, []]):
+        new, truncated = plainly(model, ids, u, temperature)
+        found.append((new, truncated))
+        ids += new + [EOS] * truncated + question
+    return found
+
+
+@pytest.mark.parametrize("one_shape", [False, True])
+@pytest.mark.parametrize("temperature", [0.7, 0.8])
+def test_turns_equal_a_plain_loop(model, rows, questions, one_shape, temperature):
+    uniforms = np.random.default_rng(4).random((len(rows), 3, 7))
+    expected = [turn_by_turn(model, *each, temperature) for each in zip(rows, uniforms, questions)]
+    cuts = {tuple(cut for _, cut in turns) for turns in expected}
+    assert len(cuts) > 3 and len({len(turns[0][0]) for turns in expected}) > 3
+    fed = []
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: fed.append(
+        tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    found = generate.sample_turns(model, rows, uniforms, questions, eos_id=EOS, pad_id=PAD,
+                                  temperature=temperature, one_shape=one_shape)
+    hook.remove()
+    assert found == expected
+    # Nothing is read twice: after the prompts one token a step, to the end of the longest row
+    length = [sum(len(new) + cut for new, cut in turns) + sum(map(len, q)) - turns[-1][1]
+              for turns, q in zip(expected, questions)]
+    assert fed[0] == (12, 20) and len(fed) == max(length)
+    assert all(columns == 1 for _, columns in fed[1:])
+
+
+def test_turns_with_a_sliding_window_equal_a_plain_loop(tmp_path, rows, questions):
+    from transformers import MistralForCausalLM
+
+    narrow = MistralForCausalLM.from_pretrained(
+        make_tiny_model(tmp_path, sliding_window=6, tokenizer=False)).eval()
+    uniforms = np.random.default_rng(5).random((len(rows), 3, 7))
+    found = generate.sample_turns(narrow, rows, uniforms, questions, eos_id=EOS, pad_id=PAD)
+    assert found == [turn_by_turn(narrow, *each) for each in zip(rows, uniforms, questions)]
 
 
 # ---- dialogues ----------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def test_no_moment_needs_more_than_planned(tmp_path, settings):
     with Live(model) as live, lora.use_stack(model, "policy"):
         sample(model, [[1] * 180] * 8, np.full((8, 20), 0.5), eos_id=-1, pad_id=0)
     planned = memory.plan(model.config, **flags, trained=[(4, TARGETS)],
-                          sampling=dict(rows=8, tokens=200, new=20))["sampling"]
+                          sampling=dict(rows=8, tokens=200, prompt=180))["sampling"]
     assert 1 <= sum(planned.values()) / live.most < 1.8
     print(settings, planned, live.most)
 
@@ -267,7 +267,7 @@ def test_what_was_used_is_told_beside_the_plan(monkeypatch):
 
 def test_a_plan_adds_up():
     flags = dict(quantize="nf4", dtype="bf16", frozen=[(16, TARGETS)] * 2,
-                 trained=[(16, TARGETS)] * 2, sampling=dict(rows=16, tokens=1000, new=128))
+                 trained=[(16, TARGETS)] * 2, sampling=dict(rows=16, tokens=1000, prompt=256))
     update = dict(rows=2, tokens=1000, positions=768, stacks=2, entropy=True)
     plain, less = (memory.plan(config_7b(), **flags, update=update, checkpointing=c)
                    for c in (False, True))

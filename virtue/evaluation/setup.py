@@ -110,7 +110,7 @@ def raw_scores(loaded: Loaded, ensemble: Ensemble, dialogues: Sequence[Dialogue]
 def sampling_plan(args: argparse.Namespace, prompts: int) -> dict:
     """The sizes for which `preview` plans memory: dialogues at once, and tokens in each."""
     tokens = generate.longest(args.max_prompt_tokens, args.max_new_tokens)
-    return dict(rows=min(args.batch_size, prompts), tokens=tokens, new=args.max_new_tokens)
+    return dict(rows=min(args.batch_size, prompts), tokens=tokens, prompt=args.max_prompt_tokens)
 
 
 def judging_plan(args: argparse.Namespace) -> dict:

@@ -120,9 +120,9 @@ def plan(config, *, quantize: str, dtype: str, frozen: Sequence[Adapter] = (),
     another model's bytes; `copy`: the type of a dequantised one for sampling, which shares what is
     of that type already.
 
-    `sampling`: rows, tokens (prompt and all turns), new (of the last turn). `judging`, `scoring`:
-    rows, tokens. `update`: a forward's rows and tokens, positions whose logits are taken, stacks
-    before one backward pass, whether entropy is trained.
+    `sampling`: rows, tokens, prompt (those of them that the first pass reads). `judging`,
+    `scoring`: rows, tokens. `update`: a forward's rows and tokens, positions whose logits are
+    taken, stacks before one backward pass, whether entropy is trained.
     """
     c, V, D, N = BYTES[dtype], config.vocab_size, config.hidden_size, config.num_hidden_layers
     learning = sum(adapter_bytes(config, adapter) for adapter in trained)
@@ -141,10 +141,10 @@ def plan(config, *, quantize: str, dtype: str, frozen: Sequence[Adapter] = (),
             shared = base_bytes(config, "none", copy)
         plan["held"]["sampling copy"] = base_bytes(config, "none", copy) - shared
     if sampling:
-        rows, tokens, new = sampling["rows"], sampling["tokens"], sampling["new"]
+        rows, tokens = sampling["rows"], sampling["tokens"]
         plan["sampling"] = {"KV cache": cache_bytes(config, dtype, rows, tokens),
                             "logits": rows * V * (c + 12), "folded weights": folded,
-                            "passing": passing(rows, tokens - new, masked=True)}
+                            "passing": passing(rows, sampling["prompt"], masked=True)}
     if judging:
         rows, tokens = judging["rows"], judging["tokens"]
         plan["judging"] = {"logits": rows * 5 * V * (c + 8),

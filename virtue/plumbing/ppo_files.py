@@ -29,7 +29,7 @@ def plan(args, prompts, turns):
         trained=["policy", "value"],
         flat=[["sft", "policy"], ["policy"]],  # what samples, and best/
         sampling=dict(rows=min(args.batch_size, args.rollout_size), tokens=length,
-                      new=args.max_new_tokens),
+                      prompt=args.max_prompt_tokens),
         update=dict(rows=rows, tokens=length, positions=rows * turns * args.max_new_tokens,
                     stacks=2, entropy=args.entropy_coef > 0),
         copy=args.rollout_dtype)
