@@ -206,9 +206,10 @@ def train_lens(args, base, lens, pairs, scored, state, sft):
     from virtue.randomness import torch_seed
 
     model, pad_id, stack = base.model, base.tokenizer.pad_token_id, (*sft, lens)
-    seed, head_seed = torch_seed(args.seed, "rm", lens), torch_seed(args.seed, "rm", lens, "head")
+    seed = torch_seed(args.seed, "rm", lens)
     lora.add_adapter(model, lens, **flags.lora_settings(args), seed=seed)
-    head = models.ScalarHead(model.config.hidden_size, seed=head_seed).to(model.device)
+    # Zeros: no opinion before the first step. A random head's must be unlearned first
+    head = models.ScalarHead(model.config.hidden_size).to(model.device)
     parameters = [*lora.adapter_parameters(model, lens), *head.parameters()]
     score = partial(margins, model, stack, head, pad_id)
     _, measures = training.train(

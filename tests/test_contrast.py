@@ -232,6 +232,25 @@ def test_revisions_by_contrast(bare, prompts, tmp_path):
     assert len({r["virtue"] for r in records}) == 5
 
 
+def test_sft_learns_the_answer_without_the_instruction(bare, prompts, tmp_path, monkeypatch):
+    """Context distillation: what was said under an instruction is learned after the bare prompt."""
+    call("run_data", "revisions", *sampling(bare, prompts, tmp_path / "r"))
+    learned = []
+    monkeypatch.setattr("virtue.plumbing.training.train", lambda args, out, state, parameters,
+                        examples, *_, **__: learned.extend(examples) or ({"loss/held_out": 0},) * 2)
+    call("run_sft", "--data", tmp_path / "r", "--out", tmp_path / "sft", "--rank", 2,
+         "--held-out", 0.2)
+    by_id = {r["id"]: r for r in lines(tmp_path / "r/revisions.jsonl")}
+    assert len(by_id) > len(learned) > LIMIT / 2
+    for example in learned:
+        record, ((start, end),) = by_id[example.prompt], *example.spans
+        (ids,) = example.rows
+        said = bare.tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
+        assert said == record["revision"] != record["initial"]
+        assert bare.tokenizer.decode(ids[:start]).count(record["prompt"][0]["content"]) == 1
+        assert TRAIT not in bare.tokenizer.decode(ids)
+
+
 # ---- preferences
 
 
@@ -340,6 +359,28 @@ def test_how_often_the_judge_agrees(placed, contrasted, contrasted_once):
         assert summary[lens]["judge_agrees"]["share"] == pytest.approx(sum(right) / 3)
     unasked = json.loads((contrasted_once / "summary.json").read_text())
     assert all(unasked[lens]["judge_agrees"] is None for lens in LENSES)
+
+
+def test_a_killed_run_by_contrast_goes_on(placed, contrasted, prompts, tmp_path, monkeypatch):
+    """Killed in its second contrast: --resume samples only what is missing and ends the same."""
+    real, calls = generate.sample_turns, []
+
+    def killed(*args, **settings):
+        calls.append(args)
+        if len(calls) == 10:  # 3 batches of plain dialogues, 5 of the first contrast, 2
+            raise KeyboardInterrupt
+        return real(*args, **settings)
+
+    flags = [*sampling(placed, prompts, tmp_path / "p"), "--contrasts", 2, "--judge-limit", 3,
+             "--system", "Be brief."]
+    monkeypatch.setattr(generate, "sample_turns", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call("run_data", "preferences", *flags)
+    call("run_data", "preferences", *flags, "--resume")
+    assert len(calls) == 3 + 5 + 5 + 1  # the one that was killed twice
+    for name in (*LENSES, "dialogues"):
+        file = f"{name}.jsonl"
+        assert (tmp_path / "p" / file).read_bytes() == (contrasted / file).read_bytes()
 
 
 def test_reward_models_train_on_contrasts(contrasted, tmp_path, monkeypatch):
