@@ -207,7 +207,8 @@ EXPERIMENTS: dict[str, tuple[str, list[Arm]]] = {
     # (that the value function has an adapter of its own: docs/examples/shared-trunk.diff)
     "details": ("What are the details of PPO worth that people remove?", [
         DEFAULT, *patched(("no value clipping", "no-value-clipping"),
-                          ("no whitening", "no-whitening")),
+                          ("no whitening", "no-whitening"),
+                          ("values of the reference's features", "value-on-reference-features")),
         *ppo(("no critic warm-up", "--value-warmup 0"), ("adaptive KL", "--kl-target 3"),
              ("no missing-EOS penalty", "--eos-penalty 0"))]),
 }
