@@ -1,9 +1,10 @@
-"""Evaluate: models side by side, the judge, the reward models, best-of-n; or talk to the result.
+"""Evaluate: models side by side, the judge, the reward models, best-of-n; score answers, or talk.
 
   python run_eval.py models    --policy runs/demo/policy --out runs/demo/report
   python run_eval.py judge     --pairs harmless-base.jsonl.gz --limit 200 --out runs/demo/judge
   python run_eval.py rewards   --rm runs/demo/rm --data runs/demo/preferences --out runs/rewards
   python run_eval.py best-of-n --rm runs/demo/rm --out runs/demo/best
+  python run_eval.py score     --rm runs/demo/rm --answers answers.jsonl --out runs/scores
   python run_eval.py chat      --policy runs/demo/policy
 
 models: the base, SFT and PPO models answer the same held-out prompts with whole dialogues. The
@@ -28,6 +29,11 @@ best-of-n: reports gold, rewards and the judge's opinion of the best of 1, 2, 4,
 starting policy under each aggregator, by the unbiased estimator. If best-of-n does not help, PPO is
 unlikely to help either.
 
+score: writes what the three reward models say of anybody's answers, standardised, and the
+aggregate, one line of JSON for each. A row of the file is a prompt and an answer, or a whole
+conversation. Where that ends with the two follow-up questions and their answers, each model reads
+its own turn, as in training; else all three read the last answer.
+
 chat: lets you talk to the base and the tuned model at once in the terminal, and shows the three
 rewards of every answer; /why asks for motivation and consequence.
 """
@@ -37,7 +43,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
-from virtue import VirtueError
+from virtue import AGGREGATORS, VirtueError
 from virtue.plumbing.flags import (add_common_flags, add_constitution_flag, add_prompts_flag,
                                    add_sampling_flags, make_parser, nonnegative_int,
                                    parse_with_parent, positive_int)
@@ -91,6 +97,16 @@ def best_of_n_flags(sub: ArgumentParser, add: Callable, rarely: Callable) -> Non
     rarely("--judge-batch-size", type=positive_int, default=16, help="pairs judged at once")
 
 
+def score_flags(sub: ArgumentParser, add: Callable, rarely: Callable) -> None:
+    reward_model_flags(add, rarely)
+    add("--answers", type=Path, required=True,
+        help='JSON lines, .gz or parquet of {"prompt", "answer"} or {"messages"}')
+    add("--aggregate", choices=[name for name in AGGREGATORS if name != "weighted"],
+        default="mean", help="how three scores become one")
+    add("--limit", type=positive_int, help="score only the first LIMIT answers (default: all)")
+    rarely("--batch-size", type=positive_int, default=32, help="answers scored at once")
+
+
 def policy_flags(sub: ArgumentParser, add: Callable, rarely: Callable) -> None:
     add("--policy", type=Path, required=True,
         help="folder of run_ppo.py, or of run_sft.py on preferences")
@@ -111,6 +127,8 @@ COMMANDS = {
     "rewards": (rewards_flags, "the reward models on pairs, lengths and degenerate answers",
                 ("rm", "rm", "action")),
     "best-of-n": (best_of_n_flags, "what choosing among answers gains", ("rm", "rm", "action")),
+    "score": (score_flags, "what the reward models say of answers in a file",
+              ("rm", "rm", "action")),
     "chat": (policy_flags, "talk to base and tuned model", ("policy", "policy", "")),
 }
 
@@ -125,9 +143,9 @@ def parse(argv):
         most_used, rarely = (sub.add_argument_group(group) for group in ("most used", "less used"))
         add_flags(sub, most_used.add_argument, rarely.add_argument)
         add_common_flags(sub, out=name != "chat")
-        if name not in ("judge", "rewards"):
+        if name not in ("judge", "rewards", "score"):
             add_sampling_flags(sub)
-        if name not in ("rewards", "chat"):
+        if name not in ("rewards", "score", "chat"):
             add_constitution_flag(rarely.add_argument)
     return parse_with_parent(parser, argv, commands=commands)
 
@@ -136,9 +154,10 @@ def main(argv=None):
     args = parse(argv)
     if args.command in ("models", "chat") and args.rm is None:
         raise VirtueError(f"{args.policy}: names no reward models: give --rm")
-    from virtue.evaluation import best_of_n, chat, judging, models, rewards  # torch takes seconds
+    from virtue.evaluation import (  # torch takes seconds
+        best_of_n, chat, judging, models, rewards, scoring)
     run = {"models": models.compare, "judge": judging.evaluate, "rewards": rewards.evaluate,
-           "best-of-n": best_of_n.evaluate, "chat": chat.run}[args.command]
+           "best-of-n": best_of_n.evaluate, "score": scoring.evaluate, "chat": chat.run}[args.command]
     run(args)
 
 

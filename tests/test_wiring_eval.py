@@ -24,7 +24,8 @@ from plain import (
     up_to,
 )
 
-from virtue.ethics import ENGLISH, LENSES, PROBES, VIRTUES
+from virtue import VirtueError
+from virtue.ethics import ENGLISH, FOLLOW_UPS, LENSES, PROBES, VIRTUES
 from virtue.dialogue import prompt_record, split
 from virtue.plumbing.records import read_prompts
 from virtue.randomness import held_out_ids
@@ -622,6 +623,51 @@ def test_rewards(world, tmp_path):
             "accuracy": pytest.approx(np.mean(right)),
         }
     assert cut  # of turns that were cut nothing degenerate is made
+
+
+@pytest.mark.parametrize("method", ["mean", "min", "median"])
+def test_score(world, tmp_path, method, capsys):
+    """Each lens at the end of its own turn where the follow-up questions were asked, else at the
+    last answer; rows that are no answers, and answers beyond the context, are told apart."""
+    plain = world["plain"]
+    asked, answered = ([{"role": role, "content": text} for text in texts]
+                       for role, texts in (("user", ["The letter?", *FOLLOW_UPS.values()]),
+                                           ("assistant", ["I would.", "To help.", "Patience."])))
+    whole = [message for pair in zip(asked, answered) for message in pair]
+    other = [*whole[:4], {"role": "user", "content": "Why?"}, whole[5]]
+    rows = [{"prompt": "The letter?", "answer": "I would."}, {"prompt": "No answer?"},
+            {"messages": whole}, {"conversations": other}, {"prompt": "A", "answer": "b" * 2000},
+            {"text": "\n\nHuman: The letter?\n\nAssistant: Why not."}]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call("run_eval", "score", "--rm", world["rm"], "--answers", tmp_path / "answers.jsonl",
+         "--aggregate", method, "--batch-size", 2, "--out", tmp_path / "s")
+    said = capsys.readouterr().out
+    assert "1 rows passed over: 1 from line 2 on: has neither" in said and "1 too long" in said
+    read = {1: [whole[:2]] * 3, 3: [whole[:2], whole[:4], whole], 4: [other] * 3,
+            6: [[asked[0], {"role": "assistant", "content": "Why not."}]] * 3}
+    found = {row["line"]: row for row in lines(tmp_path / "s/scores.jsonl")}
+    assert found.pop(5) == {"line": 5, "too_long": True} and found.keys() == read.keys()
+    for line, talks in read.items():
+        raw = [[plain.score(plain.stack(world["sft"], world["rm"] / lens),
+                            head_of(world["rm"] / lens), plain.encode(talk))]
+               for lens, talk in zip(LENSES, talks)]
+        expected = standard(np.array(raw), MEAN, STD)[:, 0]
+        assert [found[line][lens] for lens in LENSES] == pytest.approx(expected, abs=1e-3)
+        total = {"mean": np.mean, "min": np.min, "median": np.median}[method](expected)
+        assert found[line].keys() == {"line", *LENSES, method}
+        assert found[line][method] == pytest.approx(total, abs=1e-3)
+    order = sorted(found, key=lambda line: found[line][method])
+    assert f"greatest in line {order[-1]}, least in line {order[0]}" in said
+
+
+def test_score_refuses_what_it_cannot_score(world, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    for text, words in (('{"prompt": "A"}\n', "line 1: no answer of the file can be used"),
+                        (json.dumps({"prompt": "A", "answer": "b" * 2000}), "none of 1 answers")):
+        file.write_text(text)
+        with pytest.raises(VirtueError, match=words):
+            call("run_eval", "score", "--rm", world["rm"], "--answers", file, "--out",
+                 tmp_path / "s", "--overwrite")
 
 
 def test_best_of_n(world, tmp_path, monkeypatch):

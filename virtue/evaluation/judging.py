@@ -61,9 +61,9 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"\nwrote judge.json in {out}{memory.used(base.model.device)}")
 
 
-def most_tokens(pairs: Sequence[dict]) -> int:
+def most_tokens(pairs: Sequence[dict], sides: Sequence[str] = SIDES) -> int:
     """About how many tokens the longest pair has, at three characters a token."""
-    return max((sum(len(m["content"]) for side in SIDES for m in p[side]) for p in pairs),
+    return max((sum(len(m["content"]) for side in sides for m in p[side]) for p in pairs),
                default=0) // 3
 
 

@@ -375,6 +375,26 @@ def _pair(record: dict, lens: str) -> dict:
     return {**{side: _side(row[side], prompt) for side in _SIDES}, "lens": lens}
 
 
+_ANSWERS = ("answer", "response", "completion", "output")
+
+
+def read_answers(path: str | Path, limit: int | None = None) -> tuple[list[dict], PassedOver]:
+    """Reads answers of anybody as records {"line", "messages"}, conversations that end with the
+    assistant, and counts what it passes over: a prompt (see `prompt_of`) beside an "answer",
+    "response", "completion" or "output", or a whole conversation as "messages", "conversations" or
+    a transcript in "text". Raises VirtueError as `read_prompts` does."""
+    def convert(number: int, row: dict) -> tuple[int, dict]:
+        answer = next((name for name in _ANSWERS if "prompt" in row and name in row), None)
+        whole = next((name for name in ("messages", "conversations", "text") if name in row), None)
+        _need(answer or whole, 'has neither "prompt" and "answer" nor "messages"; ' + _fields(row))
+        messages = (_side(row[answer], prompt_of({"prompt": row["prompt"]})) if answer
+                    else _side(row[whole], None))
+        check_messages(messages, f'"{answer or whole}"', "assistant")
+        return number, {"line": number, "messages": messages}
+
+    return _collect(path, "answer", limit, convert)
+
+
 def read_pairs(path: str | Path, limit: int | None = None,
                lens: str = "action") -> tuple[list[dict], PassedOver]:
     """Reads any preference file as records {"chosen", "rejected": messages, "lens"}, and counts
