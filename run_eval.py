@@ -5,6 +5,7 @@
   python run_eval.py rewards   --rm runs/demo/rm --data runs/demo/preferences --out runs/rewards
   python run_eval.py best-of-n --rm runs/demo/rm --out runs/demo/best
   python run_eval.py score     --rm runs/demo/rm --answers answers.jsonl --out runs/scores
+  python run_eval.py choice    --items scenarios.csv --policy runs/demo/policy --out runs/choice
   python run_eval.py chat      --policy runs/demo/policy
 
 models: the base, SFT and PPO models answer the same held-out prompts with whole dialogues. The
@@ -33,6 +34,11 @@ score: writes what the three reward models say of anybody's answers, standardise
 aggregate, one line of JSON for each. A row of the file is a prompt and an answer, or a whole
 conversation. Where that ends with the two follow-up questions and their answers, each model reads
 its own turn, as in training; else all three read the last answer.
+
+choice: asks other people's questions with two options, of which one is right, in both orders, by
+the log-probs of the two labels: the base, and the models of --policy. It reports the share right by
+group, with paired intervals between models. It reads VirtueBench's scenarios.csv, the HHH
+evaluation, any file of preferences, and this project's own form.
 
 chat: lets you talk to the base and the tuned model at once in the terminal, and shows the three
 rewards of every answer; /why asks for motivation and consequence.
@@ -107,8 +113,17 @@ def score_flags(sub: ArgumentParser, add: Callable, rarely: Callable) -> None:
     rarely("--batch-size", type=positive_int, default=32, help="answers scored at once")
 
 
-def policy_flags(sub: ArgumentParser, add: Callable, rarely: Callable) -> None:
-    add("--policy", type=Path, required=True,
+def choice_flags(sub: ArgumentParser, add: Callable, rarely: Callable) -> None:
+    add("--items", type=Path, required=True,
+        help="questions with two options: JSON lines or CSV (docs/data.md)")
+    policy_flags(sub, add, rarely, required=False)
+    add("--limit", type=positive_int, help="ask only the first LIMIT items (default: all)")
+    rarely("--batch-size", type=positive_int, default=32, help="questions asked at once")
+
+
+def policy_flags(sub: ArgumentParser, add: Callable, rarely: Callable,
+                 required: bool = True) -> None:
+    add("--policy", type=Path, required=required,
         help="folder of run_ppo.py, or of run_sft.py on preferences")
     rarely("--rm", type=Path, help="folder of run_rm.py with the reward models of the training; "
            "needed if the folder was moved")
@@ -129,6 +144,8 @@ COMMANDS = {
     "best-of-n": (best_of_n_flags, "what choosing among answers gains", ("rm", "rm", "action")),
     "score": (score_flags, "what the reward models say of answers in a file",
               ("rm", "rm", "action")),
+    "choice": (choice_flags, "other people's questions with two options",
+               ("policy", "policy", "")),
     "chat": (policy_flags, "talk to base and tuned model", ("policy", "policy", "")),
 }
 
@@ -143,21 +160,22 @@ def parse(argv):
         most_used, rarely = (sub.add_argument_group(group) for group in ("most used", "less used"))
         add_flags(sub, most_used.add_argument, rarely.add_argument)
         add_common_flags(sub, out=name != "chat")
-        if name not in ("judge", "rewards", "score"):
+        if name not in ("judge", "rewards", "score", "choice"):
             add_sampling_flags(sub)
-        if name not in ("rewards", "score", "chat"):
+        if name not in ("rewards", "score", "choice", "chat"):
             add_constitution_flag(rarely.add_argument)
     return parse_with_parent(parser, argv, commands=commands)
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.command in ("models", "chat") and args.rm is None:
+    if args.command in ("models", "chat", "choice") and args.policy and args.rm is None:
         raise VirtueError(f"{args.policy}: names no reward models: give --rm")
     from virtue.evaluation import (  # torch takes seconds
-        best_of_n, chat, judging, models, rewards, scoring)
+        best_of_n, chat, choice, judging, models, rewards, scoring)
     run = {"models": models.compare, "judge": judging.evaluate, "rewards": rewards.evaluate,
-           "best-of-n": best_of_n.evaluate, "score": scoring.evaluate, "chat": chat.run}[args.command]
+           "best-of-n": best_of_n.evaluate, "score": scoring.evaluate,
+           "choice": choice.evaluate, "chat": chat.run}[args.command]
     run(args)
 
 

@@ -814,7 +814,7 @@ def test_help_of_sub_commands_teaches(capsys):
             ("run_data", "revisions", "--max-prompt-tokens"), ("run_data", "preferences", "--ask"),
             ("run_eval", "models", "--eval-rm"), ("run_eval", "judge", "--pairs"),
             ("run_eval", "rewards", "--data"), ("run_eval", "best-of-n", "--n"),
-            ("run_eval", "score", "--answers"),
+            ("run_eval", "score", "--answers"), ("run_eval", "choice", "--items"),
             ("run_eval", "chat", "--policy")):
         with pytest.raises(SystemExit) as stop:
             importlib.import_module(script).parse([command, "--help"])

@@ -53,7 +53,7 @@ def questions(words: Words, first: list[dict], second: list[dict], lens: str,
         for name in asked or words.virtues]
 
 
-def _reply_ids(tokenizer, reply: str) -> list[int]:
+def reply_ids(tokenizer, reply: str) -> list[int]:
     """Ids of the beginning of an assistant's turn; none where it is empty."""
     if not reply:
         return []
@@ -67,7 +67,7 @@ def encode_questions(tokenizer, words: Words, first: list[dict], second: list[di
                      wording: str = "trained") -> tuple[list[int], list[list[int]]]:
     """Token ids of `questions`, each with the beginning of the reply: what all of them begin with,
     encoded once, and the ending of each, never empty."""
-    reply = _reply_ids(tokenizer, words.reply)
+    reply = reply_ids(tokenizer, words.reply)
     rows = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) + reply
             for question in questions(words, first, second, lens, asked, wording)]
     prefix = os.path.commonprefix(rows)
@@ -86,9 +86,9 @@ def pair_fits(model, tokenizer, words: Words, first: list[dict], second: list[di
 def label_ids(tokenizer, words: Words) -> tuple[int, int]:
     """The ids of the two labels as the assistant's reply goes on after `Words.reply`; each must be
     one token. VirtueError: one of them is longer."""
-    ids, reply = [], _reply_ids(tokenizer, words.reply)
+    ids, reply = [], reply_ids(tokenizer, words.reply)
     for label in JUDGE_LABELS:
-        said = _reply_ids(tokenizer, f"{words.reply} {label}".strip())
+        said = reply_ids(tokenizer, f"{words.reply} {label}".strip())
         if said[:-1] != reply:
             raise VirtueError(f"the judge's label {label!r} is {len(said) - len(reply)} tokens in "
                               "this tokenizer; choose single-token JUDGE_LABELS in "
@@ -125,6 +125,20 @@ def pack(encoded: list[tuple[list[int], list[list[int]]]],
 
 
 @torch.no_grad()
+def read_labels(model, encoded: list[tuple[list[int], list[list[int]]]], labels: Sequence[int],
+                pad_id: int) -> tuple[Tensor, Tensor]:
+    """Of prefixes with Q endings each, after which a label comes: the first label's logit less the
+    second's, nats, and the probability that the next token is one of them, both (B, Q) fp32."""
+    ids, mask, positions, ends = (x.to(model.device) for x in pack(encoded, pad_id))
+    hidden = hidden_states(model, ids, mask, position_ids=positions)
+    last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, Q, D)
+    logits = model.lm_head(last).float()
+    of_labels = logits[..., torch.tensor(labels, device=logits.device)]  # (B, Q, 2)
+    first, second = of_labels.unbind(-1)
+    return first - second, (of_labels - logits.logsumexp(-1, keepdim=True)).exp().sum(-1)
+
+
+@torch.no_grad()
 def judge_log_odds(model, tokenizer, words: Words, pairs: list[tuple[list[dict], list[dict]]],
                    lens: str, batch_size: int = 16, asked: Sequence[str] | None = None,
                    wording: str = "trained", orders: int = 2,
@@ -141,27 +155,20 @@ def judge_log_odds(model, tokenizer, words: Words, pairs: list[tuple[list[dict],
     logits that are not finite, a label of more than one token.
     """
     asked = asked or words.virtues
-    labels = torch.tensor(label_ids(tokenizer, words))
+    labels = label_ids(tokenizer, words)
     jobs = [(i, order, encode_questions(
         tokenizer, words, *pair[::(1, -1)[order]], lens, asked, wording))
             for i, pair in enumerate(pairs) for order in range(orders)]
     jobs.sort(key=lambda job: len(job[2][0]))  # batches of like length
     result, mass = torch.zeros(len(pairs), orders, len(asked)), 0.0
-    device = model.device
 
     def read(batch):
-        packed = pack([encoded for *_, encoded in batch], tokenizer.pad_token_id)
-        ids, mask, positions, ends = (x.to(device) for x in packed)
-        hidden = hidden_states(model, ids, mask, position_ids=positions)
-        last = hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, 5, D)
-        logits = model.lm_head(last).float()
-        of_labels = logits[..., labels.to(device)]  # (B, 5, 2)
-        logprobs = of_labels - logits.logsumexp(-1, keepdim=True)
-        if not logprobs.isfinite().all():  # before it is kept
+        odds, on_labels = read_labels(model, [encoded for *_, encoded in batch], labels,
+                                      tokenizer.pad_token_id)
+        if not (odds.isfinite() & on_labels.isfinite()).all():  # before it is kept
             raise VirtueError(f"judge {lens}, pairs {sorted({i for i, *_ in batch})}: the model's "
                               "logits are not finite: use another --dtype, or another judge")
-        first, second = of_labels.unbind(-1)
-        return (first - second).tolist(), logprobs.exp().sum().item()
+        return odds.tolist(), on_labels.sum().item()
 
     batches = [jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)]
     for batch, (odds, on_labels) in zip(batches, each_batch(read, batches), strict=True):

@@ -4,6 +4,7 @@ Errors name file, line and remedy. The splits of prompts by stage are here, too.
 """
 from __future__ import annotations
 
+import csv
 import functools
 import gzip
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from virtue import VirtueError
 from virtue.dialogue import Dialogue, Messages, Turn, prompt_record, split
 from virtue.ethics import LENSES
+from virtue.judge import transcript
 from virtue.plumbing.runtime import main_rank
 
 SITUATIONS = Path(__file__).parents[1] / "real" / "situations.txt"  # one a line
@@ -80,9 +82,21 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
     yield from enumerate(rows, 1)
 
 
+def _csv(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yields the rows of a CSV file whose first line names its columns, by the line each ends on.
+    Raises VirtueError if it is damaged."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, strict=True)
+            for row in rows:
+                yield rows.line_num, {str(name): value for name, value in row.items()}
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise VirtueError(f"{path}: not CSV in UTF-8 ({e}): convert the file") from None
+
+
 def read_jsonl(path: str | Path, foreign: bool = False) -> Iterator[tuple[int, dict]]:
     """Yields (line number from 1, object) of a JSON Lines file, UTF-8, plain or gzip, or of
-    parquet's rows; the file's first bytes tell which.
+    parquet's rows, which the file's first bytes tell; or the rows of a .csv.
 
     Blank lines are passed over. Raises a VirtueError that names file, line and remedy if the file
     is missing, unreadable or empty, or if a line is not one JSON object in UTF-8. Of a `foreign`
@@ -97,6 +111,9 @@ def read_jsonl(path: str | Path, foreign: bool = False) -> Iterator[tuple[int, d
             magic = file.read(4)  # its bytes tell, not its name
         if magic == b"PAR1":
             yield from _parquet(path)
+            return
+        if path.suffix == ".csv":
+            yield from _csv(path)
             return
         with (gzip.open if magic[:2] == b"\x1f\x8b" else open)(path, "rb") as file:
             lines = iter(lambda: file.readline(LONGEST + 1), b"")  # bytes: only \n ends a line
@@ -373,6 +390,46 @@ def _pair(record: dict, lens: str) -> dict:
           + _fields(record))
     prompt = prompt_of({"prompt": row["prompt"]}) if "prompt" in row else None
     return {**{side: _side(row[side], prompt) for side in _SIDES}, "lens": lens}
+
+
+def _groups(row: dict) -> list[str]:
+    """What the row says that it belongs to: "group", or VirtueBench's "virtue" and "variant"."""
+    found = row.get("group", [row[name] for name in ("virtue", "variant") if row.get(name)])
+    found = [found] if isinstance(found, str) else found
+    _need(isinstance(found, list) and all(isinstance(name, str) for name in found),
+          '"group" must be a text or a list of texts')
+    return found
+
+
+def read_items(path: str | Path, limit: int | None = None) -> tuple[list[dict], PassedOver]:
+    """Reads questions with two options as records {"line", "text", "options": (right one, wrong
+    one), "groups"}, and counts what it passes over: {"text", "options": [2 texts], "right": 0 or
+    1}, "scenario_a" (right) and "scenario_b" as VirtueBench has them, or any pair of `read_pairs`,
+    whose chosen side is right. A row may name its "group". Raises VirtueError as `read_prompts`
+    does."""
+    def convert(number: int, row: dict) -> tuple[int, dict]:
+        text, options = row.get("text", ""), row.get("options")
+        if {"scenario_a", "scenario_b"} <= row.keys():
+            options = [row["scenario_a"], row["scenario_b"]]
+        elif options is not None:
+            _need(row.get("right") in (0, 1), '"right" must be 0 or 1')
+            _need(isinstance(options, list) and len(options) == 2, '"options" must be two texts')
+            options = options[::-1] if row["right"] else options
+        else:
+            pair = _pair(row, "action")
+            for side in _SIDES:
+                check_messages(pair[side], f'"{side}"', "assistant")
+            before = [pair[side][:-1] for side in _SIDES]
+            _need(before[0] == before[1], "the sides differ before their last answers")
+            text, options = transcript(before[0]), [pair[side][-1]["content"] for side in _SIDES]
+        for value in (text, *options):
+            _text(value, "a text")
+        options = tuple(option.strip() for option in options)
+        _need(all(options) and options[0] != options[1], "an option is empty, or both are one")
+        return number, {"line": number, "text": text.strip(), "options": options,
+                        "groups": _groups(row)}
+
+    return _collect(path, "item", limit, convert)
 
 
 _ANSWERS = ("answer", "response", "completion", "output")
