@@ -173,7 +173,9 @@ def check_rm(
     for lens, (train, kept, too_long) in found.items():
         metrics, k = lines(out / lens / "metrics.jsonl"), LENSES.index(lens)
         model = RewardModel(world, lens)
-        expected, step = [{"step": 0, **logged(model.measures(kept))}], 0
+        # a head of zeros prefers neither side
+        none = {**model.measures(kept), "accuracy": 0.5, "calibration_error": 0.0}
+        expected, step = [{"step": 0, **logged(none)}], 0
         for epoch, steps in enumerate(
             model.train(train, epochs=epochs, lens=lens)
         ):
