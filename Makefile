@@ -31,7 +31,7 @@ REAL_REVISIONS   = --limit 96 --batch-size 48
 REAL_SFT         = --epochs 3 --batch-size 4
 REAL_PREFERENCES = --batch-size 72 --judge-limit 8 --judge-batch-size 4
 REAL_RM          = --epochs 1 --batch-size 4
-REAL_PPO         = --iterations 12 --value-warmup 1 --rollout-size 16 --minibatch-size 8 --micro-batch-size 4
+REAL_PPO         = --iterations 12 --value-warmup 1 --rollout-size 16 --minibatch-size 8 --micro-batch-size 4 --batch-size 8
 REAL_EVAL        = --limit 24 --judge-limit 4 --judge-batch-size 4 --batch-size 12
 else
 REAL_REVISIONS   = --contrasts 2 --batch-size 128
