@@ -115,7 +115,7 @@ def used_columns(mask: Tensor) -> int:
 class ScalarHead(nn.Module):
     """Score of a hidden state: fp32 ``weight`` (1, D), and a ``bias`` (1,) if asked for.
 
-    Zeros by default; with ``seed`` normal with std 1/sqrt(D + 1) (Stiennon et al. 2020,
+    Zeros, as the scripts use it; with ``seed`` normal with std 1/sqrt(D + 1) (Stiennon et al. 2020,
     arXiv:2009.01325, app. B.1, reward model).
     """
 
