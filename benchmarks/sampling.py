@@ -14,6 +14,7 @@ import argparse
 import math
 import statistics
 import sys
+from functools import partial
 
 from workload import NEW_TOKENS, PROMPTS, ROOT, cpu_seconds, make_model, prompts, ratio, scratch
 
@@ -57,7 +58,7 @@ def main() -> None:
 
         def theirs():
             so_far = rows
-            for turn in range(3):
+            for _ in range(3):
                 new = generated(model, so_far, temperature)
                 so_far = [row + (ids[:ids.index(2)] if 2 in ids else ids) + [2] + QUESTION
                           for row, ids in zip(so_far, new)]
@@ -89,8 +90,8 @@ def main() -> None:
         # otherwise the distribution is nearly uniform
         for name, end in (("together", -1e9), ("apart", math.log(vocab_size / 23))):
             head.bias.zero_()[2] = end
-            row = compare(lambda: generated(model, rows),
-                          lambda: sample(model, rows, uniforms, eos_id=2, pad_id=0))
+            row = compare(partial(generated, model, rows),
+                          partial(sample, model, rows, uniforms, eos_id=2, pad_id=0))
             print(f"| {vocab_size:,} | {name} | {row}", flush=True)
         print(f"| {vocab_size:,} | dialogues, apart | {dialogues(model, rows)}", flush=True)
 

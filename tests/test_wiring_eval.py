@@ -737,9 +737,9 @@ def test_choice_reads_virtuebench_without_a_policy(world, tmp_path, capsys):
                     "COU-001,caro,You stay.,You sleep.,courage,x\n", encoding="utf-8")
     call("run_eval", "choice", "--items", file, "--model", world["base"], "--out", tmp_path / "c")
     (model,) = json.loads((tmp_path / "c/choice.json").read_text())["models"].values()
+    pairs = ("You stay, and\nhold the door.", "You run."), ("You stay.", "You sleep.")
     odds = [np.mean([(sign * chosen_by(world["plain"], world["plain"].stack(), "", *sides)[0])
-                     for sign, sides in ((1, pair), (-1, pair[::-1]))])
-            for pair in (("You stay, and\nhold the door.", "You run."), ("You stay.", "You sleep."))]
+                     for sign, sides in ((1, pair), (-1, pair[::-1]))]) for pair in pairs]
     assert {name: row["n"] for name, row in model["right"].items()} == {
         "all": 2, "courage": 2, "ratio": 1, "caro": 1}
     assert [model["right"][name]["share"] for name in ("ratio", "caro")] == [

@@ -21,7 +21,8 @@ def evaluate(args: argparse.Namespace) -> None:
     answers, passed = records.read_answers(args.answers, args.limit)
     out = resume.may_write(args, args.out, [args.rm, args.sft])
     if preview(args, {"answers": f"{args.answers}, {len(answers)}, {int(passed)} passed over"},
-               "scores.jsonl", scoring=dict(rows=args.batch_size, tokens=most_tokens(answers, ["messages"]))):
+               "scores.jsonl",
+               scoring=dict(rows=args.batch_size, tokens=most_tokens(answers, ["messages"]))):
         return
 
     # Build
