@@ -1,5 +1,5 @@
 # make demo   the whole method on the toy model, into runs/demo/ (7 minutes on 2 cores)
-# make real   the same on a real chat model of 135 M in English, into runs/real/ (not yet timed; DEVICE=cuda PROCESSES=1 for a GPU)
+# make real   the same on a real chat model of 135 M in English, into runs/real/ (86 minutes on 2 cores; DEVICE=cuda PROCESSES=1 for a GPU)
 # make test   the test suite (no network, no GPU)
 # make check  ruff, which it installs, and the tests
 # make interop  the tests against PEFT, TRL and datasets, which it installs; make test skips those where they are absent
@@ -25,7 +25,7 @@ TESTS      = -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 # autograd and processes, numpy's statistics, matplotlib; and the whole method once. What the others test is our own text, files and flags.
 EDGES      = $(patsubst %,tests/test_%.py,artefacts chat dialogue generate html judge logprobs lora memory models parallel ppo rollout stats templates) \
              tests/interop/test_transformers.py tests/test_scripts.py::test_chain_on_nf4
-# make real: sizes for two slow cores, and, not yet timed, for a GPU.
+# make real: sizes for two slow cores, and for a GPU, where they have not been timed.
 ifeq ($(DEVICE),cpu)
 REAL_REVISIONS   = --limit 96 --batch-size 48
 REAL_SFT         = --epochs 3 --batch-size 4
