@@ -635,8 +635,9 @@ def test_score(world, tmp_path, method, capsys):
                                            ("assistant", ["I would.", "To help.", "Patience."])))
     whole = [message for pair in zip(asked, answered) for message in pair]
     other = [*whole[:4], {"role": "user", "content": "Why?"}, whole[5]]
+    long = [*whole[:5], {"role": "assistant", "content": "b" * 2000}]  # for the last lens only
     rows = [{"prompt": "The letter?", "answer": "I would."}, {"prompt": "No answer?"},
-            {"messages": whole}, {"conversations": other}, {"prompt": "A", "answer": "b" * 2000},
+            {"messages": whole}, {"conversations": other}, {"messages": long},
             {"text": "\n\nHuman: The letter?\n\nAssistant: Why not."}]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     call("run_eval", "score", "--rm", world["rm"], "--answers", tmp_path / "answers.jsonl",
