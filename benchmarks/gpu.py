@@ -724,12 +724,11 @@ def ppo(b: Bench, copy: bool = False) -> None:
              *(["--rollout-dtype", b.dtype] if copy else []), cap=not copy)
     m, tokenizer, (layers, head) = b.lines(folder)[-1], load_tokenizer(b.model), b.weights_of()
     asked = [len(followup_ids(tokenizer, question)) for question in QUESTIONS]
-    # the tokens before each answer, which sampling reads anew
     before = [b.size["prompt"] + k * (new + 1) + sum(asked[:k]) for k in range(3)]
     read, answered = m["tokens/read"], m["tokens/length"] * rollout
-    # each reward model reads up to its own turn
+    # each reward model reads up to its own turn; sampling reads each token once
     scored = sum(start + new + 1 for start in before) * rollout
-    work = {"sample": 2 * layers * (sum(before) * rollout + answered) + 2 * head * answered,
+    work = {"sample": 2 * layers * read + 2 * head * answered,
             "score": 2 * layers * (scored + 3 * read) + 4 * head * answered,
             "update": epochs * (2 * 4 * layers * read + 4 * head * answered)}
     b.table([*((f"PPO, {name}", m[f"time/{name}"], operations)

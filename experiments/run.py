@@ -136,7 +136,8 @@ def slow_rm(n: int) -> Arm:
 # worth. The sizes are for one GPU, where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 helps; bf16 is too
 # coarse for this model.
 ENGLISH = dict(
-    base="--model smollm2 --system 'Answer in one or two short sentences.' --max-new-tokens 96",
+    base="--model smollm2 --max-new-tokens 96 --system "
+         "'You are a helpful assistant who always answers in a single short sentence.'",
     revisions="--feedback contrast --contrasts 2 --batch-size 128",
     sft="--epochs 2 --batch-size 8",
     preferences=f"--feedback contrast --contrasts 3 {KEEP} --batch-size 128 --judge-limit 96",

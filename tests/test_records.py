@@ -362,3 +362,20 @@ def test_a_pipe_is_refused_before_it_blocks(tmp_path):
     os.mkfifo(tmp_path / "p.jsonl")
     with pytest.raises(VirtueError, match="p.jsonl: cannot be read .a pipe, which waits"):
         next(records.read_jsonl(tmp_path / "p.jsonl"))
+
+
+def test_a_csv_of_prompts_and_what_is_wrong_with_one(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text('id,prompt,label\n1,"How do I kill a\nPython process?",safe\n2,Why?,safe\n')
+    assert [r["prompt"][0]["content"] for r in records.read_prompts(file)] == [
+        "How do I kill a\nPython process?", "Why?"]
+    for text, words in ((b"prompt\n", "rows.csv: has no rows: give a file"), (b"", "has no rows"),
+                        (b'prompt\nWhy?\n"cut', "after line 2: not CSV"),
+                        (b"prompt\n\xff\n", "not CSV in UTF-8"), (b"a\nb\n", "has neither")):
+        file.write_bytes(text)
+        with pytest.raises(VirtueError, match=words):
+            records.read_prompts(file)
+    file.write_text("scenario_a,scenario_b,virtue\na,,courage\na,b,all\nStay.,Run.,courage\n")
+    items, passed = records.read_items(file)
+    assert items == [{"line": 4, "text": "", "options": ("Stay.", "Run."), "groups": ["courage"]}]
+    assert int(passed) == 2 and 'no "group" may be called all' in str(passed)

@@ -85,13 +85,14 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
 def _csv(path: Path) -> Iterator[tuple[int, dict]]:
     """Yields the rows of a CSV file whose first line names its columns, by the line each ends on.
     Raises VirtueError if it is damaged."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
             for row in rows:
                 yield rows.line_num, {str(name): value for name, value in row.items()}
-    except (csv.Error, UnicodeDecodeError) as e:
-        raise VirtueError(f"{path}: not CSV in UTF-8 ({e}): convert the file") from None
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise VirtueError(f"{path}, after line {rows.line_num}: not CSV in UTF-8 ({e}): "
+                              "convert the file") from None
 
 
 def read_jsonl(path: str | Path, foreign: bool = False) -> Iterator[tuple[int, dict]]:
@@ -274,6 +275,8 @@ def _collect(path: str | Path, what: str, limit: int | None,
         if len(rows) == limit:
             break
     passed = PassedOver.of(reasons)
+    if not rows and not reasons:
+        raise VirtueError(f"{path}: has no rows: give a file with at least one {what}")
     if not rows:
         first = min(line for _, line in passed.reasons.values())
         raise VirtueError(f"{path}, line {first}: no {what} of the file can be used: {passed}: "
@@ -398,6 +401,7 @@ def _groups(row: dict) -> list[str]:
     found = [found] if isinstance(found, str) else found
     _need(isinstance(found, list) and all(isinstance(name, str) for name in found),
           '"group" must be a text or a list of texts')
+    _need("all" not in found, 'no "group" may be called all, which are all items')
     return found
 
 
